@@ -1,0 +1,85 @@
+"""From examples to a batch: right-padding and the shift, once, here. Nobody slices logits later.
+
+    ids      <|im_start|> user \\n hi <|im_end|> \\n <|im_start|> assistant \\n hello <|im_end|> \\n
+    mask                                                                      hello <|im_end|>
+    inputs   ids[:-1]      the tokens that the model reads
+    targets  ids[1:]       the token that each position is to predict
+    mask     mask[1:]      whether that *target* counts: the first reply token is predicted from the header's last one
+    weights  likewise      by how much: 1 everywhere under the mask, unless the examples come with numbers instead of booleans
+"""
+
+import random
+from typing import NamedTuple
+
+import torch
+
+from data import chat
+
+IGNORE = -100  # the target of every position that is not to be learnt
+
+
+class Batch(NamedTuple):
+    inputs: torch.Tensor  # (B, T) int64, right-padded with 0
+    targets: torch.Tensor  # (B, T) int64, IGNORE where mask is False
+    mask: torch.Tensor  # (B, T) bool
+    weights: torch.Tensor  # (B, T) fp32, 0 where mask is False
+    lengths: torch.Tensor  # (B,) real positions per row
+
+    def to(self, device):
+        return Batch(*(tensor.to(device) for tensor in self))
+
+
+def pad(rows):
+    """rows: ragged lists of ids -> ids (B, T) int64, right-padded with 0, and lengths (B,)."""
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for line, row in zip(ids, rows, strict=True):
+        line[: len(row)] = torch.tensor(row)
+    return ids, lengths
+
+
+def collate(examples):
+    """examples: (ids, mask or weights) pairs of lists, from `chat.render` -> Batch, padded to the longest of them."""
+    T = max(len(ids) for ids, _ in examples) - 1
+    inputs = torch.zeros(len(examples), T, dtype=torch.long)
+    targets = torch.full((len(examples), T), IGNORE)
+    weights = torch.zeros(len(examples), T)
+    for row, (ids, counts) in enumerate(examples):
+        n = len(ids) - 1
+        inputs[row, :n] = torch.tensor(ids[:-1])
+        targets[row, :n] = torch.tensor(ids[1:])
+        weights[row, :n] = torch.tensor(counts[1:], dtype=torch.float32)
+    mask = weights > 0
+    lengths = torch.tensor([len(ids) - 1 for ids, _ in examples])
+    return Batch(inputs, targets.masked_fill(~mask, IGNORE), mask, weights, lengths)
+
+
+def epochs(lengths, batch_size, seed):
+    """Endless batches of indices: every example once per epoch, in a new order each time, similar lengths together.
+
+    Rows of similar length waste less padding; batches themselves come in random order. The last, smaller batch is kept.
+    """
+    rng = random.Random(f"order {seed}")
+    while True:
+        order = list(range(len(lengths)))
+        rng.shuffle(order)
+        batches = []
+        for start in range(0, len(order), 32 * batch_size):  # sort within windows of 32 batches: order stays random
+            window = sorted(order[start : start + 32 * batch_size], key=lambda i: lengths[i])
+            batches += [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
+        rng.shuffle(batches)
+        yield from batches
+
+
+def encode_pairs(records, encoding, context):
+    """Preference records -> pairs of (chosen, rejected) examples, their (label, margin), and how many were too long.
+
+    A pair with a side beyond the context is dropped, not cut: a cut could take away the very words that made the difference.
+    """
+    pairs, labels = [], []
+    for record in records:
+        chosen, rejected = (chat.example(record.prompt, reply, encoding) for reply in (record.chosen, record.rejected))
+        if max(len(chosen[0]), len(rejected[0])) <= context and chosen[0] != rejected[0]:
+            pairs.append((chosen, rejected))
+            labels.append((record.label, record.margin))
+    return pairs, labels, len(records) - len(pairs)

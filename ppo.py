@@ -1,0 +1,235 @@
+"""Stage 3a: reinforcement learning from human feedback with PPO. Sample, score, and make what scored well more likely.
+
+    maximise   E[ r(x, y) ] - beta KL(pi || pi_ref)                        (Ziegler et al. 2019, eq. 2; Ouyang et al. 2022, eq. 2)
+
+Four models: the policy pi and its critic V are trained; the reference pi_ref (the SFT model) and the reward model r are not.
+Each iteration samples a reply to every prompt of a batch and turns it into a small Markov decision process, one step per token:
+
+    reward      r_t = -beta (log pi(y_t) - log pi_ref(y_t)),  plus the reward model's score at the last token
+    advantage   A_t = sum_k (gamma lam)^k delta_{t+k},  delta_t = r_t + gamma V_{t+1} - V_t     (Schulman et al. 2016, eq. 16)
+    policy      minimise  - min(ratio A, clip(ratio, 1-eps, 1+eps) A),  ratio = pi / pi_old     (Schulman et al. 2017, eq. 7)
+    critic      minimise  1/2 max((V - R)^2, (clip(V, V_old-eps, V_old+eps) - R)^2),  R = A + V_old
+
+    python ppo.py                                          out/sft against out/reward on the embedded world -> out/ppo
+    python ppo.py --init DIR --reward DIR --data prompts.jsonl
+
+Watch: score (the reward model's opinion: rises), kl (nats per reply to the reference: rises slowly; if it runs away, raise beta),
+ratio_first (exactly 1 on the first minibatch: sampling and training agree on every log-prob), ended (replies that stopped by
+themselves: near 1). On the embedded world `gold` is the truth, logged and never trained on: score up and gold down is reward hacking.
+
+What everybody gets wrong: the end-of-turn token is an action too. It gets a log-prob, a KL penalty and an advantage, and the
+score sits on it, not one position later; a reply that never ends gets a fixed low score instead.
+"""
+
+import copy
+import random
+from dataclasses import dataclass, field
+
+import torch
+
+import kernels
+import run
+from data import chat, formats, tokenizer, world
+from data.collate import collate, pad
+from model import GPT
+
+
+@dataclass
+class Config:
+    init: str = "out/sft"  # checkpoint directory of the policy, and of its reference; "scratch": random weights
+    reward: str = "out/reward"  # checkpoint directory of the reward model; the critic starts from it too
+    tokenizer: str = ""  # vocabulary directory (default: the one of --init)
+    data: list = field(default_factory=list)  # files whose prompts are asked; none: the embedded world
+    out: str = ""  # run directory (default: out/ppo, replaced when complete)
+    overwrite: bool = False  # replace a run that --out already holds
+    steps: int = 45  # iterations: one batch of prompts sampled, scored and learnt from
+    batch_size: int = 384  # prompts per iteration
+    minibatches: int = 2  # optimiser steps per epoch over the batch
+    ppo_epochs: int = 1  # passes over each batch
+    critic_warmup: int = 3  # first iterations, in which only the critic learns
+    max_new_tokens: int = 24  # longest reply
+    temperature: float = 1.0  # of sampling, and of every log-prob
+    beta: float = 0.2  # KL strength
+    gamma: float = 1.0  # discount per token
+    lam: float = 0.95  # of generalised advantage estimation: 1 trusts returns, 0 trusts the critic
+    clip_eps: float = 0.2  # how far the ratio, and the value, may move per batch
+    no_end_score: float = -2.0  # of a reply without an end-of-turn token, instead of the reward model's
+    lr: float = 5e-4  # peak learning rate of the policy (for real models 1e-6)
+    critic_lr: float = 1e-3  # peak learning rate of the critic
+    shape: str = "llama:2x128x128"  # of a policy from scratch: architecture:layers x width x context
+    seed: int = 0  # of prompts and samples
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    dtype: str = "auto"  # precision of matrix products: float32 or bfloat16 (auto: bfloat16 on CUDA)
+
+
+# ------------------------------------------------------------------------------------------------------------ mathematics
+
+
+def gae(rewards, values, mask, gamma=1.0, lam=0.95):
+    """Generalised advantage estimation. rewards, values, mask (B, T) -> advantages (B, T), returns (B, T), both raw.
+
+    Only positions under the mask are steps; whatever stands elsewhere is ignored, and the step after the last one is worth 0.
+    """
+    rewards, values = rewards.masked_fill(~mask, 0.0), values.masked_fill(~mask, 0.0)
+    advantages = torch.zeros_like(values)
+    next_value = next_advantage = torch.zeros_like(values[:, 0])  # (B,)
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]  # (B,)
+        advantage = delta + gamma * lam * next_advantage
+        advantages[:, t] = torch.where(mask[:, t], advantage, 0.0)
+        next_value = torch.where(mask[:, t], values[:, t], next_value)
+        next_advantage = torch.where(mask[:, t], advantage, next_advantage)
+    return advantages, advantages + values
+
+
+def whiten(values, mask):
+    """values (B, T) with mean 0 and standard deviation 1 over the mask, 0 elsewhere."""
+    chosen = values[mask]
+    return torch.where(mask, (values - chosen.mean()) / (chosen.std() + 1e-8), 0.0)
+
+
+def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps, divisor=None):
+    """PPO's clipped surrogate, a scalar: sum over the tokens under mask (B, T) / divisor (None: their number).
+
+    min(ratio A, clip(ratio) A) is pessimistic: moving on from the old policy is never rewarded beyond the clip, mending it always is.
+    """
+    ratio = torch.exp((logprobs - old_logprobs).masked_fill(~mask, 0.0))  # (B, T)
+    advantages = advantages.masked_fill(~mask, 0.0)
+    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages)  # (B, T)
+    return -gain.sum() / (mask.sum().clamp(min=1) if divisor is None else divisor)
+
+
+def value_loss(values, old_values, returns, mask, clip_eps):
+    """Half the mean, over mask (B, T), of the larger squared error of the value and of the value clipped around the old one."""
+    values, old_values, returns = (x.masked_fill(~mask, 0.0) for x in (values, old_values, returns))
+    clipped = old_values + (values - old_values).clamp(-clip_eps, clip_eps)  # (B, T)
+    errors = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+    return 0.5 * errors.sum() / mask.sum().clamp(min=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- rollout
+
+
+def token_logprobs(model, batch, temperature):
+    """log pi of each reply token (B, T), fp32, zero outside the mask."""
+    hidden = model(batch.inputs)  # (B, T, D)
+    targets = batch.targets.flatten()
+    out = kernels.linear_logprob(hidden.flatten(0, 1), model.head_weight, targets, temperature=temperature)
+    return out.logprob.view(batch.mask.shape)
+
+
+@torch.no_grad()
+def score(reward_model, sequences):
+    """Lists of ids, each ending with a reply's end-of-turn token -> the reward model's scores (B,), read at that token."""
+    ids, lengths = pad(sequences)
+    return reward_model.score(reward_model(ids.to(reward_model.device)))[torch.arange(len(sequences)), lengths - 1]
+
+
+@torch.no_grad()
+def rollout(config, policy, ref, critic, reward_model, prompts, stops, generator):
+    """Samples a reply per prompt (ids) and computes all that the update needs, once: the old policy's view of its own replies."""
+    replies, sampled = policy.generate(
+        prompts, config.max_new_tokens, config.temperature, stop_id=stops, generator=generator, return_logprobs=True
+    )
+    batch = collate([(p + r, [False] * len(p) + [True] * len(r)) for p, r in zip(prompts, replies, strict=True)])
+    batch = batch.to(policy.device)
+    old_logprobs = torch.zeros_like(batch.weights)  # (B, T)
+    old_logprobs[batch.mask] = torch.tensor([x for row in sampled for x in row], device=policy.device)  # row by row, as the mask runs
+    ref_logprobs = token_logprobs(ref, batch, config.temperature)  # (B, T)
+    values = critic.score(critic(batch.inputs))  # (B, T): the value of the state *before* each target token
+    ended = torch.tensor([r[-1] in stops for r in replies], device=policy.device)  # (B,)
+    scores = score(reward_model, [p + r for p, r in zip(prompts, replies, strict=True)])  # (B,)
+    scores = torch.where(ended, scores, config.no_end_score)
+    kl = (old_logprobs - ref_logprobs).masked_fill(~batch.mask, 0.0)  # (B, T): k1, whose mean over samples is the KL
+    rewards = -config.beta * kl  # (B, T)
+    rewards[torch.arange(len(prompts)), batch.lengths - 1] += scores  # the last target: the end-of-turn token itself
+    advantages, returns = gae(rewards, values, batch.mask, config.gamma, config.lam)
+    advantages = whiten(advantages, batch.mask)
+    return replies, batch, old_logprobs, values, advantages, returns, scores, kl, ended
+
+
+def main(config):
+    for name in ("temperature", "clip_eps"):
+        run.require(getattr(config, name) > 0, f"--{name.replace('_', '-')} must be positive, not {getattr(config, name)}")
+    run.require(config.beta >= 0, f"--beta must not be negative, and it is {config.beta}")
+    run.require(1 <= config.minibatches <= config.batch_size, f"--minibatches must lie in 1 .. batch size, not {config.minibatches}")
+    job = run.start(config, "ppo")
+
+    # --- four models: two that learn, two that judge
+    scratch = config.init == "scratch"
+    encoding = chat.extend(tokenizer.load(config.tokenizer or (config.reward if scratch else config.init)))
+    policy = GPT.from_scratch(config.shape, encoding.n_vocab) if scratch else GPT.from_pretrained(config.init)
+    policy = tokenizer.fit(policy, encoding).to(job.device)
+    reward_model = tokenizer.fit(GPT.from_pretrained(config.reward), encoding).to(job.device)
+    run.require(reward_model.config.head == "score", f"--reward {config.reward} has no scalar head: train one with reward.py")
+    ref = copy.deepcopy(policy).requires_grad_(False)
+    critic = copy.deepcopy(reward_model)
+    reward_model.requires_grad_(False)
+
+    # --- prompts
+    if config.data:
+        records = [record for path in config.data for record in formats.read(path, "prompt")]
+    else:
+        records = world.prompts(max(1, config.steps) * config.batch_size, config.seed)
+    room = min(policy.config.context, reward_model.config.context) - config.max_new_tokens
+    prompts = [(chat.prompt(record.messages, encoding), record.messages) for record in records]
+    fitting = [prompt for prompt in prompts if len(prompt[0]) <= room]
+    run.require(fitting, f"none of the {len(prompts)} prompts leaves room for a reply of {config.max_new_tokens} tokens in the context")
+    job.say(f"ppo: {len(fitting)} prompts, {len(prompts) - len(fitting)} dropped for their length")
+    shuffle, queue = random.Random(config.seed), []
+
+    # --- training
+    stops, generator = chat.stop_ids(encoding), torch.Generator(job.device).manual_seed(config.seed)
+    optimizer = run.optimizer(policy, config.lr, eps=1e-5)
+    critic_optimizer = run.optimizer(critic, config.critic_lr, eps=1e-5)
+    for step in job.steps(config.steps):
+        while len(queue) < config.batch_size:
+            queue += shuffle.sample(fitting, len(fitting))
+        asked, queue = queue[: config.batch_size], queue[config.batch_size :]
+        replies, batch, old_logprobs, old_values, advantages, returns, scores, kl, ended = rollout(
+            config, policy, ref, critic, reward_model, [ids for ids, _ in asked], stops, generator
+        )
+        learning, losses = step >= config.critic_warmup, []
+        for _ in range(config.ppo_epochs):
+            order = torch.randperm(config.batch_size, generator=torch.Generator().manual_seed(config.seed + step))
+            for rows in order.to(job.device).chunk(config.minibatches):
+                part = type(batch)(*(tensor[rows] for tensor in batch))
+                mask = part.mask
+                with job.autocast():
+                    values = critic.score(critic(part.inputs))  # (b, T)
+                v_loss = value_loss(values, old_values[rows], returns[rows], mask, config.clip_eps)
+                v_loss.backward()
+                run.update(critic_optimizer, critic, step, config.steps, config.critic_lr)
+                if not learning:
+                    continue
+                with job.autocast():
+                    logprobs = token_logprobs(policy, part, config.temperature)  # (b, T)
+                p_loss = policy_loss(logprobs, old_logprobs[rows], advantages[rows], mask, config.clip_eps)
+                p_loss.backward()
+                lr, grad_norm = run.update(optimizer, policy, step, config.steps, config.lr)
+                ratio = (logprobs - old_logprobs[rows]).detach().exp()[mask]  # (tokens,)
+                losses.append((p_loss.detach(), v_loss.detach(), ratio, grad_norm))
+
+        metrics = {"score": scores.mean(), "kl": kl.sum(1).mean(), "ended": ended.float().mean()}
+        metrics["length"] = batch.mask.sum(1).float().mean()
+        metrics["value_loss"] = v_loss.detach()
+        if losses:
+            first, last = losses[0][2], losses[-1][2]
+            metrics |= {"policy_loss": losses[-1][0], "grad_norm": losses[-1][3]}
+            metrics["ratio_first"] = first.max() if (first - 1).abs().max() < 1e-4 else first.mean()
+            metrics["clipped"] = ((last - 1).abs() > config.clip_eps).float().mean()
+        if not config.data:
+            texts = [encoding.decode(reply[:-1] if end else reply) for reply, end in zip(replies, ended.tolist(), strict=True)]
+            golds = [world.judge(m, text, end)["gold"] for (_, m), text, end in zip(asked, texts, ended.tolist(), strict=True)]
+            metrics["gold"] = sum(golds) / len(golds)
+        job.log(step, **metrics)
+
+    def save(directory):
+        policy.save_pretrained(directory)
+        tokenizer.save(encoding, directory)
+
+    job.finish(save)
+
+
+if __name__ == "__main__":
+    run.script(main, Config, __doc__)

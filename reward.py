@@ -1,0 +1,152 @@
+"""Stage 2: the reward model. From comparisons to a number that says how good a reply is.
+
+    minimise   - log sigmoid(r(x, y_w) - r(x, y_l))              (Bradley and Terry 1952; Ouyang et al. 2022, eq. 1)
+
+y_w is the reply that an annotator chose, y_l the one rejected. r is the SFT model with its vocabulary head replaced by one
+scalar, read at the reply's last token: the only position that has seen everything. Only differences matter to the loss, so
+afterwards r is shifted and scaled to mean 0 and standard deviation 1 over reference replies: a later stage can then name its
+KL strength beta in units that mean something.
+
+    python reward.py                               the embedded world's noisy comparisons of out/sft -> out/reward
+    python reward.py --init DIR --data pairs.jsonl any checkpoint, any file of preferences
+
+Watch: loss (from ln 2 = .693 down; it cannot pass below the annotators' own noise: .55-.6 at 73 % agreement), accuracy (on labels;
+held-out accuracy is the one that counts, and a gap between the two says that noise is being memorised), margin (grows, then rests).
+
+What everybody gets wrong: reading the score at a padding position, or one past the end. Here it is read at `lengths - 1` of
+right-padded rows, and a test asserts that neither padding nor the company in a batch moves a score.
+"""
+
+import random
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+import run
+from data import annotators, chat, formats, tokenizer, world
+from data.collate import encode_pairs, epochs, pad
+from model import GPT
+
+
+@dataclass
+class Config:
+    init: str = "out/sft"  # checkpoint directory to start from; "scratch": random weights
+    tokenizer: str = ""  # vocabulary directory (default: the one of --init, or the embedded world's)
+    data: list = field(default_factory=list)  # files of preferences; none: replies of --init to the embedded world, compared by annotators
+    out: str = ""  # run directory (default: out/reward, replaced when complete)
+    overwrite: bool = False  # replace a run that --out already holds
+    prompts: int = 12000  # without --data: how many of the world's questions get two replies
+    agreement: float = 0.73  # without --data: how often annotators agree with the judge
+    steps: int = 0  # optimiser steps (default: two epochs)
+    batch_size: int = 64  # pairs per optimiser step
+    lr: float = 1e-3  # peak learning rate
+    weight_decay: float = 0.05  # AdamW's, on matrices
+    shape: str = "llama:2x128x128"  # of a model from scratch: architecture:layers x width x context
+    seed: int = 0  # of the new head, data and order
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    dtype: str = "auto"  # precision of matrix products: float32 or bfloat16 (auto: bfloat16 on CUDA)
+
+
+def bradley_terry_loss(chosen_scores, rejected_scores, margin=0.0, label=1.0):
+    """Negative log-likelihood of each comparison, (B,) in nats.
+
+    chosen_scores, rejected_scores (B,); margin: by how much the chosen reply should win (Touvron et al. 2023b, eq. 2), a number
+    or (B,); label: the probability that "chosen" really is the better one, a number or (B,): soft labels, 1 for a plain choice.
+    """
+    difference = chosen_scores - rejected_scores - margin  # (B,)
+    return -label * F.logsigmoid(difference) - (1 - label) * F.logsigmoid(-difference)
+
+
+def score(model, sequences):
+    """sequences: lists of ids, each ending with a reply's end-of-turn token -> scores (B,), read at that token."""
+    ids, lengths = pad(sequences)
+    rows = model.score(model(ids.to(model.device)))  # (B, T)
+    return rows[torch.arange(len(sequences)), lengths - 1]
+
+
+def score_pairs(model, pairs):
+    """pairs of (chosen, rejected) examples -> chosen_scores (B,), rejected_scores (B,), in one forward pass."""
+    return score(model, [side[0] for pair in zip(*pairs, strict=True) for side in pair]).chunk(2)
+
+
+@torch.no_grad()
+def score_all(model, pairs, size=256):
+    """(chosen_scores, rejected_scores), each (N,), without gradients."""
+    parts = [score_pairs(model, pairs[i : i + size]) for i in range(0, len(pairs), size)]
+    return (torch.cat(side) for side in zip(*parts, strict=True))
+
+
+@torch.no_grad()
+def normalise(model, pairs):
+    """Shifts and scales the head so that the replies of these pairs score 0 on average, with standard deviation 1.
+
+    The gain is folded into the head's weight; the shift is its bias. A gain never changes who wins a comparison.
+    """
+    scores = torch.cat(list(score_all(model, pairs)))  # (2 N,)
+    gain = 1 / scores.std().clamp(min=1e-6)
+    model.score_head.weight.mul_(gain)
+    model.score_head.bias.sub_(scores.mean()).mul_(gain)
+    model.config.score_gain *= float(gain)
+
+
+def main(config):
+    job = run.start(config, "reward")
+    scratch = config.init == "scratch"
+    encoding = chat.extend(tokenizer.load(config.tokenizer or (world.TOKENIZER if scratch else config.init)))
+
+    # --- data: before the model, because the world's pairs are samples of --init with its vocabulary head still on
+    if config.data:
+        records = [record for path in config.data for record in formats.read(path, "preference")]
+    else:
+        run.require(not scratch, "--init scratch has no replies to compare: name files with --data")
+        writer = tokenizer.fit(GPT.from_pretrained(config.init), encoding).to(job.device)
+        prompts = world.prompts(config.prompts, config.seed)
+        records = annotators.preferences(writer, encoding, prompts, config.agreement, config.seed)
+
+    # --- model
+    if scratch:
+        model = GPT.from_scratch(config.shape, encoding.n_vocab, head="score")
+    else:
+        model = GPT.from_pretrained(config.init, head="score")
+    model = tokenizer.fit(model, encoding).to(job.device)
+    pairs, labels, dropped = encode_pairs(records, encoding, model.config.context)
+    run.require(pairs, f"none of the {len(records)} pairs in {config.data} fits the model's context of {model.config.context} tokens")
+    job.say(f"reward: {len(pairs)} pairs, {dropped} dropped for their length")
+    order = list(range(len(pairs)))
+    random.Random(config.seed).shuffle(order)
+    held_out, kept = [pairs[i] for i in order[: len(order) // 10][:1000]], order[len(order) // 10 :]
+
+    # --- training
+    steps = config.steps or 2 * -(-len(kept) // config.batch_size)
+    optimizer = run.optimizer(model, config.lr, config.weight_decay)
+    batches = epochs([max(len(side[0]) for side in pairs[i]) for i in kept], config.batch_size, config.seed)
+    for step in job.steps(steps):
+        chosen_ones = [kept[i] for i in next(batches)]
+        with job.autocast():
+            chosen_scores, rejected_scores = score_pairs(model, [pairs[i] for i in chosen_ones])  # (B,) each
+        label = torch.tensor([labels[i][0] for i in chosen_ones], device=job.device)
+        margin = torch.tensor([labels[i][1] for i in chosen_ones], device=job.device)
+        loss = bradley_terry_loss(chosen_scores, rejected_scores, margin, label).mean()
+        loss.backward()
+        lr, grad_norm = run.update(optimizer, model, step, steps, config.lr, warmup=steps // 20)
+        difference = (chosen_scores - rejected_scores).detach()
+        metrics = {"loss": loss.detach(), "accuracy": (difference > 0).float().mean(), "margin": difference.mean(), "lr": lr}
+        metrics["grad_norm"] = grad_norm
+        if held_out and ((step + 1) % max(1, steps // 10) == 0 or step + 1 == steps):
+            chosen_scores, rejected_scores = score_all(model, held_out)
+            metrics["held_out_accuracy"] = (chosen_scores > rejected_scores).float().mean()
+            metrics["held_out_loss"] = bradley_terry_loss(chosen_scores, rejected_scores).mean()
+        job.log(step, **metrics)
+
+    normalise(model, [pairs[i] for i in order[:1000]])
+
+    def save(directory):
+        model.save_pretrained(directory)
+        tokenizer.save(encoding, directory)
+
+    job.finish(save)
+
+
+if __name__ == "__main__":
+    run.script(main, Config, __doc__)

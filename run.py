@@ -1,0 +1,247 @@
+"""A run's plumbing, shared by every script: flags, seed, device, progress, metrics, checkpoints. No mathematics.
+
+    config = run.parse(Config)                      the flat dataclass of a script, filled from the command line
+    job = run.start(config, "sft")                  seeds, picks the device, opens the run directory
+    for step in job.steps(config.steps):            the progress bar, with the time left
+        ...
+        job.log(step, loss=loss, lr=lr)             one line in metrics.jsonl, the same numbers on the terminal
+    job.finish(save)                                save(directory) writes the checkpoint; then the run appears, whole
+
+A run works in DIR.partial and is renamed to DIR once its checkpoint is complete, so a killed run leaves the earlier one
+untouched and half a checkpoint is never mistaken for a whole one. DIR then holds config.json, model.safetensors, the
+tokenizer, run.json (every flag, seed, versions, git commit), metrics.jsonl and curves.png.
+
+Bad input: every module of the project raises ValueError or OSError with one sentence that says what is wrong and what to
+do. `run.script` prints it on standard error and exits with code 2. Anything raised deeper, in a library, is a bug and keeps
+its traceback.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+# ----------------------------------------------------------------------------------------------------------------- flags
+
+
+def parse(Config, argv=None, description=None):
+    """Flags from a flat dataclass: `batch_size: int = 32  # help` becomes --batch-size with that help and default."""
+    source = inspect.getsource(Config)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=Help)
+    for field in dataclasses.fields(Config):
+        comment = re.search(rf"^ +{field.name}: .*?  # (.*)$", source, re.MULTILINE)
+        text = (comment[1] if comment else "").replace("%", "%%")
+        flag = "--" + field.name.replace("_", "-")
+        if field.type is bool:
+            parser.add_argument(flag, action="store_true", help=text)
+        elif field.default_factory is not dataclasses.MISSING:
+            parser.add_argument(flag, nargs="+", default=field.default_factory(), metavar="PATH", help=text)
+        else:
+            kind = field.type.__name__.upper()
+            parser.add_argument(flag, type=field.type, default=field.default, metavar=kind, help=text)
+    config = Config(**vars(parser.parse_args(argv)))
+    for name in ("steps", "batch_size", "lr", "seed"):
+        value, least = getattr(config, name, 1), {"batch_size": 1}.get(name, 0)
+        require(math.isfinite(value) and value >= least, f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    dtype = getattr(config, "dtype", "auto")
+    require(dtype in ("auto", *DTYPES), f"--dtype must be auto, float32 or bfloat16, not {dtype}")
+    return config
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """A script's docstring as it stands, and every flag with its default."""
+
+
+def require(condition, sentence):
+    """Bad input ends here: one sentence, exit code 2."""
+    if not condition:
+        raise ValueError(sentence)
+
+
+def script(main, Config, doc):
+    """Runs main(config) for a script: flags in, one sentence and exit code 2 for bad input."""
+    try:
+        main(parse(Config, description=doc))
+    except (ValueError, OSError) as error:
+        complain(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def complain(error):
+    """Prints a sentence that this project raised and exits with code 2; what a library raised keeps its traceback."""
+    frame = error.__traceback__
+    while frame.tb_next:
+        frame = frame.tb_next
+    ours = Path(frame.tb_frame.f_code.co_filename).resolve()
+    if ROOT not in ours.parents or ".venv" in ours.parts:
+        raise error
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+# ------------------------------------------------------------------------------------------------------------------- run
+
+
+def start(config, stage):
+    """Opens a run: directory, seed, device, precision. `stage` names its default directory, out/<stage>."""
+    return Job(config, stage)
+
+
+class Job:
+    def __init__(self, config, stage):
+        self.config, self.stage = config, stage
+        self.out = Path(config.out or f"out/{stage}")
+        replace = not config.out or config.overwrite
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            require((self.out / "run.json").exists(), f"--out {self.out} holds files that are no run of ours: name another")
+            require(replace, f"--out {self.out} already holds a run: name another directory or pass --overwrite")
+        self.device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = DTYPES.get(config.dtype, torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        torch.manual_seed(config.seed)
+        self.began = time.perf_counter()
+        self.partial = self.out.with_name(self.out.name + ".partial")
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        self.metrics = open(self.partial / "metrics.jsonl", "w", encoding="utf-8")
+        self.write_facts()
+
+    def write_facts(self, **more):
+        """run.json: all that is needed to run this again."""
+        git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
+        facts = {
+            "stage": self.stage,
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "flags": dataclasses.asdict(self.config),
+            "seed": self.config.seed,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+            "git_commit": git.stdout.strip() or None,
+            **more,
+        }
+        write_json(self.partial / "run.json", facts)
+
+    def autocast(self):
+        """Matrix products in --dtype; master weights, norms and losses stay fp32."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def steps(self, n):
+        """0 .. n-1 behind a progress bar; without a terminal, a line every tenth of the way."""
+        self.every = max(1, n // 10)
+        self.bar = tqdm(total=n, desc=self.stage, disable=None, dynamic_ncols=True, file=sys.stderr)
+        self.n = n
+        for step in range(n):
+            yield step
+            self.bar.update()
+        self.bar.close()
+
+    def log(self, step, **values):
+        """One line of metrics.jsonl and of the terminal. Values: plain numbers or 0-d tensors."""
+        values = {name: float(value) for name, value in values.items()}
+        self.metrics.write(json.dumps({"step": step, **values}) + "\n")
+        self.metrics.flush()
+        line = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if not self.bar.disable:
+            self.bar.set_postfix_str(line, refresh=False)
+        elif step % self.every == 0 or step == self.n - 1:
+            print(f"{self.stage} step {step + 1}/{self.n}  {line}", file=sys.stderr, flush=True)
+
+    def say(self, text):
+        """A line for the reader, above the progress bar."""
+        tqdm.write(text, file=sys.stderr)
+
+    def finish(self, save, **facts):
+        """Completes the run: save(directory) writes the checkpoint, then DIR.partial becomes DIR in one rename."""
+        self.metrics.close()
+        save(self.partial)
+        curves(self.partial / "metrics.jsonl", self.partial / "curves.png")
+        seconds = time.perf_counter() - self.began
+        self.write_facts(seconds=round(seconds, 1), **facts)
+        if self.out.exists():
+            old = self.out.with_name(self.out.name + ".old")
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(self.out, old)
+            os.replace(self.partial, self.out)
+            shutil.rmtree(old)
+        else:
+            os.replace(self.partial, self.out)
+        self.say(f"{self.stage}: {seconds:.0f} s, written to {self.out}")
+
+
+def write_json(path, value):
+    """Writes JSON whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def curves(metrics, path):
+    """metrics.jsonl -> a picture with one small panel per metric."""
+    rows = [json.loads(line) for line in open(metrics, encoding="utf-8")]
+    names = [name for name in dict.fromkeys(k for row in rows for k in row) if name != "step"]
+    if not names:
+        return
+    import matplotlib  # here, because it takes a second to import and only the end of a run needs it
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = min(4, len(names))
+    height = math.ceil(len(names) / columns)
+    figure, panels = pyplot.subplots(height, columns, figsize=(3.4 * columns, 2.4 * height), squeeze=False)
+    for panel, name in zip(panels.flat, names, strict=False):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        panel.plot(*zip(*points, strict=True), linewidth=1)
+        panel.set_title(name, fontsize=9)
+        panel.tick_params(labelsize=7)
+    for panel in panels.flat[len(names) :]:
+        panel.axis("off")
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)
+
+
+# ------------------------------------------------------------------------------------------------------------- optimiser
+
+
+def optimizer(model, lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8):
+    """AdamW over fp32 master weights; decay on matrices only (norm gains and biases are scales, not features)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+
+def update(optimizer, model, step, steps, lr, warmup=0, max_norm=1.0):
+    """One optimiser step: learning rate of this step (linear warm-up, then linear to 0), clipping, step, fresh gradients.
+
+    Returns the learning rate and the gradient's norm before clipping.
+    """
+    rate = lr * min((step + 1) / (warmup + 1), (steps - step) / max(1, steps - warmup))
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return rate, norm

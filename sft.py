@@ -1,0 +1,144 @@
+"""Stage 1: supervised fine-tuning. Show the model good replies and make each of their tokens likely.
+
+    minimise   - sum_t m_t log pi(y_t | y_<t) / sum_t m_t          (Ouyang et al. 2022, sec. 3.5; the usual next-token loss)
+
+m_t is 1 on the assistant's tokens and on the end-of-turn token behind them, 0 on everything a user or system wrote: the model
+learns to answer, not to ask. Pretraining is the same script and the same loss with m_t = 1 everywhere:
+
+    python sft.py --pretrain                      raw documents of the embedded world  -> out/base
+    python sft.py                                 its demonstrations, from out/base    -> out/sft
+    python sft.py --init DIR --data chats.jsonl   any checkpoint, any file that data/formats.py reads
+
+Watch: loss (falls fast, then slowly: a 4-in-10 flawed crowd keeps it well above 0), held_out_loss (follows the loss; when it turns up
+while the loss still falls, the model has begun to memorise), grad_norm (below ~1 after the warm-up; spikes mean too high an lr).
+
+What everybody gets wrong: the divisor. It is the number of supervised tokens of the *whole* optimiser step. A mean of
+micro-batch means weighs a token by the company it happened to keep.
+"""
+
+import random
+from dataclasses import dataclass, field
+
+import torch
+
+import kernels
+import run
+from data import chat, formats, tokenizer, world
+from data.collate import collate, epochs
+from model import GPT
+
+
+@dataclass
+class Config:
+    init: str = ""  # checkpoint directory to start from; "scratch": random weights (default: scratch with --pretrain, else out/base)
+    tokenizer: str = ""  # vocabulary directory (default: the one of --init, or the embedded world's)
+    data: list = field(default_factory=list)  # files of conversations (with --pretrain: of text); none: the embedded world
+    out: str = ""  # run directory (default: out/base or out/sft, replaced when complete)
+    overwrite: bool = False  # replace a run that --out already holds
+    pretrain: bool = False  # raw text, every token in the loss
+    prompt_weight: float = 0.1  # with --pretrain: what a token counts that only sets the scene (a question nobody could predict)
+    steps: int = 0  # optimiser steps (default: 2400 with --pretrain, else 250)
+    batch_size: int = 32  # sequences per optimiser step
+    micro_batch_size: int = 0  # sequences per forward pass; gradients add up to the same step (0: the whole batch)
+    lr: float = 0.0  # peak learning rate (default: 1.5e-3 with --pretrain, else 1e-3)
+    weight_decay: float = 0.01  # AdamW's, on matrices
+    shape: str = "llama:2x128x128"  # of a model from scratch: architecture:layers x width x context
+    seed: int = 0  # of weights, data and order
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    dtype: str = "auto"  # precision of matrix products: float32 or bfloat16 (auto: bfloat16 on CUDA)
+
+
+def batch_loss(model, batch, divisor):
+    """Weighted sum of the tokens' negative log-likelihoods / divisor: a scalar, in nats per token."""
+    weights = batch.weights.flatten()  # (B * T,)
+
+    def token_loss(logprob, index):  # (n,) supervised tokens and their places among the B * T
+        return -weights[index] * logprob
+
+    hidden = model(batch.inputs)  # (B, T, D); the (B * T, V) logits never exist as a whole
+    losses = kernels.linear_token_loss(hidden.flatten(0, 1), model.head_weight, batch.targets.flatten(), token_loss)
+    return losses.sum() / divisor
+
+
+@torch.no_grad()
+def held_out_loss(model, examples, size=128):
+    """Mean loss per supervised token (nats) over examples that training does not see."""
+    batches = [collate(examples[i : i + size]).to(model.device) for i in range(0, len(examples), size)]
+    total = sum(batch.weights.sum() for batch in batches)
+    return sum(batch_loss(model, batch, total) for batch in batches)
+
+
+def load_examples(config, encoding, context):
+    """(ids, weights) examples from --data or the embedded world."""
+    end = encoding._special_tokens.get(chat.END_OF_TEXT)
+    examples, long = [], 0
+    if config.data:
+        kind = "document" if config.pretrain else "conversation"
+        records = [record for path in config.data for record in formats.read(path, kind)]
+    elif config.pretrain:
+        records = world.documents(config.steps * config.batch_size + 500, config.seed)
+    else:
+        records = world.demonstrations(4500, config.seed)
+    for record in records:
+        if config.pretrain:
+            scene, rest = record.text[: record.prompt], record.text[record.prompt :]
+            scene, rest = encoding.encode_ordinary(scene), encoding.encode_ordinary(rest) + ([] if end is None else [end])
+            ids, weights = scene + rest, [config.prompt_weight] * len(scene) + [1.0] * len(rest)
+        else:
+            ids, weights = chat.render(record.messages, encoding)
+        long += len(ids) > context + 1
+        ids, weights = ids[: context + 1], weights[: context + 1]  # one more than the context: the last is only a target
+        if any(weights[1:]):
+            examples.append((ids, weights))
+    return examples, long, len(records) - len(examples)
+
+
+def main(config):
+    config.steps = config.steps or (2400 if config.pretrain else 250)
+    config.lr = config.lr or (1.5e-3 if config.pretrain else 1e-3)
+    config.init = config.init or ("scratch" if config.pretrain else "out/base")
+    stage = "base" if config.pretrain else "sft"
+    job = run.start(config, stage)
+
+    # --- model and vocabulary
+    scratch = config.init == "scratch"
+    encoding = chat.extend(tokenizer.load(config.tokenizer or (world.TOKENIZER if scratch else config.init)))
+    model = GPT.from_scratch(config.shape, encoding.n_vocab) if scratch else GPT.from_pretrained(config.init)
+    model = tokenizer.fit(model, encoding).to(job.device)
+
+    # --- data
+    examples, long, empty = load_examples(config, encoding, model.config.context)
+    run.require(examples, f"nothing to train on: no record of {config.data} has a supervised token within the context")
+    random.Random(config.seed).shuffle(examples)
+    held_out, examples = examples[: len(examples) // 10][:500], examples[len(examples) // 10 :]
+    job.say(f"{stage}: {len(examples)} examples ({long} cut to the context, {empty} dropped with nothing to learn)")
+
+    # --- training
+    optimizer = run.optimizer(model, config.lr, config.weight_decay)
+    order = epochs([len(ids) for ids, _ in examples], config.batch_size, config.seed)
+    for step in job.steps(config.steps):
+        batch = [examples[i] for i in next(order)]
+        supervised = sum(sum(weights[1:]) for _, weights in batch)  # of the whole step: the divisor of every micro-batch
+        size = config.micro_batch_size or len(batch)
+        loss = 0.0
+        for start in range(0, len(batch), size):
+            with job.autocast():
+                micro_loss = batch_loss(model, collate(batch[start : start + size]).to(job.device), supervised)
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        lr, grad_norm = run.update(optimizer, model, step, config.steps, config.lr, warmup=config.steps // 20)
+        metrics = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": supervised}
+        if held_out and (step + 1) % max(1, config.steps // 10) == 0:
+            metrics["held_out_loss"] = held_out_loss(model, held_out)
+        job.log(step, **metrics)
+
+
+    def save(directory):
+        model.save_pretrained(directory)
+        tokenizer.save(encoding, directory, chat=not config.pretrain)
+
+    job.finish(save)
+
+
+if __name__ == "__main__":
+    run.script(main, Config, __doc__)

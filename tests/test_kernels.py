@@ -1,0 +1,718 @@
+"""Claims about `kernels`: each op is its plain torch twin (kernels/reference.py) in value and gradient, whatever the
+budget, the shape, the layout and the values; it holds little memory; and it refuses bad input by name."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+from kernels import reference
+
+BUDGETS = [0, 3000, 200_000, 2 << 30, math.inf]  # bytes: the smallest pieces, several pieces, everything kept
+IGNORE = -100
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def linear_case(N=9, V=23, D=5, valid=0.6, dtype=torch.float64, ref_D=4):
+    """hidden (N, D), weight (V, D), ref_hidden, ref_weight, targets (N,), mask (N,)"""
+    hidden = torch.randn(N, D, dtype=dtype).requires_grad_()
+    weight = torch.randn(V, D, dtype=dtype).requires_grad_()
+    ref_hidden, ref_weight = torch.randn(N, ref_D, dtype=dtype), torch.randn(V, ref_D, dtype=dtype)
+    mask = torch.rand(N) < valid
+    targets = torch.randint(V, (N,)).where(mask, torch.tensor(IGNORE))
+    return hidden, weight, ref_hidden, ref_weight, targets, mask
+
+
+def tensors(result):
+    return [x for x in (result if isinstance(result, tuple) else (result,)) if x is not None]
+
+
+def assert_same(ours, twin, leaves, which=None, **tolerance):
+    """Equal values, then equal gradients for random upstream gradients to the results numbered in `which` (or all)."""
+    ours, twin = tensors(ours), tensors(twin)
+    assert len(ours) == len(twin)
+    for a, b in zip(ours, twin):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, **tolerance)
+    chosen = range(len(ours)) if which is None else which
+    upstream = [torch.randn_like(twin[i]) for i in chosen]
+    grads = [torch.autograd.grad([out[i] for i in chosen], leaves, upstream) for out in (ours, twin)]
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+# ---- values and gradients against the twins ----
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("entropy", [False, True])
+def test_linear_logprob_passes_gradcheck(entropy, budget):
+    hidden, weight, *_, targets, _ = linear_case()
+
+    def op(hidden, weight):
+        return tuple(tensors(kernels.linear_logprob(
+            hidden, weight, targets, temperature=0.7, entropy=entropy, logits_budget=budget
+        )))  # fmt: skip
+
+    assert torch.autograd.gradcheck(op, (hidden, weight))
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("reverse", [True, False])
+def test_linear_kl_passes_gradcheck(reverse, budget):
+    hidden, weight, ref_hidden, ref_weight, _, mask = linear_case()
+    options = dict(mask=mask, reverse=reverse, temperature=1.3, logits_budget=budget)
+    assert torch.autograd.gradcheck(
+        lambda h, w: kernels.linear_kl(h, w, ref_hidden, ref_weight, **options), (hidden, weight)
+    )
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_linear_token_loss_passes_gradcheck(budget):
+    hidden, weight, *_, targets, _ = linear_case()
+    advantages = torch.randn(9, dtype=torch.float64)
+
+    def op(hidden, weight):  # gradcheck goes backward several times through one graph
+        def token_loss(logprob, index):
+            return -advantages[index] * logprob.exp()
+
+        return (
+            kernels.linear_token_loss(hidden, weight, targets, token_loss, temperature=0.7, logits_budget=budget).sum()
+            / 3
+        )
+
+    assert torch.autograd.gradcheck(op, (hidden, weight))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_linear_cross_entropy_passes_gradcheck(reduction):
+    hidden, weight, *_, targets, _ = linear_case()
+    assert torch.autograd.gradcheck(
+        lambda h, w: kernels.linear_cross_entropy(h, w, targets, reduction=reduction), (hidden, weight)
+    )
+
+
+def test_row_ops_pass_gradcheck():
+    *_, targets, mask = linear_case()
+    logits, ref_logits = torch.randn(2, 9, 23, dtype=torch.float64)
+    logits.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda z: tuple(kernels.logprob_rows(z, targets, temperature=0.7, entropy=True)), logits
+    )
+    for reverse in (True, False):
+        assert torch.autograd.gradcheck(
+            lambda z: kernels.kl_rows(z, ref_logits, mask=mask, reverse=reverse, temperature=0.7), logits
+        )
+
+
+@pytest.mark.parametrize("which", [[0], [1], [2], [0, 1], [0, 2], [1, 2], [0, 1, 2]])
+def test_any_mixture_of_upstream_gradients_gives_the_twins_gradient(which):
+    hidden, weight, *_, targets, _ = linear_case(N=40, V=300)
+    for budget in BUDGETS:
+        ours = kernels.linear_logprob(hidden, weight, targets, temperature=0.7, entropy=True, logits_budget=budget)
+        twin = reference.linear_logprob(hidden, weight, targets, temperature=0.7, entropy=True)
+        assert_same(ours, twin, [hidden, weight], which)
+        if 1 not in which:  # without entropy there are two results and another path
+            ours, twin = (tensors((out.logprob, out.lse) if i else (out[0], out[2])) for i, out in enumerate((
+                reference.linear_logprob(hidden, weight, targets, temperature=0.7),
+                kernels.linear_logprob(hidden, weight, targets, temperature=0.7, logits_budget=budget),
+            )))  # fmt: skip
+            assert_same(tuple(ours), tuple(twin), [hidden, weight], [i // 2 for i in which])
+    logits = torch.randn(40, 300, dtype=torch.float64, requires_grad=True)
+    ours, twin = (m.logprob_rows(logits, targets, temperature=0.7, entropy=True) for m in (kernels, reference))
+    assert_same(ours, twin, [logits], which)
+
+
+@pytest.mark.parametrize("N", [0, 1, 5, 130])
+@pytest.mark.parametrize("V", [1, 2, 127, 128, 129])
+def test_every_op_matches_its_twin_at_every_shape(V, N):
+    hidden, weight, ref_hidden, ref_weight, targets, mask = linear_case(N, V, D=7)
+    both = (kernels, reference)
+    leaves = [hidden, weight]
+    for valid in (targets, torch.randint(V, (N,))):  # some ignored, none ignored
+        for entropy in (False, True):
+            assert_same(
+                *(m.linear_logprob(*leaves, valid, entropy=entropy, logits_budget=V * 100) for m in both), leaves
+            )
+        for reduction in ("mean", "sum", "none"):
+            assert_same(*(m.linear_cross_entropy(*leaves, valid, reduction=reduction) for m in both), leaves)
+    for reverse in (True, False):
+        for mask_or_none in (mask, None):
+            options = dict(mask=mask_or_none, reverse=reverse)
+            assert_same(*(m.linear_kl(*leaves, ref_hidden, ref_weight, **options) for m in both), leaves)
+    logits, ref_logits = torch.randn(2, N, V, dtype=torch.float64)
+    logits.requires_grad_()
+    assert_same(*(m.logprob_rows(logits, targets, entropy=True) for m in both), [logits])
+    assert_same(*(m.kl_rows(logits, ref_logits, mask=mask) for m in both), [logits])
+
+
+def test_gpt2_vocabulary_in_fp32():
+    hidden, weight, ref_hidden, ref_weight, targets, mask = linear_case(3, 50257, D=8, valid=1, dtype=torch.float32)
+    close = dict(rtol=1e-4, atol=1e-5)
+    for budget in BUDGETS:
+        out = (
+            m.linear_logprob(hidden, weight, targets, entropy=True, logits_budget=budget) for m in (kernels, reference)
+        )
+        assert_same(*out, [hidden, weight], **close)
+        out = (m.linear_kl(hidden, weight, ref_hidden, ref_weight, logits_budget=budget) for m in (kernels, reference))
+        assert_same(*out, [hidden, weight], **close)
+        out = (m.linear_cross_entropy(hidden, weight, targets, logits_budget=budget) for m in (kernels, reference))
+        assert_same(*out, [hidden, weight], **close)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_results_of_narrow_inputs_are_fp32_and_gradients_have_the_inputs_dtype(dtype):
+    hidden, weight, ref_hidden, ref_weight, targets, mask = linear_case(dtype=dtype)
+    results = [
+        *kernels.linear_logprob(hidden, weight, targets, entropy=True),
+        kernels.linear_cross_entropy(hidden, weight, targets),
+    ]
+    results += [
+        kernels.linear_kl(hidden, weight, ref_hidden, ref_weight, mask=mask),
+        kernels.linear_logprob(hidden, weight, targets)[0],
+    ]
+    results += [
+        *kernels.logprob_rows(hidden, targets % 5, entropy=True),
+        kernels.kl_rows(hidden, ref_hidden.repeat(1, 2)[:, :5]),
+    ]
+    for result in results:
+        assert result.dtype == torch.float32
+        (grad,) = torch.autograd.grad(result.sum(), hidden, retain_graph=True)
+        assert grad.dtype == dtype and grad.isfinite().all()
+
+
+def test_targets_may_be_int32():
+    hidden, weight, *_, targets, _ = linear_case()
+    assert_same(
+        *(kernels.linear_logprob(hidden, weight, t, entropy=True) for t in (targets.int(), targets)), [hidden, weight]
+    )
+    assert torch.equal(
+        kernels.logprob_rows(hidden, (targets % 5).int())[0], kernels.logprob_rows(hidden, targets % 5)[0]
+    )
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_strided_and_transposed_inputs_give_the_same(budget):
+    hidden = torch.randn(60, 14, dtype=torch.float64)[::2, ::2].requires_grad_()  # (30, 7)
+    targets = torch.randint(41, (60,))[::2]
+    for weight in (torch.randn(7, 41, dtype=torch.float64).T, torch.randn(82, 14, dtype=torch.float64)[::2, ::2]):
+        weight.requires_grad_()
+        out = (
+            m.linear_logprob(hidden, weight, targets, entropy=True, logits_budget=budget) for m in (kernels, reference)
+        )
+        assert_same(*out, [hidden, weight])
+        out = (m.linear_cross_entropy(hidden, weight, targets, logits_budget=budget) for m in (kernels, reference))
+        assert_same(*out, [hidden, weight])
+        out = (
+            m.linear_kl(hidden, weight, hidden * 2, weight * 0.5, logits_budget=budget) for m in (kernels, reference)
+        )
+        assert_same(*out, [hidden, weight])
+    logits = torch.randn(41, 30, dtype=torch.float64).T.requires_grad_()
+    assert_same(*(m.logprob_rows(logits, targets, entropy=True) for m in (kernels, reference)), [logits])
+    assert_same(*(m.kl_rows(logits, logits.detach()[:, torch.arange(41) - 1]) for m in (kernels, reference)), [logits])
+
+
+# ---- what is ignored ----
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_all_rows_ignored_gives_zeros_and_zero_gradients(budget):
+    hidden, weight, ref_hidden, ref_weight, *_ = linear_case()
+    ignored = torch.full((9,), IGNORE)
+    options = dict(logits_budget=budget)
+    results = [*kernels.linear_logprob(hidden, weight, ignored, entropy=True, **options)]
+    results += [*tensors(kernels.linear_logprob(hidden, weight, ignored, **options))]
+    results += [
+        kernels.linear_kl(hidden, weight, ref_hidden, ref_weight, mask=torch.zeros(9, dtype=torch.bool), **options)
+    ]
+    results += [
+        kernels.linear_cross_entropy(hidden, weight, ignored, reduction=r, **options) for r in ("mean", "sum", "none")
+    ]
+    for result in results:
+        assert (result == 0).all()
+        for grad, leaf in zip(torch.autograd.grad(result.sum(), [hidden, weight], retain_graph=True), (hidden, weight)):
+            assert torch.equal(grad, torch.zeros_like(leaf))
+    logits = torch.randn(9, 7, requires_grad=True)
+    grads = torch.autograd.grad(sum(x.sum() for x in kernels.logprob_rows(logits, ignored, entropy=True)), logits)
+    assert torch.equal(grads[0], torch.zeros(9, 7))
+
+
+def test_what_stands_in_ignored_rows_is_never_read():
+    hidden, weight, ref_hidden, ref_weight, targets, mask = linear_case()
+    poisoned = hidden.detach().masked_fill(~mask[:, None], math.nan).requires_grad_()
+    for ops in (
+        lambda h: kernels.linear_logprob(h, weight, targets, entropy=True),
+        lambda h: (kernels.linear_cross_entropy(h, weight, targets),),
+        lambda h: (kernels.linear_kl(h, weight, ref_hidden, ref_weight, mask=mask),),
+        lambda h: kernels.logprob_rows(h, torch.where(mask, targets % 5, targets), entropy=True),
+        lambda h: (kernels.kl_rows(h, weight.detach()[:9], mask=mask),),
+    ):
+        for clean, dirty in zip(ops(hidden), ops(poisoned)):
+            assert torch.equal(clean, dirty)
+            clean, dirty = (
+                torch.autograd.grad(x.sum(), h, retain_graph=True)[0] for x, h in ((clean, hidden), (dirty, poisoned))
+            )
+            assert torch.equal(clean, dirty) and (dirty[~mask] == 0).all()
+
+
+def test_one_valid_row_gives_that_rows_gradient_only():
+    hidden, weight, *_ = linear_case()
+    targets = torch.full((9,), IGNORE)
+    targets[4] = 22
+    assert_same(*(m.linear_logprob(hidden, weight, targets) for m in (kernels, reference)), [hidden, weight])
+    assert_same(*(m.linear_cross_entropy(hidden, weight, targets) for m in (kernels, reference)), [hidden, weight])
+
+
+def test_ignore_index_may_be_a_token_of_the_vocabulary():
+    hidden, weight, *_ = linear_case()
+    targets = torch.arange(9) % 3
+    assert_same(
+        *(m.linear_logprob(hidden, weight, targets, ignore_index=0) for m in (kernels, reference)), [hidden, weight]
+    )
+
+
+def test_frozen_weight_or_hidden_gets_no_gradient_and_the_other_the_same():
+    hidden, weight, ref_hidden, ref_weight, targets, mask = linear_case(N=40)
+    for budget in BUDGETS:
+        options = dict(logits_budget=budget)
+        for op in (
+            lambda h, w: kernels.linear_logprob(h, w, targets, **options).logprob,
+            lambda h, w: kernels.linear_logprob(h, w, targets, entropy=True, **options).entropy,
+            lambda h, w: kernels.linear_cross_entropy(h, w, targets, **options),
+            lambda h, w: kernels.linear_kl(h, w, ref_hidden, ref_weight, mask=mask, **options),
+        ):
+            both = torch.autograd.grad(op(hidden, weight).sum(), [hidden, weight])
+            (only_hidden,) = torch.autograd.grad(op(hidden, weight.detach()).sum(), [hidden])
+            (only_weight,) = torch.autograd.grad(op(hidden.detach(), weight).sum(), [weight])
+            torch.testing.assert_close((only_hidden, only_weight), both, rtol=0, atol=0)
+
+
+# ---- the memory regimes ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_saved_recomputed_and_token_loss_gradients_agree_for_any_budget(dtype):
+    hidden, weight, *_, targets, _ = linear_case(N=700, V=1003, D=16, dtype=dtype)
+    advantages = torch.randn(700)
+    results = []
+    for budget in (0, 1, 100_000, 1_500_000, 3e6, 1 << 30, math.inf):
+        options = dict(temperature=1.1, logits_budget=budget)
+        logprob = kernels.linear_logprob(hidden, weight, targets, **options).logprob
+        token = kernels.linear_token_loss(hidden, weight, targets, lambda lp, index: advantages[index] * lp, **options)
+        with_entropy = kernels.linear_logprob(hidden, weight, targets, entropy=True, **options).logprob
+        for losses in (advantages * logprob, token, advantages * with_entropy):
+            results.append((losses.detach(), *torch.autograd.grad(losses.sum() / 7, [hidden, weight])))
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    for result in results[1:]:
+        for a, b in zip(result, results[0]):
+            assert (a.double() - b.double()).norm() <= tolerance * b.double().norm()
+
+
+def test_token_loss_sees_each_supervised_token_once_with_its_position():
+    hidden, weight, *_, targets, mask = linear_case(N=900, V=300)
+    seen = []
+
+    def token_loss(logprob, index):
+        seen.append(index)
+        return logprob.double() * index
+
+    losses = kernels.linear_token_loss(hidden, weight, targets, token_loss, logits_budget=300_000)
+    assert len(seen) > 1 and torch.equal(torch.cat(seen), mask.nonzero()[:, 0])
+    expected = reference.linear_logprob(hidden, weight, targets)[0] * torch.arange(900)
+    torch.testing.assert_close(losses, expected)
+
+
+def test_token_loss_refuses_an_upstream_gradient_that_differs_between_tokens():
+    hidden, weight, *_, targets, mask = linear_case()
+    losses = kernels.linear_token_loss(hidden, weight, targets, lambda logprob, index: -logprob)
+    with pytest.raises(ValueError, match="put per-token weights inside token_loss"):
+        (losses * torch.arange(9)).sum().backward(retain_graph=True)
+    (losses * mask * 3).sum().backward()  # differs at ignored tokens only
+    assert hidden.grad.norm() > 0
+
+
+def test_token_loss_that_ignores_the_logprob_has_zero_gradient():
+    hidden, weight, *_, targets, _ = linear_case()
+    losses = kernels.linear_token_loss(
+        hidden, weight, targets, lambda logprob, index: torch.ones_like(logprob).detach()
+    )
+    for grad in torch.autograd.grad(losses.sum(), [hidden, weight]):
+        assert (grad == 0).all()
+
+
+def test_gradients_formed_in_the_forward_survive_a_kept_graph():
+    hidden, weight, *_, targets, _ = linear_case()
+    loss = kernels.linear_cross_entropy(hidden, weight, targets)
+    first = torch.autograd.grad(loss, [hidden, weight], retain_graph=True)
+    second = torch.autograd.grad(loss, [hidden, weight])
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, [hidden, weight])
+
+
+def peak_bytes(work):
+    """The most that torch had allocated at once during work(), beyond what was there before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    total = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return peak
+
+
+def test_peak_memory_is_at_most_a_quarter_of_eagers():
+    hidden, weight, *_ = linear_case(512, 20000, D=32, dtype=torch.float32)
+    targets = torch.randint(20000, (512,)).where(torch.arange(512) % 2 == 0, torch.tensor(IGNORE))
+    outputs = hidden.nbytes + weight.nbytes
+
+    def eager():
+        F.cross_entropy(hidden @ weight.T, targets).backward()
+
+    def saved():
+        (-kernels.linear_logprob(hidden, weight, targets).logprob.sum()).backward()
+
+    def formed():
+        kernels.linear_cross_entropy(hidden, weight, targets).backward()
+
+    peaks = []
+    for work in (eager, saved, formed):
+        hidden.grad = weight.grad = None
+        peaks.append(peak_bytes(work) - outputs)
+    assert peaks[0] > 2 * 512 * 20000 * 4  # the measure sees eager's logits
+    assert peaks[1] <= peaks[0] / 4 and peaks[2] <= peaks[0] / 4, peaks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peak_memory_stays_under_the_budget_asked_for(dtype):
+    N, V = 512, 32000
+    hidden, weight, ref_hidden, ref_weight, *_ = linear_case(N, V, D=16, dtype=dtype)
+    targets = torch.randint(V, (N,))
+    outputs = hidden.nbytes + weight.nbytes
+    for budget in (16 << 20, 40 << 20, 100 << 20):  # the logits: 62 MiB in fp32
+        options = dict(logits_budget=budget)
+        for op in (
+            lambda: kernels.linear_logprob(hidden, weight, targets, **options).logprob,
+            lambda: kernels.linear_logprob(hidden, weight, targets, entropy=True, **options).entropy,
+            lambda: kernels.linear_cross_entropy(hidden, weight, targets, **options),
+            lambda: kernels.linear_kl(hidden, weight, ref_hidden, ref_weight, **options),
+            lambda: kernels.linear_kl(hidden, weight, ref_hidden, ref_weight, reverse=False, **options),
+        ):
+            hidden.grad = weight.grad = None
+            peak = peak_bytes(lambda: op().sum().backward()) - outputs
+            assert peak <= budget, (budget, peak)
+            with torch.no_grad():
+                assert peak_bytes(op) <= budget
+
+
+def test_scoring_holds_one_chunk_and_saves_nothing():
+    hidden, weight, ref_hidden, ref_weight, targets, _ = linear_case(2000, 4000, valid=1, dtype=torch.float32)
+    chunk = 262 * 4000 * 4
+    for op, chunks in (
+        (lambda h, w: kernels.linear_logprob(h, w, targets), 1),
+        (lambda h, w: kernels.linear_logprob(h, w, targets, entropy=True), 2),
+        (lambda h, w: kernels.linear_token_loss(h, w, targets, lambda lp, index: -lp), 1),
+        (lambda h, w: kernels.linear_kl(h, w, ref_hidden, ref_weight), 2.25),
+    ):
+        trained = tensors(op(hidden, weight))
+        with torch.no_grad():
+            scored = tensors(op(hidden, weight))
+            assert peak_bytes(lambda: op(hidden, weight)) < (chunks + 0.1) * chunk
+        frozen = tensors(op(hidden.detach(), weight.detach()))
+        for a, b, c in zip(trained, scored, frozen):
+            assert a.requires_grad and not b.requires_grad and not c.requires_grad
+            assert torch.equal(a, b) and torch.equal(a, c)
+
+
+# ---- extreme values ----
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1e4])
+def test_extreme_logits_keep_fp32_precision(scale):
+    logits = (torch.randn(6, 50) * scale).requires_grad_()
+    ref_logits = torch.randn(6, 50) * scale
+    logits.data[0], logits.data[1, 7] = 3.0, 4e4  # equal logits; p -> 1
+    targets = torch.tensor([0, 7, 3, 4, 5, 6])
+    wide = logits.detach().double().requires_grad_()
+    for ours, exact in (
+        (kernels.logprob_rows(logits, targets, entropy=True), reference.logprob_rows(wide, targets, entropy=True)),
+        (kernels.kl_rows(logits, ref_logits), reference.kl_rows(wide, ref_logits.double())),
+        (
+            kernels.kl_rows(logits, ref_logits, reverse=False),
+            reference.kl_rows(wide, ref_logits.double(), reverse=False),
+        ),
+    ):
+        for a, b in zip(tensors(ours), tensors(exact)):
+            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+            grads = (torch.autograd.grad(x.sum(), leaf, retain_graph=True)[0] for x, leaf in ((a, logits), (b, wide)))
+            torch.testing.assert_close(
+                *(g.double() for g in grads), rtol=1e-4, atol=1e-5 * max(1, b.abs().max().item())
+            )
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_large_hidden_states_give_the_twins_values_and_finite_gradients(budget):
+    hidden, weight, ref_hidden, ref_weight, targets, mask = linear_case(N=30, V=70)
+    hidden = (hidden.detach() * 5e3).requires_grad_()  # logits of +-1e4
+    for entropy in (False, True):
+        out = (
+            m.linear_logprob(hidden, weight, targets, entropy=entropy, logits_budget=budget)
+            for m in (kernels, reference)
+        )
+        assert_same(*out, [hidden, weight])
+    for reverse in (True, False):
+        options = dict(mask=mask, reverse=reverse, logits_budget=budget)
+        assert_same(
+            *(m.linear_kl(hidden, weight, ref_hidden, ref_weight, **options) for m in (kernels, reference)),
+            [hidden, weight],
+        )
+
+
+def test_forbidden_tokens_with_logit_minus_infinity_contribute_nothing():
+    logits = torch.randn(5, 12, dtype=torch.float64)
+    ref_logits = torch.randn(5, 12, dtype=torch.float64)
+    logits[:, 3], ref_logits[:, 3] = -math.inf, -math.inf
+    logits.requires_grad_()
+    targets = torch.tensor([0, 1, 2, 4, 5])
+    assert_same(*(m.logprob_rows(logits, targets, entropy=True) for m in (kernels, reference)), [logits])
+    for reverse in (True, False):
+        assert_same(*(m.kl_rows(logits, ref_logits, reverse=reverse) for m in (kernels, reference)), [logits])
+    assert kernels.logprob_rows(logits, torch.full((5,), 3)).logprob.tolist() == [-math.inf] * 5
+    # the same through a head: one weight row at infinity against positive hidden states
+    hidden = torch.rand(5, 3, dtype=torch.float64).add(1).requires_grad_()
+    weight = torch.randn(12, 3, dtype=torch.float64)
+    weight[3] = -math.inf
+    for budget in BUDGETS:
+        out = kernels.linear_logprob(hidden, weight, targets, entropy=True, logits_budget=budget)
+        torch.testing.assert_close(
+            tuple(out), tensors_of_twin := reference.linear_logprob(hidden, weight, targets, entropy=True)
+        )
+        assert all(x.isfinite().all() for x in tensors_of_twin)
+
+
+def test_kl_of_a_model_with_itself_is_exactly_zero():
+    hidden, weight, *_ = linear_case(N=40, V=1003, dtype=torch.float32)
+    logits = (hidden @ weight.T * 100).detach().requires_grad_()
+    for reverse in (True, False):
+        for budget in BUDGETS:
+            kl = kernels.linear_kl(
+                hidden, weight, hidden.detach(), weight.detach(), reverse=reverse, logits_budget=budget
+            )
+            assert (kl == 0).all()
+            for grad in torch.autograd.grad(kl.sum(), [hidden, weight]):
+                assert grad.abs().max() < 1e-5
+        kl = kernels.kl_rows(logits, logits, reverse=reverse)
+        assert (kl == 0).all() and (torch.autograd.grad(kl.sum(), logits)[0] == 0).all()
+
+
+def test_kl_is_infinite_where_the_reference_forbids_what_the_policy_allows():
+    logits, ref_logits = torch.zeros(1, 4), torch.tensor([[0.0, 0.0, 0.0, -math.inf]])
+    assert kernels.kl_rows(logits, ref_logits).item() == math.inf
+    torch.testing.assert_close(kernels.kl_rows(logits, ref_logits, reverse=False), torch.tensor([math.log(4 / 3)]))
+
+
+# ---- precision, determinism, hygiene ----
+
+
+def relative_errors(got, exact):
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, exact)]
+
+
+@pytest.mark.parametrize("peak", [0.0, 1.0], ids=["spread", "peaked"])
+def test_bf16_error_is_at_most_1_1_times_that_of_plain_torch_in_bf16(peak):
+    N, V, D = 512, 3001, 64
+    targets, g = torch.randint(V, (N,)), torch.randn(N)
+    head = torch.randn(V, D) * 0.4  # logits of +-3.2, and of the target 10 more when peaked
+    hidden = (torch.randn(N, D) + peak * head[targets]).bfloat16().requires_grad_()
+    weight = head.bfloat16().requires_grad_()
+    ref_hidden, ref_weight = torch.randn(N, D).bfloat16(), (head + 0.2 * torch.randn(V, D)).bfloat16()
+    leaves, wide = [hidden, weight], [x.detach().double().requires_grad_() for x in (hidden, weight)]
+
+    def all_of(result, leaves):
+        return [result, *torch.autograd.grad(result, leaves, g.to(result.dtype))]
+
+    exact = all_of(reference.linear_logprob(*wide, targets)[0], wide)
+    plain = relative_errors(all_of(reference.linear_logprob(*leaves, targets)[0], leaves), exact)
+    exact_kl = all_of(reference.linear_kl(*wide, ref_hidden.double(), ref_weight.double()), wide)
+    plain_kl = relative_errors(all_of(reference.linear_kl(*leaves, ref_hidden, ref_weight), leaves), exact_kl)
+    for budget in (0, 1_000_000, 2 << 30):
+        options = dict(logits_budget=budget)
+        for entropy in (False, True):
+            ours = all_of(kernels.linear_logprob(*leaves, targets, entropy=entropy, **options).logprob, leaves)
+            assert all(a <= 1.1 * b for a, b in zip(relative_errors(ours, exact), plain)), (budget, entropy)
+        losses = kernels.linear_token_loss(*leaves, targets, lambda lp, index: g[index] * lp, **options)
+        ours = [x.double() * 7 for x in torch.autograd.grad(losses.sum() / 7, leaves)]  # a factor that is no power of 2
+        assert all(a <= 1.1 * b for a, b in zip(relative_errors(ours, exact[1:]), plain[1:])), budget
+        ours = all_of(kernels.linear_kl(*leaves, ref_hidden, ref_weight, **options), leaves)
+        assert all(a <= 1.1 * b for a, b in zip(relative_errors(ours, exact_kl), plain_kl)), budget
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_runs_are_bitwise_equal_and_unset_memory_leaves_no_trace(dtype):
+    hidden, weight, ref_hidden, ref_weight, targets, mask = linear_case(N=300, V=1003, D=16, dtype=dtype)
+
+    def everything(budget):
+        options = dict(logits_budget=budget, temperature=0.9)
+        out = [*kernels.linear_logprob(hidden, weight, targets, entropy=True, **options)]
+        out += [*tensors(kernels.linear_logprob(hidden, weight, targets, **options))]
+        out += [kernels.linear_token_loss(hidden, weight, targets, lambda lp, index: lp * lp, **options)]
+        out += [
+            kernels.linear_kl(hidden, weight, ref_hidden, ref_weight, mask=mask, reverse=r, **options)
+            for r in (True, False)
+        ]
+        out += [kernels.kl_rows(hidden, ref_hidden.repeat(1, 4), mask=mask)]
+        out += [*kernels.logprob_rows(hidden, targets.clamp(max=15), entropy=True)]
+        return [x.detach() for x in out] + list(torch.autograd.grad(sum(x.sum() for x in out), [hidden, weight]))
+
+    for budget in (0, 700_000, 2 << 30):
+        first = everything(budget)
+        assert all(x.isfinite().all() for x in first)
+        torch.use_deterministic_algorithms(True)  # fills every torch.empty with NaN
+        try:
+            assert torch.empty(3).isnan().all()
+            runs = [everything(budget), everything(budget)]
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert all(torch.equal(a, b) for run in runs for a, b in zip(first, run))
+
+
+def test_inputs_are_not_modified():
+    hidden, weight, ref_hidden, ref_weight, targets, mask = linear_case(N=40, V=300)
+    logits, ref_logits = torch.randn(2, 40, 300, dtype=torch.float64)
+    logits.requires_grad_()
+    given = [hidden, weight, ref_hidden, ref_weight, targets, mask, logits, ref_logits]
+    before = [x.detach().clone() for x in given]
+    for budget in BUDGETS:
+        results = [*kernels.linear_logprob(hidden, weight, targets, entropy=True, temperature=2, logits_budget=budget)]
+        results += [kernels.linear_cross_entropy(hidden, weight, targets, logits_budget=budget)]
+        results += [
+            kernels.linear_kl(hidden, weight, ref_hidden, ref_weight, mask=mask, temperature=2, logits_budget=budget)
+        ]
+        results += [*kernels.logprob_rows(logits, targets, temperature=2, entropy=True)]
+        results += [kernels.kl_rows(logits, ref_logits, temperature=2, reverse=r) for r in (True, False)]
+        results += [*tensors(kernels.logprob_rows(logits, torch.arange(40))), kernels.kl_rows(logits, ref_logits)]
+        torch.autograd.grad(sum(x.sum() for x in results), [hidden, weight, logits])
+    assert all(torch.equal(a, b) for a, b in zip(before, given))
+
+
+# ---- kl_estimate ----
+
+
+def test_k1_and_k3_are_unbiased_and_k2_agrees_to_second_order():
+    logp = torch.log_softmax(torch.randn(1, 8, dtype=torch.float64), -1)
+    for step, tolerance in ((1.0, None), (1e-3, 1e-8)):
+        logq = torch.log_softmax(logp + step * torch.randn(1, 8, dtype=torch.float64), -1)
+        exact = reference.kl_rows(logp, logq)
+        mean = {
+            kind: (logp.exp() * kernels.kl_estimate(logp, logq, kind)).sum() for kind in ("k1", "k2", "k3")
+        }  # enumerated
+        torch.testing.assert_close(mean["k1"], exact[0])
+        torch.testing.assert_close(mean["k3"], exact[0])
+        if tolerance:
+            assert abs(mean["k2"] - exact[0]) < tolerance
+        assert (kernels.kl_estimate(logp, logq, "k3") >= 0).all()
+
+
+def test_only_k2_differentiated_has_the_gradient_of_the_kl():
+    logits = torch.randn(1, 8, dtype=torch.float64, requires_grad=True)
+    logq = torch.log_softmax(torch.randn(1, 8, dtype=torch.float64), -1)
+    (exact,) = torch.autograd.grad(reference.kl_rows(logits, logq).sum(), logits)
+    got = {}
+    for kind in ("k1", "k2", "k3"):
+        logp = torch.log_softmax(logits, -1)
+        (got[kind],) = torch.autograd.grad((logp.exp().detach() * kernels.kl_estimate(logp, logq, kind)).sum(), logits)
+    torch.testing.assert_close(got["k2"], exact)
+    assert got["k1"].abs().max() < 1e-12
+    torch.testing.assert_close(got["k3"], torch.softmax(logits, -1).detach() - logq.exp())  # grad KL(q || p)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_kl_estimate_matches_its_twin(kind):
+    logprobs, ref_logprobs = -torch.rand(2, 3, 4, dtype=torch.float64)
+    logprobs.requires_grad_()
+    assert_same(*(m.kl_estimate(logprobs, ref_logprobs, kind) for m in (kernels, reference)), [logprobs])
+
+
+# ---- bad input ----
+
+
+H, W, T = torch.randn(4, 3), torch.randn(6, 3), torch.tensor([0, 5, IGNORE, 2])
+SAME = torch.ones_like
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: kernels.linear_logprob(H[0], W, T), ["hidden", "(3,)", "(N, D)"]),
+        (lambda: kernels.linear_logprob(H.long(), W, T), ["hidden", "int64", "float"]),
+        (lambda: kernels.linear_logprob(H.tolist(), W, T), ["hidden", "list"]),
+        (lambda: kernels.linear_logprob(H, W[:, :2], T), ["weight", "(6, 2)", "(V, 3)"]),
+        (lambda: kernels.linear_logprob(H, W.double(), T), ["weight", "float64", "float32"]),
+        (lambda: kernels.linear_logprob(H, W.to("meta"), T), ["weight", "meta", "cpu"]),
+        (lambda: kernels.linear_logprob(H, W, T[:3]), ["targets", "(3,)", "(4,)"]),
+        (lambda: kernels.linear_logprob(H, W, T.float()), ["targets", "float32", "int64"]),
+        (lambda: kernels.linear_logprob(H, W, T.to("meta")), ["targets", "meta", "cpu"]),
+        (lambda: kernels.linear_logprob(H, W, T + 1), ["targets", "6", "[0, 6)"]),
+        (lambda: kernels.linear_logprob(H, W, T - 1), ["targets", "-101", "[0, 6)"]),
+        (lambda: kernels.linear_logprob(H, W, T.int() + 1), ["targets", "6", "[0, 6)"]),
+        (lambda: kernels.linear_logprob(H, W, T, logits_budget=math.nan), ["logits_budget", "nan"]),
+        (lambda: kernels.linear_logprob(H, W, T, logits_budget=-1), ["logits_budget", "-1"]),
+        (lambda: kernels.linear_logprob(H, W, T, temperature=0), ["temperature", "0"]),
+        (lambda: kernels.linear_logprob(H, W, T, temperature=math.nan), ["temperature", "nan"]),
+        (lambda: kernels.linear_token_loss(H, W, T, None), ["token_loss", "NoneType"]),
+        (lambda: kernels.linear_token_loss(H, W, T, lambda lp, index: lp.sum()), ["token_loss", "()", "(3,)"]),
+        (lambda: kernels.linear_token_loss(H, W, T, lambda lp, index: 1.0), ["token_loss", "float"]),
+        (lambda: kernels.linear_cross_entropy(H, W, T, reduction="avg"), ["reduction", "avg", "mean"]),
+        (lambda: kernels.linear_cross_entropy(H, W, T + 1), ["targets", "[0, 6)"]),
+        (lambda: kernels.linear_kl(H, W, H[:3], W), ["ref_hidden", "(3, 3)", "(4"]),
+        (lambda: kernels.linear_kl(H, W, H, W[:5]), ["ref_weight", "(5, 3)", "(6"]),
+        (lambda: kernels.linear_kl(H, W, H[:, :2], W), ["ref_weight", "(V, 2)"]),
+        (lambda: kernels.linear_kl(H, W, H, W, mask=T), ["mask", "int64", "bool"]),
+        (lambda: kernels.linear_kl(H, W, H, W, mask=(T > 0)[:2]), ["mask", "(2,)", "(4,)"]),
+        (lambda: kernels.linear_kl(H, W[:0], H, W[:0]), ["weight", "V >= 1"]),
+        (lambda: kernels.logprob_rows(H.long(), T), ["logits", "int64"]),
+        (lambda: kernels.logprob_rows(H, T), ["targets", "5", "[0, 3)"]),
+        (lambda: kernels.logprob_rows(H, T % 3, temperature=-1), ["temperature", "-1"]),
+        (lambda: kernels.kl_rows(H, H[:, :2]), ["ref_logits", "(4, 2)", "(4, 3)"]),
+        (lambda: kernels.kl_rows(H, H, mask=[True] * 4), ["mask", "list"]),
+        (lambda: kernels.kl_estimate(H, H, "k4"), ["kind", "k4", "k1"]),
+        (lambda: kernels.kl_estimate(H, H[:2]), ["ref_logprobs", "(2, 3)", "(4, 3)"]),
+    ],
+)
+def test_bad_input_is_one_valueerror_that_names_the_argument(call, words):
+    with pytest.raises(ValueError) as error:
+        call()
+    message = str(error.value)
+    assert message.startswith(words[0] + ":") and "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+def test_zero_size_inputs_give_zero_size_outputs_and_zero_gradients():
+    for N, V, D in ((0, 6, 3), (0, 0, 3), (4, 6, 0), (0, 0, 0)):
+        hidden, weight = torch.zeros(N, D, requires_grad=True), torch.zeros(V, D, requires_grad=True)
+        targets = torch.zeros(N, dtype=torch.int64)
+        for budget in (0, 2 << 30):
+            results = [*kernels.linear_logprob(hidden, weight, targets, entropy=True, logits_budget=budget)]
+            results += tensors(kernels.linear_logprob(hidden, weight, targets, logits_budget=budget))
+            results += [
+                kernels.linear_kl(hidden, weight, hidden, weight, reverse=r, logits_budget=budget)
+                for r in (True, False)
+            ]
+            results += [kernels.linear_token_loss(hidden, weight, targets, lambda lp, index: lp, logits_budget=budget)]
+            for result in results:
+                assert result.shape == (N,)
+                grads = torch.autograd.grad(result.sum(), [hidden, weight], retain_graph=True)
+                assert [g.shape for g in grads] == [hidden.shape, weight.shape] and all((g == 0).all() for g in grads)
+        mean = kernels.linear_cross_entropy(hidden, weight, targets)
+        torch.testing.assert_close(mean.item(), math.log(V) if N else 0.0)
+    logits = torch.zeros(0, 6, requires_grad=True)
+    assert kernels.kl_rows(logits, logits).shape == (0,)
+    assert all(x.shape == (0,) for x in kernels.logprob_rows(logits, torch.zeros(0, dtype=torch.int32), entropy=True))

@@ -1,0 +1,372 @@
+"""Vocabularies: every format read to the published ids, written to files that come back the same, trained by hand."""
+
+import base64
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import tiktoken
+
+from data import tokenizer
+
+SHARED = Path(__file__).parents[1].parent / "shared"
+needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="the published sample files are not beside this checkout (../shared)")
+SPECIAL = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
+CORPUS = [
+    "the cat sat on the mat. the cat's hat, the cat's mat;  2 cats\n\n\tand 12 hats\n",
+    "naïve café — 日本語 🙂 hello hello; a house, another house, the mouse in the other house",
+] * 3
+
+
+@pytest.fixture(scope="module")
+def trained() -> tiktoken.Encoding:
+    return tokenizer.train(CORPUS, 320, SPECIAL)
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> tiktoken.Encoding:
+    if not SHARED.exists():
+        pytest.skip("GPT-2's vocabulary is not beside this checkout (../shared)")
+    return tokenizer.load(SHARED / "data/tokenizer/gpt2")
+
+
+def random_texts(n: int) -> list[str]:
+    """Strings over an alphabet of everything that split patterns tell apart: letter cases, digits, white space, marks, emoji."""
+    rng = random.Random(0)
+    alphabet = [*"ab zZ  \n\t\r12345'sdéñ日語🙂.,!-_<|>\u00a0\u2028\u0301ßǅ²Ⅷ٣", "the ", "\n\n", "   ", "hello", " 12 ", "'ll", "'S"]
+    return ["".join(rng.choices(alphabet, k=rng.randint(0, 25))) for _ in range(n)]
+
+
+def spec_of(encoding: tiktoken.Encoding, folder: Path) -> dict:
+    """A tokenizer.json as a dict, for a test to change and write back."""
+    tokenizer.save(encoding, folder, chat=False)
+    return json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+
+
+def write(folder: Path, spec: dict) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    return folder
+
+
+def same(a: tiktoken.Encoding, b: tiktoken.Encoding) -> bool:
+    fields = ("_mergeable_ranks", "_special_tokens", "_pat_str", "__class__")
+    return all(getattr(a, field) == getattr(b, field) for field in fields)
+
+
+# ----------------------------------------------------------------------------------------------------------------- reading
+
+
+def test_byte_table_is_a_bijection_with_gpt2s_known_spellings():
+    assert len(tokenizer.CHAR_TO_BYTE) == 256
+    assert [tokenizer.BYTE_TO_CHAR[ord(char)] for char in " \n\tA~"] == ["Ġ", "Ċ", "ĉ", "A", "~"]
+    assert tokenizer.BYTE_TO_CHAR[0xAD] == "Ń"  # the soft hyphen does not print: the last of the 68
+
+
+@needs_shared
+def test_tok512_gives_the_published_ids():
+    encoding = tokenizer.load(SHARED / "hf/tok512")
+    assert encoding.n_vocab == 512
+    for expected in json.loads((SHARED / "hf/tok512/expected_encodings.json").read_text(encoding="utf-8")):
+        assert encoding.encode(expected["text"], allowed_special="all") == expected["ids"]
+        assert encoding.decode(expected["ids"]) == expected["decoded"]
+
+
+def test_gpt2_files_give_gpt2s_vocabulary(gpt2):
+    assert gpt2.n_vocab == 50257 and gpt2._special_tokens == {"<|endoftext|>": 50256}
+    assert gpt2.encode_ordinary(" the") == [262]
+    assert gpt2.encode_ordinary("hello world") == [31373, 995]  # the example in tiktoken's documentation
+    assert all(gpt2.decode(gpt2.encode_ordinary(text)) == text for text in random_texts(300))
+
+
+def test_text_never_produces_a_special_token(trained):
+    ids = trained.encode_ordinary("a<|endoftext|>b<|im_end|>")
+    assert max(ids) < min(trained._special_tokens.values()) and trained.decode(ids) == "a<|endoftext|>b<|im_end|>"
+
+
+@pytest.mark.parametrize("names", [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")])
+def test_vocab_and_merges_read_the_same_in_both_spellings(trained, tmp_path, names):
+    model = spec_of(trained, tmp_path / "json")["model"]
+    (tmp_path / names[0]).write_text(json.dumps(model["vocab"]), encoding="utf-8")
+    merges = "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in model["merges"])
+    (tmp_path / names[1]).write_text(merges, encoding="utf-8")
+    assert same(tokenizer.load(tmp_path), trained)  # the unmerged <|...|> entries come back as special tokens
+    assert same(tokenizer.load(tmp_path / names[0]), trained)
+
+
+def test_merges_as_strings_read_like_merges_as_lists(trained, tmp_path):
+    spec = spec_of(trained, tmp_path / "a")
+    spec["model"]["merges"] = [" ".join(merge) for merge in spec["model"]["merges"]]
+    assert same(tokenizer.load(write(tmp_path / "b", spec)), trained)
+
+
+def test_tiktoken_file_gives_the_ids_of_its_ranks(trained, tmp_path):
+    path = tmp_path / "world.tiktoken"
+    path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in trained._mergeable_ranks.items()))
+    assert tokenizer.load(path)._special_tokens == {}
+    added = {str(id): {"content": token, "special": True} for token, id in trained._special_tokens.items()}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    assert same(tokenizer.load(tmp_path), trained)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer"}))
+    assert tokenizer.load(path)._pat_str == tokenizer.QWEN
+    assert tokenizer.load(path.rename(tmp_path / "cl100k_base.tiktoken"))._special_tokens["<|endoftext|>"] == 100257
+
+
+def test_split_pattern_of_the_file_is_used(trained, tmp_path):
+    spec = spec_of(trained, tmp_path / "a")
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": tokenizer.CL100K}, "behavior": "Isolated", "invert": False}
+    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
+    assert tokenizer.load(write(tmp_path / "b", spec))._pat_str == tokenizer.CL100K
+    digits = {"type": "Digits", "individual_digits": True}
+    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, {**byte_level, "use_regex": True}]}
+    assert tokenizer.load(write(tmp_path / "c", spec))._pat_str == tokenizer.GPT2_DIGITS
+
+
+def test_split_patterns_cut_numbers_as_their_models_do():
+    digits = {"GPT2": ["12345"], "GPT2_DIGITS": [*"12345"], "CL100K": ["123", "45"], "QWEN": [*"12345"]}
+    for name, words in digits.items():
+        assert tokenizer.regex.findall(getattr(tokenizer, name), "12345") == words
+
+
+def test_nfc_normalizer_composes_before_encoding_and_survives_a_save(trained, tmp_path):
+    spec = spec_of(trained, tmp_path / "a") | {"normalizer": {"type": "NFC"}}
+    encoding = tokenizer.load(write(tmp_path / "b", spec))
+    assert encoding.encode_ordinary("e\u0301") == trained.encode_ordinary("é") != trained.encode_ordinary("e\u0301")
+    tokenizer.save(encoding, tmp_path / "c", chat=True)
+    assert type(tokenizer.load(tmp_path / "c")) is type(encoding)
+
+
+def test_added_token_that_is_not_special_gets_its_id_and_stays_out_of_text(trained, tmp_path):
+    spec = spec_of(trained, tmp_path / "a")
+    spec["added_tokens"].append({"id": trained.n_vocab, "content": "<tool_call>", "special": False})
+    encoding = tokenizer.load(write(tmp_path / "b", spec))
+    assert encoding.decode([trained.n_vocab]) == "<tool_call>"
+    assert encoding.encode_ordinary("<tool_call>") == trained.encode_ordinary("<tool_call>")
+
+
+def test_added_token_that_merges_make_anyway_stays_a_plain_token(trained, tmp_path):
+    spec = spec_of(trained, tmp_path / "a")
+    id = trained._mergeable_ranks[b"ouse"]
+    spec["added_tokens"].append({"id": id, "content": "ouse", "special": False})
+    assert same(tokenizer.load(write(tmp_path / "b", spec)), trained)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda spec: spec["model"].update(type="Unigram"), "Unigram model, and only byte-level BPE"),
+        (lambda spec: spec["model"].update(type="WordPiece", merges=None), "WordPiece model"),
+        (lambda spec: spec["model"].update(byte_fallback=True), "byte_fallback"),
+        (lambda spec: spec["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix"),
+        (lambda spec: spec.update(normalizer={"type": "Lowercase"}), "normalizer .Lowercase."),
+        (lambda spec: spec.update(pre_tokenizer={"type": "Metaspace"}), "splits text by Metaspace"),
+        (lambda spec: spec.update(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True}), "splits text by ByteLevel"),
+        (lambda spec: spec.update(pre_tokenizer=None), "splits text by None"),
+        (lambda spec: spec["model"]["merges"].reverse(), "merges in the order of ids"),
+        (lambda spec: spec["model"]["merges"].append(["Ġ", "never"]), "concatenation is a third"),
+        (lambda spec: spec["model"]["vocab"].pop("~"), "not a byte-level vocabulary: 1 of the 256 bytes"),
+        (lambda spec: spec["model"]["vocab"].update({"~": 3}), "same id to two tokens"),
+        (lambda spec: spec["model"]["vocab"].update({"~": "3"}), "should be an integer"),
+        (lambda spec: spec["added_tokens"].append({"content": "x"}), "is malformed: .* .KeyError: 'id'."),
+        (lambda spec: spec.update(added_tokens=["x"]), "is malformed"),
+        (lambda spec: spec.update(model=[]), "is malformed"),
+        (lambda spec: spec.update(pre_tokenizer="ByteLevel"), "is malformed"),
+        (lambda spec: spec["model"].update(merges=[1, 2]), "is malformed"),
+    ],
+)
+def test_tokenizers_of_another_kind_are_refused_in_one_sentence(trained, tmp_path, change, words):
+    spec = spec_of(trained, tmp_path)
+    change(spec)
+    with pytest.raises(ValueError, match=words) as error:
+        tokenizer.load(write(tmp_path, spec))
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("pattern, words", [(r"\p{N}", "does not cover all text"), (r"(", "cannot be used")])
+def test_split_patterns_that_would_lose_text_are_refused(trained, tmp_path, pattern, words):
+    lossy = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    spec = spec_of(trained, tmp_path)
+    spec["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [lossy, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}],
+    }
+    with pytest.raises(ValueError, match=words):
+        tokenizer.load(write(tmp_path, spec))
+
+
+def test_missing_and_malformed_files_are_refused_in_one_sentence(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file or directory"):
+        tokenizer.load(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="holds no tokenizer"):
+        tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
+    with pytest.raises(ValueError, match="SentencePiece"):
+        tokenizer.load(tmp_path)
+    (tmp_path / "x.tiktoken").write_text("IQ== 0\nIg== one\n")
+    with pytest.raises(ValueError, match="x.tiktoken, line 2: expected a token in base64"):
+        tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": {\n"vocab" 1}}')
+    with pytest.raises(ValueError, match="tokenizer.json, line 2: malformed JSON"):
+        tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("[]")
+    with pytest.raises(ValueError, match="should hold a JSON object"):
+        tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(b'{"model": "\xff"}')
+    with pytest.raises(ValueError, match="not UTF-8"):
+        tokenizer.load(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------- writing
+
+
+def test_merges_recovered_from_the_ids_are_gpt2s_published_merges(gpt2):
+    lines = (SHARED / "data/tokenizer/gpt2/vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]
+    recovered = [f"{tokenizer._spell(left)} {tokenizer._spell(right)}" for left, right in tokenizer._merges(gpt2._mergeable_ranks)]
+    assert len(lines) == 50000 and recovered == lines
+
+
+def test_save_then_load_is_the_identity_for_a_trained_vocabulary(trained, tmp_path):
+    for chat in (True, False):
+        tokenizer.save(trained, tmp_path, chat=chat)
+        assert same(tokenizer.load(tmp_path), trained)
+
+
+def test_save_then_load_is_the_identity_for_published_vocabularies(gpt2, tmp_path):
+    tok512 = tokenizer.load(SHARED / "hf/tok512")
+    tokenizer.save(tok512, tmp_path / "tok512")
+    assert same(tokenizer.load(tmp_path / "tok512"), tok512)
+    tokenizer.save(gpt2, tmp_path / "gpt2", chat=False)
+    assert same(tokenizer.load(tmp_path / "gpt2"), gpt2)
+
+
+def test_saving_a_chat_model_adds_the_chat_tokens_behind_the_last_id(tmp_path):
+    tokenizer.save(tokenizer.train(CORPUS, 300, ["<|endoftext|>"]), tmp_path)
+    assert tokenizer.load(tmp_path)._special_tokens == {"<|endoftext|>": 299, "<|im_start|>": 300, "<|im_end|>": 301}
+
+
+def test_only_a_chat_model_is_saved_with_a_template(trained, tmp_path):
+    tokenizer.save(trained, tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["chat_template"] == (tmp_path / "chat_template.jinja").read_text()
+    assert (config["eos_token"], config["pad_token"]) == ("<|im_end|>", "<|pad|>")
+    tokenizer.save(trained, tmp_path, chat=False)  # over the files of the other: no template stays behind
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert "chat_template" not in config and not (tmp_path / "chat_template.jinja").exists()
+    assert (config["eos_token"], config["pad_token"]) == ("<|endoftext|>", "<|pad|>")
+
+
+def test_padding_is_never_the_token_that_ends_a_turn(tmp_path):
+    bare = tokenizer.train(CORPUS, 300, ["<|endoftext|>"])
+    for chat, pad in ((True, "<|endoftext|>"), (False, None)):
+        tokenizer.save(bare, tmp_path, chat=chat)
+        assert json.loads((tmp_path / "tokenizer_config.json").read_text())["pad_token"] == pad
+
+
+def test_saved_files_are_the_same_bytes_every_time(trained, tmp_path):
+    for name in "ab":
+        tokenizer.save(trained, tmp_path / name)
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------------------- training
+
+
+def train_by_recounting(texts: list[str], n_merges: int) -> list[bytes]:
+    """The definition of BPE training with nothing kept between merges: the oracle for the incremental counts."""
+    splitter = tokenizer.regex.compile(tokenizer.GPT2)
+    words = [list(word.encode()) for text in texts for word in splitter.findall(text)]
+    tokens = [bytes([byte]) for byte in range(256)]
+    for _ in range(n_merges):
+        counts = Counter(pair for word in words for pair in zip(word, word[1:], strict=False))
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        tokens.append(tokens[best[0]] + tokens[best[1]])
+        words = [tokenizer._join(word, best, len(tokens) - 1) for word in words]
+    return tokens
+
+
+def test_training_by_incremental_counts_equals_recounting_every_time():
+    texts = [*CORPUS, "aaaa aaaaa aaaaaa banana bananas ananas"]  # runs of one letter: overlapping pairs
+    encoding = tokenizer.train(texts, 320)
+    assert list(encoding._mergeable_ranks) == train_by_recounting(texts, 64)
+
+
+def test_first_merges_are_the_most_frequent_pairs():
+    encoding = tokenizer.train(["ab ab ab cd cd ab"], 259)
+    # counts: "ab" 4, " a" 3, "cd" 2, " c" 2; once "ab" is one token, " ab" counts 3; of the last two " c" has the lower ids
+    assert [token for token, id in encoding._mergeable_ranks.items() if id > 255] == [b"ab", b" ab", b" c"]
+
+
+def test_trained_ids_are_bytes_then_merges_then_special_tokens(trained):
+    assert all(trained._mergeable_ranks[bytes([byte])] == byte for byte in range(256))
+    assert trained._special_tokens == {token: 316 + i for i, token in enumerate(SPECIAL)}
+    assert trained.n_vocab == 320 == len(trained._mergeable_ranks) + len(trained._special_tokens)
+    assert all(trained.decode(trained.encode_ordinary(text)) == text for text in [*CORPUS, *random_texts(300)])
+
+
+def test_no_token_spans_two_words(trained):
+    for token in trained._mergeable_ranks:
+        text = token.decode(errors="ignore")
+        assert len(token) == 1 or len(tokenizer.regex.findall(tokenizer.GPT2, text)) <= 1
+
+
+def test_training_is_deterministic_and_ignores_the_order_of_texts():
+    assert tokenizer.train(CORPUS, 330)._mergeable_ranks == tokenizer.train(CORPUS[::-1], 330)._mergeable_ranks
+
+
+def test_training_stops_when_no_pair_is_left():
+    assert tokenizer.train(["abc"], 1000, SPECIAL).n_vocab == 256 + 2 + len(SPECIAL)
+    assert tokenizer.train([""], 1000, SPECIAL).n_vocab == 256 + len(SPECIAL)
+
+
+def test_a_vocabulary_without_room_for_the_bytes_is_refused():
+    with pytest.raises(ValueError, match="room for 256 bytes and 4 different special tokens"):
+        tokenizer.train(CORPUS, 259, SPECIAL)
+    with pytest.raises(ValueError, match="different special tokens"):
+        tokenizer.train(CORPUS, 400, ["<|pad|>", "<|pad|>"])
+
+
+# ------------------------------------------------------------------------------------------------------------------- peers
+
+
+@pytest.mark.parametrize("pattern", ["GPT2", "GPT2_DIGITS", "CL100K", "QWEN"])
+def test_transformers_opens_what_we_save_with_identical_ids(trained, tmp_path, pattern):
+    transformers = pytest.importorskip("transformers")
+    kind = tokenizer.NFCEncoding if pattern == "QWEN" else tiktoken.Encoding
+    split = getattr(tokenizer, pattern)
+    encoding = kind("x", pat_str=split, mergeable_ranks=trained._mergeable_ranks, special_tokens=trained._special_tokens)
+    tokenizer.save(encoding, tmp_path)
+    peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert len(peer) == encoding.n_vocab and peer.convert_tokens_to_ids("<|im_end|>") == encoding._special_tokens["<|im_end|>"]
+    for text in random_texts(1000):
+        ids = encoding.encode_ordinary(text)
+        assert peer.encode(text) == ids and peer.decode(ids) == encoding.decode(ids)
+
+
+def test_openais_possessive_patterns_split_as_in_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ranks = tokenizer.train(["12345 12345 123"], 300)._mergeable_ranks  # merges across the threes, for a wrong split to find
+    possessive = tokenizer.CL100K.replace("{1,3}", "{1,3}+")
+    encoding = tiktoken.Encoding("x", pat_str=possessive, mergeable_ranks=ranks, special_tokens={})
+    tokenizer.save(encoding, tmp_path, chat=False)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path).encode("12345") == encoding.encode_ordinary("12345")
+
+
+def test_single_digits_before_gpt2s_pattern_split_as_in_transformers(trained, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    spec = spec_of(trained, tmp_path)
+    digits = {"type": "Digits", "individual_digits": True}
+    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, spec["pre_tokenizer"]]}
+    peer = transformers.AutoTokenizer.from_pretrained(write(tmp_path, spec))
+    encoding = tokenizer.load(tmp_path)
+    assert all(peer.encode(text) == encoding.encode_ordinary(text) for text in random_texts(1000))
+
+
+def test_transformers_opens_gpt2_as_we_save_it(gpt2, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer.save(gpt2, tmp_path, chat=False)
+    peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert len(peer) == 50257 and all(peer.encode(text) == gpt2.encode_ordinary(text) for text in random_texts(1000))
