@@ -45,7 +45,7 @@ class Config:
     steps: int = 0  # optimiser steps (default: two epochs)
     batch_size: int = 64  # pairs per optimiser step
     lr: float = 3e-4  # peak learning rate (for real models 5e-7 to 1e-6)
-    shape: str = "llama:2x128x128"  # of a model from scratch: architecture:layers x width x context
+    shape: str = "llama:4x96x128"  # of a model from scratch: architecture:layers x width x context
     seed: int = 0  # of data and order
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: str = "auto"  # precision of matrix products: float32 or bfloat16 (auto: bfloat16 on CUDA)
@@ -84,6 +84,7 @@ def all_logps(model, pairs, size=256):
 
 def main(config):
     run.require(config.beta > 0, f"--beta must be positive, not {config.beta}")
+    run.require(0.5 <= config.agreement < 1, f"--agreement must lie in [0.5, 1), not {config.agreement}")
     run.require(0 <= config.label_smoothing < 0.5, f"--label-smoothing must lie in [0, 0.5), not {config.label_smoothing}")
     job = run.start(config, "dpo")
 
@@ -91,6 +92,7 @@ def main(config):
     scratch = config.init == "scratch"
     encoding = chat.extend(tokenizer.load(config.tokenizer or (world.TOKENIZER if scratch else config.init)))
     policy = GPT.from_scratch(config.shape, encoding.n_vocab) if scratch else GPT.from_pretrained(config.init)
+    run.require(policy.config.head == "lm", f"--init {config.init} has a scalar head and cannot write: name a language model")
     policy = tokenizer.fit(policy, encoding).to(job.device)
     if config.data:
         records = [record for path in config.data for record in formats.read(path, "preference")]
@@ -98,7 +100,8 @@ def main(config):
         prompts = world.prompts(config.prompts, config.seed)
         records = annotators.preferences(policy, encoding, prompts, config.agreement, config.seed)
     pairs, _, dropped = encode_pairs(records, encoding, policy.config.context)
-    run.require(pairs, f"none of the {len(records)} pairs in {config.data} fits the model's context of {policy.config.context} tokens")
+    source = ", ".join(map(str, config.data)) or "the embedded world"
+    run.require(pairs, f"none of the {len(records)} pairs of {source} fits the model's context of {policy.config.context} tokens")
     job.say(f"dpo: {len(pairs)} pairs, {dropped} dropped for their length")
     random.Random(config.seed).shuffle(pairs)
     held_out, pairs = pairs[: len(pairs) // 10][:500], pairs[len(pairs) // 10 :]

@@ -17,9 +17,10 @@ temperature 1 (what the model believes, not only what it would say first):
 import html
 import json
 import os
+import statistics
 import subprocess
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,8 +28,8 @@ import torch
 
 import kernels
 import run
-from data import annotators, chat, formats, tokenizer, world
-from data.collate import collate, encode_pairs, pad
+from data import annotators, chat, tokenizer, world
+from data.collate import collate, pad
 from model import GPT
 
 MAX_NEW_TOKENS = 24  # of the embedded world's replies; the longest right answer has 20
@@ -84,24 +85,245 @@ def interval(values):
 
 
 def measure(model, encoding, chats, prompts, sft=None, sft_gold=None, seed=0):
-    """Every number of the scoreboard for one model: (fields, gold per prompt, {skill: its golds}, samples)."""
+    """A policy's row of the scoreboard, its gold per prompt, its gold per skill, and what it said."""
     conversations = [record.messages for record in prompts]
     replies = answer(model, encoding, conversations, chats, seed=seed)
     scores = [world.judge(m, text, ended) for m, (_, ended, text) in zip(conversations, replies, strict=True)]
     skills = [world.solve(m).skill for m in conversations]
-    gold = [s["gold"] for s in scores]
+    texts = [text for _, _, text in replies]
+    gold = [score["gold"] for score in scores]
     by_skill = {name: [g for g, s in zip(gold, skills, strict=True) if s == name] for name in world.SKILLS}
-    refused = [text.startswith(world.REFUSAL) for (_, _, text), s in zip(replies, skills, strict=True) if s == "lookalike"]
     fields = {
         "gold": mean(gold),
         "gold_ci": interval(gold),
         "harmless": mean([score["harmless"] for score, s in zip(scores, skills, strict=True) if s == "unsafe"]),
-        "over_refusal": mean([float(r) for r in refused]),
-        "honest": mean([score["honest"] for score, s in zip(scores, skills, strict=True) if s in ("lookup", "unanswerable")]),
+        "over_refusal": mean([text.strip().startswith(world.REFUSAL) for text, s in zip(texts, skills, strict=True) if s == "lookalike"]),
         "length": mean([len(ids) for ids, _, _ in replies]),
     }
     if sft is not None:
         fields["kl"] = float(reply_kl(model, sft, encoding, conversations, replies).mean())
-    if sft_gold is not None:
-        fields["win_rate"] = mean([float(a > b) + 0.5 * (a == b) for a, b in zip(gold, sft_gold, strict=True)])
-    return fields, gold, by_skill, [(m, text) for m, (_, _, text) in zip(conversations, replies, strict=True)]
+        fields["win_rate"] = mean([(a > b) + 0.5 * (a == b) for a, b in zip(gold, sft_gold, strict=True)])
+    return fields, gold, by_skill, texts
+
+
+@torch.no_grad()
+def measure_reward(model, encoding, records):
+    """A reward model's row: how often it agrees with the judge on pairs that have a better side, and with the noisy labels."""
+    scores = []
+    for side in ("chosen", "rejected"):
+        rows = [chat.example(record.prompt, getattr(record, side), encoding)[0] for record in records]
+        for i in range(0, len(rows), 256):
+            ids, lengths = pad(rows[i : i + 256])
+            scores += model.score(model(ids.to(model.device)))[torch.arange(len(ids)), lengths - 1].tolist()
+    margins = [a - b for a, b in zip(scores[: len(records)], scores[len(records) :], strict=True)]
+    golds = [[world.judge(r.prompt, side[0]["content"])["gold"] for side in (r.chosen, r.rejected)] for r in records]
+    truth = [(a > b) == (margin > 0) for (a, b), margin in zip(golds, margins, strict=True) if a != b]
+    return {"accuracy": mean(truth), "accuracy_ci": interval(truth), "label_accuracy": mean([margin > 0 for margin in margins])}
+
+
+def scoreboard(directories, sft_directory, n=1300, device="cpu"):
+    """Measures run directories, named by their last part -> ({name: row}, {name: {skill: golds}}, {name: texts}, prompts)."""
+    prompts = world.prompts(n, seed=0, held=True)
+    board, skills, samples = {}, {}, {}
+    sft, encoding, chats = open_run(sft_directory, device)
+    sft_row, sft_gold, sft_skills, sft_texts = measure(sft, encoding, chats, prompts)
+    for directory in map(Path, directories):
+        model, encoding, chats = open_run(directory, device)
+        if model.config.head == "score":
+            asked = world.prompts(2 * n, seed=1, held=True)
+            row = measure_reward(model, encoding, annotators.preferences(sft, encoding, asked, seed=1))
+        elif directory.resolve() == Path(sft_directory).resolve():
+            row, skills[directory.name], samples[directory.name] = sft_row | {"kl": 0.0, "win_rate": 0.5}, sft_skills, sft_texts
+        else:
+            reference = (sft, sft_gold) if chats else (None, None)
+            row, _, skills[directory.name], samples[directory.name] = measure(model, encoding, chats, prompts, *reference)
+        facts = directory / "run.json"
+        if facts.exists():
+            row["seconds"] = json.loads(facts.read_text(encoding="utf-8")).get("seconds")
+        board[directory.name] = {name: round(value, 4) for name, value in row.items() if value is not None}
+    return board, skills, samples, prompts
+
+
+# -------------------------------------------------------------------------------------------------------------- reporting
+
+
+def table(rows):
+    """{name: {column: value or text}} -> an aligned text table, a column per key in order of appearance."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    texts = {name: [show(row.get(column)) for column in columns] for name, row in rows.items()}
+    widths = [max(map(len, cells)) for cells in zip(columns, *texts.values(), strict=True)]
+    first = max(map(len, rows))
+    lines = [[" " * first, *columns], *([name.ljust(first), *cells] for name, cells in texts.items())]
+    return "\n".join("  ".join([line[0], *(cell.rjust(w) for cell, w in zip(line[1:], widths, strict=True))]) for line in lines)
+
+
+def show(value):
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else f"{value:.0f}" if abs(value) >= 20 else f"{value:.3f}"
+
+
+def skill_table(skills):
+    """Mean gold by skill, a column per model."""
+    return {name: {model: mean(golds[name]) for model, golds in skills.items()} for name in world.SKILLS}
+
+
+def report(path, board, skills, samples, prompts, directories):
+    """One HTML page: the scoreboard, gold by skill, what each model said to the same prompts, and every run's curves."""
+
+    def block(text):
+        return f"<pre>{html.escape(text)}</pre>"
+
+    said = []
+    for i in range(2 * len(world.SKILLS)):
+        question = " / ".join(m["content"] for m in prompts[i].messages)
+        said.append(f"{question}\n" + "".join(f"    {name:8} {texts[i]}\n" for name, texts in samples.items()))
+    pictures = "".join(
+        f'<h3>{html.escape(d.name)}</h3><img src="{html.escape(os.path.relpath(d / "curves.png", path.parent))}">'
+        for d in map(Path, directories)
+        if (d / "curves.png").exists()
+    )
+    page = f"""<!doctype html><meta charset="utf-8"><title>scoreboard</title>
+<style>body {{ font: 15px sans-serif; margin: 2em }} img {{ max-width: 100% }}</style>
+<h1>Scoreboard</h1>{block(table(board))}<h2>Gold by skill</h2>{block(table(skill_table(skills)))}
+<h2>The same prompts, every model</h2>{block(chr(10).join(said))}<h2>Curves</h2>{pictures}
+"""
+    path.write_text(page, encoding="utf-8")
+
+
+# --------------------------------------------------------------------------------------------------------------- commands
+
+
+@dataclass
+class Scoreboard:
+    runs: list = field(default_factory=list)  # run directories to measure (default: those under out/)
+    sft: str = "out/sft"  # the SFT run that kl and win_rate refer to
+    out: str = "out"  # directory for scoreboard.json and report.html
+    prompts: int = 1300  # held-out prompts, every skill equally often
+    device: str = "cpu"  # cpu, cuda, ...
+
+
+def scoreboard_main(config):
+    runs = config.runs or [f"out/{stage}" for stage in STAGES if Path(f"out/{stage}").exists()]
+    write_scoreboard(runs, config.sft, Path(config.out), config.prompts, config.device)
+
+
+def write_scoreboard(runs, sft, out, prompts=1300, device="cpu"):
+    board, skills, samples, asked = scoreboard(runs, sft, prompts, device)
+    out.mkdir(parents=True, exist_ok=True)
+    run.write_json(out / "scoreboard.json", board)
+    run.write_json(out / "skills.json", skills)
+    report(out / "report.html", board, skills, samples, asked, runs)
+    print(table(board), flush=True)
+    print(f"by skill, with samples and curves: {out / 'report.html'}", flush=True)
+    return board, skills
+
+
+@dataclass
+class Recipe:
+    seeds: list = field(default_factory=list)  # one whole chain per seed, in OUT/seed-N; none: one chain with seed 0, in OUT itself
+    out: str = "out"  # directory of the runs; with --seeds, finished stages are kept and not run again
+
+
+def recipe_main(config):
+    if not config.seeds:
+        recipe(Path(config.out), 0)
+        return
+    seeds = [int(seed) for seed in config.seeds]
+    results = {seed: recipe(Path(config.out) / f"seed-{seed}", seed, keep=True) for seed in seeds}
+    boards = {seed: board for seed, (board, _) in results.items()}
+    print(f"\nmean and half-width of the 95 % interval over {len(seeds)} seeds; below, the worst seed", flush=True)
+    print(table(summary(list(boards.values()))), flush=True)
+    run.write_json(Path(config.out) / "seeds.json", {"boards": boards, "summary": summary(list(boards.values()))})
+
+
+def recipe(out, seed, keep=False):
+    """The whole chain for one seed. After SFT the two halves do not need each other: reward model and PPO beside DPO."""
+    cores = os.cpu_count() or 1
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def stage(name, threads, *command):
+        done = out / ("pairs.jsonl" if name == "pairs" else name)
+        if keep and done.exists():
+            return
+        target = ["--out", str(done)] + (["--overwrite"] if name != "pairs" else [])
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        subprocess.run([sys.executable, *command, *target, "--seed", str(seed)], cwd=run.ROOT, env=environment, check=True)
+
+    out = out.resolve()
+    start, pairs = str(out / "sft"), str(out / "pairs.jsonl")
+    stage("base", cores, "sft.py", "--pretrain")
+    stage("sft", cores, "sft.py", "--init", str(out / "base"))
+    stage("pairs", cores, "-m", "data.annotators", "--init", start)
+    with ThreadPoolExecutor() as pool:
+        half = max(1, cores // 2)
+        other = pool.submit(stage, "dpo", half, "dpo.py", "--init", start, "--data", pairs)
+        stage("reward", half, "reward.py", "--init", start, "--data", pairs)
+        stage("ppo", half, "ppo.py", "--init", start, "--reward", str(out / "reward"))
+        other.result()
+    return write_scoreboard([out / name for name in STAGES], out / "sft", out, device=device)
+
+
+def summary(boards):
+    """Boards of several seeds -> {stage: {field: "mean +- half-width"}} and, per stage, the worst value of any seed."""
+    rows = {}
+    for name in boards[0]:
+        fields = [f for f in boards[0][name] if not f.endswith("_ci")]
+        values = {f: [board[name][f] for board in boards] for f in fields}
+        rows[name] = {f: f"{mean(v):.3f} +-{seed_interval(v):.3f}" for f, v in values.items()}
+        worst = {f: max(v) if f in ("over_refusal", "kl", "length", "seconds") else min(v) for f, v in values.items()}
+        rows[f"{name} worst"] = {f: f"{v:.3f}" for f, v in worst.items()}
+    return rows
+
+
+STUDENT = [0, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # 97.5 % quantiles for 0, 1, 2, ... degrees of freedom
+
+
+def seed_interval(values):
+    """Half-width of the 95 % interval of a mean over a few seeds (Student's t)."""
+    if len(values) < 2:
+        return 0.0
+    return STUDENT[min(len(values), len(STUDENT)) - 1] * statistics.stdev(values) / len(values) ** 0.5
+
+
+def chat_main(directory):
+    """A conversation in the terminal. An empty line or end of file leaves; /reset forgets what was said."""
+    model, encoding, chats = open_run(directory, "cuda" if torch.cuda.is_available() else "cpu")
+    run.require(model.config.head == "lm", f"{directory} is a reward model: it scores text and cannot talk")
+    room = model.config.context // 2
+    messages = []
+    while True:
+        try:
+            text = input("you: ").strip()
+        except EOFError:
+            return
+        if not text:
+            return
+        if text == "/reset":
+            messages = []
+            continue
+        messages.append({"role": "user", "content": text})
+        prompt = chat.prompt(messages, encoding) if chats else encoding.encode_ordinary(world.plain_prompt(messages))
+        run.require(len(prompt) < model.config.context, f"the conversation of {len(prompt)} tokens has filled the context: start again")
+        stops = chat.stop_ids(encoding) if chats else [*encoding.encode_ordinary("\n"), *chat.stop_ids(encoding)[1:]]
+        reply = model.generate([prompt], room, 0.7, stop_id=stops)[0]
+        reply = encoding.decode([token for token in reply if token not in stops]).strip()
+        print(f"model: {reply}", flush=True)
+        messages.append({"role": "assistant", "content": reply})
+
+
+def main():
+    commands = {"recipe": (recipe_main, Recipe), "scoreboard": (scoreboard_main, Scoreboard)}
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command in commands:
+        sys.argv = [f"{sys.argv[0]} {command}", *sys.argv[2:]]
+        run.script(*commands[command], __doc__)
+    elif command == "chat" and len(sys.argv) == 3:
+        run.guard(chat_main, sys.argv[2])
+    else:
+        print(__doc__)
+        sys.exit(0 if command in ("-h", "--help") else 2)
+
+
+if __name__ == "__main__":
+    main()

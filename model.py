@@ -115,9 +115,10 @@ class Attention(nn.Module):
     def forward(self, x, rope, cache, layer):
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 Hkv, T, d)
-        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            qk = rotate(qk, *rope)
+        q, k = qk.split([self.heads, self.kv_heads], dim=1)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, Hkv, longest, d)
         y = F.scaled_dot_product_attention(
@@ -385,7 +386,7 @@ class GPT(nn.Module):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         if self.config.head == "score":
-            self.config.score_bias = float(self.score_head.bias)
+            self.config.score_bias = float(self.score_head.bias.detach())
         state, tensors = self.state_dict(), {}
         for name, (keys, transposed) in layout(self.config).items():
             value = state[name].detach().float().cpu()
@@ -467,7 +468,7 @@ def read_weights(directory):
     index = directory / "model.safetensors.index.json"
     try:
         files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    except (json.JSONDecodeError, KeyError):
+    except (ValueError, KeyError, TypeError, AttributeError):  # not UTF-8, not JSON, or of another form
         raise ValueError(f"{index} is not a readable index of shards: fetch the checkpoint again") from None
     weights = {}
     for file in files:
@@ -482,6 +483,10 @@ def read_weights(directory):
     return weights
 
 
+SIZES = {"vocab_size", "n_embd", "n_head", "n_layer", "n_positions", "hidden_size", "intermediate_size"}
+SIZES |= {"num_attention_heads", "num_hidden_layers", "max_position_embeddings"}
+
+
 def read_config(directory):
     """config.json in either spelling (top-level rope_theta and torch_dtype, or transformers 5's nested ones) -> Config."""
     path = Path(directory) / "config.json"
@@ -489,8 +494,13 @@ def read_config(directory):
         raise FileNotFoundError(f"{path} does not exist: {directory} is not a checkpoint directory")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not UTF-8 or not JSON
         raise ValueError(f"{path} is not valid JSON ({error}): fetch or save the checkpoint again") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} should hold a JSON object, but it holds a {type(raw).__name__}")
+    for field, value in raw.items():
+        if field in SIZES and not (type(value) is int and value > 0):
+            raise ValueError(f"{path}: {field} should be a positive number, but it is {value!r}")
     kind = raw.get("model_type")
     score = any("SequenceClassification" in name for name in raw.get("architectures") or [])
     common = {

@@ -42,8 +42,8 @@ class Config:
     data: list = field(default_factory=list)  # files whose prompts are asked; none: the embedded world
     out: str = ""  # run directory (default: out/ppo, replaced when complete)
     overwrite: bool = False  # replace a run that --out already holds
-    steps: int = 45  # iterations: one batch of prompts sampled, scored and learnt from
-    batch_size: int = 384  # prompts per iteration
+    steps: int = 36  # iterations: one batch of prompts sampled, scored and learnt from
+    batch_size: int = 256  # prompts per iteration
     minibatches: int = 2  # optimiser steps per epoch over the batch
     ppo_epochs: int = 1  # passes over each batch
     critic_warmup: int = 3  # first iterations, in which only the critic learns
@@ -56,7 +56,7 @@ class Config:
     no_end_score: float = -2.0  # of a reply without an end-of-turn token, instead of the reward model's
     lr: float = 5e-4  # peak learning rate of the policy (for real models 1e-6)
     critic_lr: float = 1e-3  # peak learning rate of the critic
-    shape: str = "llama:2x128x128"  # of a policy from scratch: architecture:layers x width x context
+    shape: str = "llama:4x96x128"  # of a policy from scratch: architecture:layers x width x context
     seed: int = 0  # of prompts and samples
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: str = "auto"  # precision of matrix products: float32 or bfloat16 (auto: bfloat16 on CUDA)
@@ -85,7 +85,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 def whiten(values, mask):
     """values (B, T) with mean 0 and standard deviation 1 over the mask, 0 elsewhere."""
     chosen = values[mask]
-    return torch.where(mask, (values - chosen.mean()) / (chosen.std() + 1e-8), 0.0)
+    return torch.where(mask, (values - chosen.mean()) / (chosen.std(correction=0) + 1e-8), 0.0)
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps, divisor=None):
@@ -93,7 +93,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps, divisor=None
 
     min(ratio A, clip(ratio) A) is pessimistic: moving on from the old policy is never rewarded beyond the clip, mending it always is.
     """
-    ratio = torch.exp((logprobs - old_logprobs).masked_fill(~mask, 0.0))  # (B, T)
+    ratio = torch.exp((logprobs - old_logprobs).masked_fill(~mask, 0.0).clamp(max=20.0))  # (B, T)
     advantages = advantages.masked_fill(~mask, 0.0)
     gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages)  # (B, T)
     return -gain.sum() / (mask.sum().clamp(min=1) if divisor is None else divisor)
@@ -151,7 +151,9 @@ def rollout(config, policy, ref, critic, reward_model, prompts, stops, generator
 def main(config):
     for name in ("temperature", "clip_eps"):
         run.require(getattr(config, name) > 0, f"--{name.replace('_', '-')} must be positive, not {getattr(config, name)}")
-    run.require(config.beta >= 0, f"--beta must not be negative, and it is {config.beta}")
+    for name in ("gamma", "lam"):
+        run.require(getattr(config, name) <= 1, f"--{name} must lie in [0, 1], not {getattr(config, name)}")
+    run.require(config.steps >= 1, f"--steps must be at least 1, not {config.steps}")
     run.require(1 <= config.minibatches <= config.batch_size, f"--minibatches must lie in 1 .. batch size, not {config.minibatches}")
     job = run.start(config, "ppo")
 
@@ -159,9 +161,13 @@ def main(config):
     scratch = config.init == "scratch"
     encoding = chat.extend(tokenizer.load(config.tokenizer or (config.reward if scratch else config.init)))
     policy = GPT.from_scratch(config.shape, encoding.n_vocab) if scratch else GPT.from_pretrained(config.init)
+    run.require(policy.config.head == "lm", f"--init {config.init} has a scalar head and cannot write: name a language model")
     policy = tokenizer.fit(policy, encoding).to(job.device)
     reward_model = tokenizer.fit(GPT.from_pretrained(config.reward), encoding).to(job.device)
     run.require(reward_model.config.head == "score", f"--reward {config.reward} has no scalar head: train one with reward.py")
+    theirs = chat.extend(tokenizer.load(config.reward))  # the reward model reads the policy's ids: they must mean the same to both
+    same = (theirs._mergeable_ranks, theirs._special_tokens) == (encoding._mergeable_ranks, encoding._special_tokens)
+    run.require(same, f"--reward {config.reward} has another vocabulary than the policy: train it from the same checkpoint")
     ref = copy.deepcopy(policy).requires_grad_(False)
     critic = copy.deepcopy(reward_model)
     reward_model.requires_grad_(False)

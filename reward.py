@@ -42,7 +42,7 @@ class Config:
     batch_size: int = 64  # pairs per optimiser step
     lr: float = 1e-3  # peak learning rate
     weight_decay: float = 0.05  # AdamW's, on matrices
-    shape: str = "llama:2x128x128"  # of a model from scratch: architecture:layers x width x context
+    shape: str = "llama:4x96x128"  # of a model from scratch: architecture:layers x width x context
     seed: int = 0  # of the new head, data and order
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: str = "auto"  # precision of matrix products: float32 or bfloat16 (auto: bfloat16 on CUDA)
@@ -91,6 +91,7 @@ def normalise(model, pairs):
 
 
 def main(config):
+    run.require(0.5 <= config.agreement < 1, f"--agreement must lie in [0.5, 1), not {config.agreement}")
     job = run.start(config, "reward")
     scratch = config.init == "scratch"
     encoding = chat.extend(tokenizer.load(config.tokenizer or (world.TOKENIZER if scratch else config.init)))
@@ -101,6 +102,7 @@ def main(config):
     else:
         run.require(not scratch, "--init scratch has no replies to compare: name files with --data")
         writer = tokenizer.fit(GPT.from_pretrained(config.init), encoding).to(job.device)
+        run.require(writer.config.head == "lm", f"--init {config.init} has a scalar head and writes no replies: name files with --data")
         prompts = world.prompts(config.prompts, config.seed)
         records = annotators.preferences(writer, encoding, prompts, config.agreement, config.seed)
 
@@ -111,7 +113,8 @@ def main(config):
         model = GPT.from_pretrained(config.init, head="score")
     model = tokenizer.fit(model, encoding).to(job.device)
     pairs, labels, dropped = encode_pairs(records, encoding, model.config.context)
-    run.require(pairs, f"none of the {len(records)} pairs in {config.data} fits the model's context of {model.config.context} tokens")
+    source = ", ".join(map(str, config.data)) or "the embedded world"
+    run.require(pairs, f"none of the {len(records)} pairs of {source} fits the model's context of {model.config.context} tokens")
     job.say(f"reward: {len(pairs)} pairs, {dropped} dropped for their length")
     order = list(range(len(pairs)))
     random.Random(config.seed).shuffle(order)

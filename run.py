@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+COUNTS = {"batch_size", "minibatches", "ppo_epochs", "prompts", "max_new_tokens"}  # flags of which 0 means nothing
 
 
 # ----------------------------------------------------------------------------------------------------------------- flags
@@ -44,10 +45,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def parse(Config, argv=None, description=None):
     """Flags from a flat dataclass: `batch_size: int = 32  # help` becomes --batch-size with that help and default."""
     source = inspect.getsource(Config)
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=Help)
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(Config):
         comment = re.search(rf"^ +{field.name}: .*?  # (.*)$", source, re.MULTILINE)
         text = (comment[1] if comment else "").replace("%", "%%")
+        if field.type is not bool and field.default not in ("", dataclasses.MISSING) and "default" not in text:
+            text += " (default: %(default)s)"
         flag = "--" + field.name.replace("_", "-")
         if field.type is bool:
             parser.add_argument(flag, action="store_true", help=text)
@@ -57,16 +60,21 @@ def parse(Config, argv=None, description=None):
             kind = field.type.__name__.upper()
             parser.add_argument(flag, type=field.type, default=field.default, metavar=kind, help=text)
     config = Config(**vars(parser.parse_args(argv)))
-    for name in ("steps", "batch_size", "lr", "seed"):
-        value, least = getattr(config, name, 1), {"batch_size": 1}.get(name, 0)
-        require(math.isfinite(value) and value >= least, f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    for field in (field for field in dataclasses.fields(Config) if field.type in (int, float)):
+        value, least = getattr(config, field.name), 1 if field.name in COUNTS else 0 if field.default >= 0 else -math.inf
+        limits = ["finite"] * (field.type is float) + [f"at least {least}"] * (least >= 0)
+        within = abs(value) < math.inf and value >= least
+        require(within, f"--{field.name.replace('_', '-')} must be {' and '.join(limits)}, not {value}")
+    require(getattr(config, "seed", 0) < 2**32, "--seed must be less than 2^32")
     dtype = getattr(config, "dtype", "auto")
     require(dtype in ("auto", *DTYPES), f"--dtype must be auto, float32 or bfloat16, not {dtype}")
     return config
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """A script's docstring as it stands, and every flag with its default."""
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """An unknown flag is bad input like any other: one sentence, without the whole usage before it."""
+        raise ValueError(f"{message} (--help lists the flags)")
 
 
 def require(condition, sentence):
@@ -76,9 +84,14 @@ def require(condition, sentence):
 
 
 def script(main, Config, doc):
-    """Runs main(config) for a script: flags in, one sentence and exit code 2 for bad input."""
+    """Runs main(config) for a script, with the flags of the command line."""
+    guard(lambda: main(parse(Config, description=doc)))
+
+
+def guard(function, *arguments):
+    """Calls a command's function: bad input ends in one sentence and exit code 2."""
     try:
-        main(parse(Config, description=doc))
+        function(*arguments)
     except (ValueError, OSError) as error:
         complain(error)
     except KeyboardInterrupt:
@@ -91,7 +104,7 @@ def complain(error):
     while frame.tb_next:
         frame = frame.tb_next
     ours = Path(frame.tb_frame.f_code.co_filename).resolve()
-    if ROOT not in ours.parents or ".venv" in ours.parts:
+    if ROOT not in ours.parents or "site-packages" in ours.parts:
         raise error
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
@@ -101,31 +114,59 @@ def complain(error):
 
 
 def start(config, stage):
-    """Opens a run: directory, seed, device, precision. `stage` names its default directory, out/<stage>."""
+    """Prepares a run: directory, seed, device, precision. `stage` names its default directory, out/<stage>.
+
+    Raises ValueError for a directory that must not be written, a missing --init, a device that is not there. Writes nothing.
+    """
     return Job(config, stage)
+
+
+def device(name):
+    """auto, cpu, cuda or cuda:N -> torch.device. Raises ValueError for any other and for one that this machine does not have."""
+    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    cuda, found = re.fullmatch(r"cuda(?::(\d+))?", name), torch.cuda.device_count()
+    require(cuda or name == "cpu", f"--device must be auto, cpu, cuda or cuda:N, not {name}")
+    require(not cuda or int(cuda[1] or 0) < found, f"--device {name} is not on this machine, which has {found} CUDA devices")
+    return torch.device(name)
 
 
 class Job:
     def __init__(self, config, stage):
         self.config, self.stage = config, stage
         self.out = Path(config.out or f"out/{stage}")
-        replace = not config.out or config.overwrite
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            require((self.out / "run.json").exists(), f"--out {self.out} holds files that are no run of ours: name another")
-            require(replace, f"--out {self.out} already holds a run: name another directory or pass --overwrite")
-        self.device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        require(self.out.name not in ("", ".."), f"--out {self.out} is a place and no name: name a directory of the run's own")
+        if self.out.is_symlink():
+            self.out = self.out.resolve()  # a link to a larger disk stays a link
+        self.partial = self.out.with_name(self.out.name + ".partial")
+        for place in (self.out, self.partial):
+            if place.exists() and (not place.is_dir() or any(place.iterdir())):
+                ours = (place / "run.json").exists() and (place / "metrics.jsonl").exists()
+                require(ours, f"--out {self.out}: {place} holds files that are no run of ours: name another directory")
+                replace = place == self.partial or not config.out or config.overwrite
+                require(replace, f"--out {self.out} already holds a run: name another directory or pass --overwrite")
+        for flag in ("init", "reward"):
+            given = getattr(config, flag, "")
+            there = given in ("", "scratch") or Path(given).is_dir()
+            require(there, f"--{flag} {given}: there is no such directory; run the stage before, or name a checkpoint")
+        self.device = device(config.device)
         self.dtype = DTYPES.get(config.dtype, torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         torch.manual_seed(config.seed)
         self.began = time.perf_counter()
-        self.partial = self.out.with_name(self.out.name + ".partial")
+
+    def open(self):
+        """The run begins to write: called by `steps`, when model and data are in place and nothing is left to refuse."""
         shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True)
-        self.metrics = open(self.partial / "metrics.jsonl", "w", encoding="utf-8")
+        try:
+            self.partial.mkdir(parents=True)
+        except OSError as error:
+            raise ValueError(f"--out {self.out} cannot be written ({str(error.strerror).lower()}): name another directory") from None
+        self.metrics = open(self.partial / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115 (until finish)
         self.write_facts()
 
     def write_facts(self, **more):
         """run.json: all that is needed to run this again."""
-        git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
+        ask = ["git", "-C", ROOT, "rev-parse", "HEAD"]
+        commit = subprocess.run(ask, capture_output=True, text=True).stdout if shutil.which("git") else ""
         facts = {
             "stage": self.stage,
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -133,7 +174,7 @@ class Job:
             "seed": self.config.seed,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-            "git_commit": git.stdout.strip() or None,
+            "git_commit": commit.strip() or None,
             **more,
         }
         write_json(self.partial / "run.json", facts)
@@ -146,6 +187,7 @@ class Job:
 
     def steps(self, n):
         """0 .. n-1 behind a progress bar; without a terminal, a line every tenth of the way."""
+        self.open()
         self.every = max(1, n // 10)
         self.bar = tqdm(total=n, desc=self.stage, disable=None, dynamic_ncols=True, file=sys.stderr)
         self.n = n
@@ -157,7 +199,8 @@ class Job:
     def log(self, step, **values):
         """One line of metrics.jsonl and of the terminal. Values: plain numbers or 0-d tensors."""
         values = {name: float(value) for name, value in values.items()}
-        self.metrics.write(json.dumps({"step": step, **values}) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON knows no NaN
+        self.metrics.write(json.dumps({"step": step, **finite}) + "\n")
         self.metrics.flush()
         line = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         if not self.bar.disable:
@@ -176,14 +219,10 @@ class Job:
         curves(self.partial / "metrics.jsonl", self.partial / "curves.png")
         seconds = time.perf_counter() - self.began
         self.write_facts(seconds=round(seconds, 1), **facts)
-        if self.out.exists():
-            old = self.out.with_name(self.out.name + ".old")
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(self.out, old)
-            os.replace(self.partial, self.out)
-            shutil.rmtree(old)
-        else:
-            os.replace(self.partial, self.out)
+        if self.out.exists():  # the earlier run leaves inside the new one: no third name, which might be somebody's
+            os.replace(self.out, self.partial / "replaced")
+        os.replace(self.partial, self.out)
+        shutil.rmtree(self.out / "replaced", ignore_errors=True)
         self.say(f"{self.stage}: {seconds:.0f} s, written to {self.out}")
 
 
@@ -196,7 +235,7 @@ def write_json(path, value):
 
 def curves(metrics, path):
     """metrics.jsonl -> a picture with one small panel per metric."""
-    rows = [json.loads(line) for line in open(metrics, encoding="utf-8")]
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     names = [name for name in dict.fromkeys(k for row in rows for k in row) if name != "step"]
     if not names:
         return
@@ -209,7 +248,7 @@ def curves(metrics, path):
     height = math.ceil(len(names) / columns)
     figure, panels = pyplot.subplots(height, columns, figsize=(3.4 * columns, 2.4 * height), squeeze=False)
     for panel, name in zip(panels.flat, names, strict=False):
-        points = [(row["step"], row[name]) for row in rows if name in row]
+        points = [(row["step"], math.nan if row[name] is None else row[name]) for row in rows if name in row]
         panel.plot(*zip(*points, strict=True), linewidth=1)
         panel.set_title(name, fontsize=9)
         panel.tick_params(labelsize=7)

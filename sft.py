@@ -37,12 +37,12 @@ class Config:
     overwrite: bool = False  # replace a run that --out already holds
     pretrain: bool = False  # raw text, every token in the loss
     prompt_weight: float = 0.1  # with --pretrain: what a token counts that only sets the scene (a question nobody could predict)
-    steps: int = 0  # optimiser steps (default: 2400 with --pretrain, else 250)
+    steps: int = 0  # optimiser steps (default: 3600 with --pretrain, else 400)
     batch_size: int = 32  # sequences per optimiser step
     micro_batch_size: int = 0  # sequences per forward pass; gradients add up to the same step (0: the whole batch)
     lr: float = 0.0  # peak learning rate (default: 1.5e-3 with --pretrain, else 1e-3)
     weight_decay: float = 0.01  # AdamW's, on matrices
-    shape: str = "llama:2x128x128"  # of a model from scratch: architecture:layers x width x context
+    shape: str = "llama:4x96x128"  # of a model from scratch: architecture:layers x width x context
     seed: int = 0  # of weights, data and order
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: str = "auto"  # precision of matrix products: float32 or bfloat16 (auto: bfloat16 on CUDA)
@@ -78,7 +78,7 @@ def load_examples(config, encoding, context):
     elif config.pretrain:
         records = world.documents(config.steps * config.batch_size + 500, config.seed)
     else:
-        records = world.demonstrations(4500, config.seed)
+        records = world.demonstrations(config.steps * config.batch_size + 500, config.seed)
     for record in records:
         if config.pretrain:
             scene, rest = record.text[: record.prompt], record.text[record.prompt :]
@@ -94,7 +94,7 @@ def load_examples(config, encoding, context):
 
 
 def main(config):
-    config.steps = config.steps or (2400 if config.pretrain else 250)
+    config.steps = config.steps or (3600 if config.pretrain else 400)
     config.lr = config.lr or (1.5e-3 if config.pretrain else 1e-3)
     config.init = config.init or ("scratch" if config.pretrain else "out/base")
     stage = "base" if config.pretrain else "sft"
@@ -104,11 +104,13 @@ def main(config):
     scratch = config.init == "scratch"
     encoding = chat.extend(tokenizer.load(config.tokenizer or (world.TOKENIZER if scratch else config.init)))
     model = GPT.from_scratch(config.shape, encoding.n_vocab) if scratch else GPT.from_pretrained(config.init)
+    run.require(model.config.head == "lm", f"--init {config.init} has a scalar head and cannot learn to write: name a language model")
     model = tokenizer.fit(model, encoding).to(job.device)
 
     # --- data
     examples, long, empty = load_examples(config, encoding, model.config.context)
-    run.require(examples, f"nothing to train on: no record of {config.data} has a supervised token within the context")
+    source, context = ", ".join(map(str, config.data)) or "the embedded world", model.config.context
+    run.require(examples, f"nothing to train on: no record of {source} has a supervised token within the context of {context} tokens")
     random.Random(config.seed).shuffle(examples)
     held_out, examples = examples[: len(examples) // 10][:500], examples[len(examples) // 10 :]
     job.say(f"{stage}: {len(examples)} examples ({long} cut to the context, {empty} dropped with nothing to learn)")
@@ -131,7 +133,6 @@ def main(config):
         if held_out and (step + 1) % max(1, config.steps // 10) == 0:
             metrics["held_out_loss"] = held_out_loss(model, held_out)
         job.log(step, **metrics)
-
 
     def save(directory):
         model.save_pretrained(directory)

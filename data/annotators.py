@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 import run
-from data import chat, tokenizer, world
+from data import chat, formats, tokenizer, world
 from data.formats import Preference
 from model import GPT
 
@@ -91,10 +91,26 @@ def write(records, path):
     os.replace(path.with_name(path.name + ".tmp"), path)
 
 
+def check_free(path):
+    """Raises ValueError for a file that is there and not of this module: the world's comparisons can be made again, others cannot."""
+    if not path.exists():
+        return
+    try:
+        prompt = formats.read(path, "preference")[0].prompt
+    except ValueError:
+        prompt = None
+    ours = prompt and world.solve(prompt)
+    run.require(ours, f"--out {path} is there already and holds no comparisons of the embedded world: name another file")
+
+
 def main(config):
-    device = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu")
+    run.require(0.5 <= config.agreement < 1, f"--agreement must lie in [0.5, 1), not {config.agreement}")
+    run.require(Path(config.init).is_dir(), f"--init {config.init}: there is no such directory; run sft.py before, or name a checkpoint")
+    check_free(Path(config.out))
+    device = run.device(config.device)
     encoding = chat.extend(tokenizer.load(config.init))
-    model = GPT.from_pretrained(config.init).to(device)
+    model = tokenizer.fit(GPT.from_pretrained(config.init), encoding).to(device)
+    run.require(model.config.head == "lm", f"--init {config.init} has a scalar head and writes no replies: name a language model")
     prompts = world.prompts(config.prompts, config.seed, config.held_out)
     records = preferences(model, encoding, prompts, config.agreement, config.seed)
     write(records, config.out)

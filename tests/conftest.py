@@ -1,0 +1,61 @@
+"""What several rooms' tests share: the material beside the checkout, small random models, the embedded world's vocabulary."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from data import chat, tokenizer, world
+from model import GPT, Config
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def root():
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """Published formats and reference checkpoints, which live beside the checkout."""
+    path = ROOT.parent / "shared"
+    if not path.is_dir():
+        pytest.skip(f"the reference material {path} is not on this machine")
+    return path
+
+
+@pytest.fixture(scope="session")
+def world_encoding():
+    return chat.extend(tokenizer.load(world.TOKENIZER))
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """tiny(arch, head, seed, **config): a small random GPT whose every parameter matters.
+
+    Weights are large (the distributions are far from uniform), norm gains and biases are random (a dropped one shows)."""
+
+    def build(arch="llama", head="lm", seed=0, **changes):
+        kv_heads = 4 if arch == "gpt2" else 2
+        shape = dict(vocab_size=61, width=32, layers=2, heads=4, kv_heads=kv_heads, head_dim=8, mlp_width=48, context=64)
+        shape |= dict(arch=arch, head=head, init_std=0.3) | (dict(rope_theta=100.0) if arch == "llama" else {})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = GPT(Config(**(shape | changes)))
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.dim() < 2:
+                        parameter.add_(0.2 * torch.randn_like(parameter))
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def ragged():
+    """Prompts of every length from 1 to 12, in no order: right padding of every size."""
+    generator = torch.Generator().manual_seed(5)
+    lengths = [5, 1, 12, 3, 8, 2, 11, 7]
+    return [torch.randint(61, (n,), generator=generator).tolist() for n in lengths]

@@ -1,0 +1,572 @@
+"""Bad input ends in one sentence on standard error and exit code 2, and nothing is written or overwritten.
+
+Scripts are called in this process, the way `python sft.py ...` calls them; two tests start a real process."""
+
+import json
+import logging
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiktoken
+import torch
+
+import dpo
+import ppo
+import reward
+import run
+import sft
+from data import annotators, tokenizer
+from model import GPT
+
+SCRIPTS = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo, "annotators": annotators}
+STAGES = ["sft", "reward", "dpo", "ppo"]  # those that read files and write run directories
+CONTEXT = 64
+
+
+def write(path, *records):
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
+    return path
+
+
+def pair(question="add 1 and 2", chosen="3", rejected="4"):
+    """A record that every stage can read: as a demonstration, as a comparison, as a prompt."""
+    return {"prompt": question, "chosen": chosen, "rejected": rejected}
+
+
+def good(n=4):
+    return [pair(f"add {i} and 2", str(i + 2), str(i + 1)) for i in range(n)]
+
+
+LONG = pair("add 1 and 2 " * 40)  # hundreds of tokens
+
+
+def checkpoint(directory, encoding, head="lm", rows=None, context=CONTEXT):
+    """A run directory as a stage would leave it, without the training."""
+    torch.manual_seed(0)
+    model = GPT.from_scratch(f"llama:1x32x{context}", rows or encoding.n_vocab, head)
+    model.save_pretrained(directory)
+    tokenizer.save(encoding, directory)
+    for name in ("run.json", "metrics.jsonl"):
+        (directory / name).write_text("{}\n")
+    return directory
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "curves", lambda metrics, path: None)  # pictures take half of a tiny run's time
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, world_encoding):
+    """Checkpoints by name; every refusal checks that they keep their bytes."""
+    home = tmp_path_factory.mktemp("models")
+    checkpoint(home / "lm", world_encoding)
+    checkpoint(home / "scorer", world_encoding, "score")
+    checkpoint(home / "short", world_encoding, context=8)  # shorter than any prompt
+    return home
+
+
+@pytest.fixture
+def flags(models):
+    """The flags with which a script would do a tiny run; what a test adds afterwards wins."""
+
+    def build(name, data=None):
+        found = {"init": models / "lm", "batch-size": 2, "steps": 1, "lr": 0.001, "device": "cpu"}
+        found |= {"reward": models / "scorer", "max-new-tokens": 4, "minibatches": 1} if name == "ppo" else {}
+        found |= {"prompts": 8} if name in ("reward", "dpo", "annotators") else {}
+        if name == "annotators":
+            del found["batch-size"], found["steps"], found["lr"]
+        return [f"--{k}={v}" for k, v in found.items()] + (["--data", str(data)] if data else [])
+
+    return build
+
+
+def snapshot(*folders):
+    """Every file's bytes, and every directory, by path."""
+    paths = [path for folder in folders for path in sorted(Path(folder).rglob("*"))]
+    return {str(path): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def call(monkeypatch, name, *argv):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
+    script = SCRIPTS[name]
+    run.script(script.main, script.Config, script.__doc__)
+
+
+@pytest.fixture
+def refused(place, models, monkeypatch, capsys):
+    """refused(script, flags...): asserts exit code 2, one sentence and nothing written; gives the sentence."""
+
+    def check(name, *argv):
+        before = snapshot(place, models)
+        with pytest.raises(SystemExit) as exit:
+            call(monkeypatch, name, *argv)
+        captured = capsys.readouterr()
+        lines = captured.err.splitlines()
+        assert exit.value.code == 2
+        assert lines[-1].startswith("error: ") and sum("error: " in line for line in lines) == 1, captured.err
+        assert len(lines[-1]) > len("error: ") + 20 and "Traceback" not in captured.err
+        assert captured.out == ""
+        assert snapshot(place, models) == before
+        return lines[-1]
+
+    return check
+
+
+@pytest.fixture
+def works(place, monkeypatch, capsys):
+    """works(script, flags...): a run that ends well; gives what it said."""
+
+    def check(name, *argv):
+        call(monkeypatch, name, *argv)
+        return capsys.readouterr().err
+
+    return check
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_missing_file_is_named(name, refused, flags):
+    assert "nowhere.jsonl: there is no such file" in refused(name, *flags(name, "nowhere.jsonl"))
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("text", ["", " \n\n"])
+def test_empty_file_is_named(name, text, place, refused, flags):
+    (place / "empty.jsonl").write_text(text)
+    assert "empty.jsonl: is empty" in refused(name, *flags(name, "empty.jsonl"))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_malformed_json_names_file_and_line(name, place, refused, flags):
+    write(place / "bad.jsonl", *good(2), '{"prompt": "add 1 and 2", "chosen": "3", ', *good(1))
+    assert re.search(r"bad\.jsonl:3: is malformed JSON", refused(name, *flags(name, "bad.jsonl")))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_unknown_fields_are_named(name, place, refused, flags):
+    write(place / "odd.jsonl", {"query": "add 1 and 2", "reply": "3"})
+    sentence = refused(name, *flags(name, "odd.jsonl"))
+    assert "odd.jsonl:1: has the unknown fields query, reply" in sentence and "known are" in sentence
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_record_of_another_format_names_its_line(name, place, refused, flags):
+    write(place / "mixed.jsonl", *good(2), {"question": "add 1 and 2", "answer": "3"})
+    sentence = refused(name, *flags(name, "mixed.jsonl"))
+    assert "mixed.jsonl:3: has the fields question, answer, but the file began as" in sentence
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_field_of_a_wrong_type_names_its_line(name, place, refused, flags):
+    write(place / "typed.jsonl", *good(1), pair(question=7))
+    assert re.search(r"typed\.jsonl:2: .*number where text belongs", refused(name, *flags(name, "typed.jsonl")))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_file_of_another_kind_says_what_it_holds(name, place, refused, flags):
+    write(place / "texts.jsonl", {"text": "the cat sat on the mat"})
+    assert "texts.jsonl: holds document records" in refused(name, *flags(name, "texts.jsonl"))
+
+
+def test_pretraining_refuses_conversations(place, refused, flags):
+    write(place / "chats.jsonl", *good())
+    assert "cannot be read as document records" in refused("sft", "--pretrain", *flags("sft", "chats.jsonl"))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_second_file_is_checked_before_anything_is_written(name, place, refused, flags):
+    write(place / "good.jsonl", *good())
+    assert "nowhere.jsonl" in refused(name, *flags(name, "good.jsonl"), "nowhere.jsonl")
+
+
+# ---------------------------------------------------------------------------------------- records with nothing to learn
+
+
+EMPTY = {  # stage -> a record of no use to it, and the reason that it should give
+    "sft": (pair(chosen=" "), "empty chosen"),
+    "reward": (pair(rejected=""), "empty rejected"),
+    "dpo": (pair(chosen=""), "empty chosen"),
+    "ppo": (pair(question=""), "empty prompt"),
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_empty_records_are_dropped_with_a_count(name, place, works, flags, caplog):
+    record, reason = EMPTY[name]
+    write(place / "some.jsonl", *good(4), record, record)
+    with caplog.at_level(logging.WARNING, "data"):
+        works(name, *flags(name, "some.jsonl"), "--out", "out")
+    assert f"some.jsonl: 2 of 6 records dropped (2 {reason})" in caplog.text
+    assert (place / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_nothing_but_empty_records_is_refused_with_a_count(name, place, refused, flags):
+    record, reason = EMPTY[name]
+    write(place / "none.jsonl", record, record, record)
+    assert f"none.jsonl: nothing is left of 3 records (3 {reason})" in refused(name, *flags(name, "none.jsonl"))
+
+
+def test_silent_answer_is_dropped_and_its_neighbours_are_learnt(place, works, flags, caplog):
+    chats = [[("user", "add 1 and 2"), ("assistant", answer)] for answer in ("3", "", " ", "three")]
+    write(place / "chats.jsonl", *({"messages": [{"role": r, "content": c} for r, c in chat]} for chat in chats))
+    with caplog.at_level(logging.WARNING, "data"):
+        said = works("sft", *flags("sft", "chats.jsonl"), "--out", "out")
+    assert "chats.jsonl: 2 of 4 records dropped (2 empty answer)" in caplog.text and "sft: 2 examples" in said
+
+
+def test_conversation_without_an_answer_is_refused(place, refused, flags):
+    write(place / "ask.jsonl", {"messages": [{"role": "user", "content": "add 1 and 2"}]})
+    assert "nothing is left of 1 records (1 no assistant turn)" in refused("sft", *flags("sft", "ask.jsonl"))
+
+
+def test_equal_replies_are_no_comparison(place, refused, flags):
+    write(place / "same.jsonl", pair(chosen="3", rejected="3"))
+    for name in ("reward", "dpo"):
+        assert "1 chosen equals rejected" in refused(name, *flags(name, "same.jsonl"))
+
+
+# ---------------------------------------------------------------------------------------------------------- the context
+
+
+DROPPED = {
+    "sft": "4 examples (2 cut to the context, 2 dropped with nothing to learn)",
+    "reward": "4 pairs, 2 dropped for their length",
+    "dpo": "4 pairs, 2 dropped for their length",
+    "ppo": "4 prompts, 2 dropped for their length",
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_prompts_longer_than_the_context_are_dropped_with_a_count(name, place, works, flags):
+    write(place / "some.jsonl", *good(2), LONG, *good(2), LONG)
+    assert DROPPED[name] in works(name, *flags(name, "some.jsonl"), "--out", "out")
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_nothing_but_prompts_longer_than_the_context_is_refused(name, place, refused, flags):
+    write(place / "long.jsonl", LONG, LONG)
+    sentence = refused(name, *flags(name, "long.jsonl"))
+    assert "context" in sentence and ("none of the 2 " in sentence or "no record of long.jsonl" in sentence)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_world_that_does_not_fit_the_context_is_refused(name, models, refused, flags):
+    words = "leaves room for a reply of 4 tokens in the context" if name == "ppo" else "context of 8"
+    assert words in refused(name, *flags(name), "--init", models / "short")
+
+
+def test_reply_longer_than_the_context_is_refused(refused, flags):
+    sentence = refused("ppo", *flags("ppo"), "--max-new-tokens", CONTEXT)
+    assert f"leaves room for a reply of {CONTEXT} tokens in the context" in sentence
+
+
+# -------------------------------------------------------------------------------------------- vocabulary and checkpoint
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_vocabulary_larger_than_the_model_is_refused(name, place, refused, flags, world_encoding):
+    small = tokenizer.train(["add 1 and 2"], 260, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    checkpoint(place / "small", small)
+    tokenizer.save(world_encoding, place / "words")
+    write(place / "good.jsonl", *good())
+    given = [*flags(name, "good.jsonl"), "--init", "small", "--tokenizer", "words"]
+    words = f"vocabulary of {world_encoding.n_vocab} ids does not fit a model with {small.n_vocab} embeddings"
+    assert words in refused(name, *given)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_vocabulary_much_smaller_than_the_model_is_refused(name, place, refused, flags, world_encoding):
+    checkpoint(place / "large", world_encoding, rows=5000)
+    write(place / "good.jsonl", *good())
+    sentence = refused(name, *flags(name, "good.jsonl"), "--init", "large")
+    assert "does not fit a model with 5000 embeddings" in sentence and "--tokenizer" in sentence
+
+
+def test_reward_model_with_another_vocabulary_of_the_same_size_is_refused(place, refused, flags, world_encoding):
+    ids = dict(world_encoding._mergeable_ranks)
+    a, b = list(ids)[-2:]
+    ids[a], ids[b] = ids[b], ids[a]  # every size fits, and two words have changed places
+    special, pattern = world_encoding._special_tokens, world_encoding._pat_str
+    swapped = tiktoken.Encoding("swapped", pat_str=pattern, mergeable_ranks=ids, special_tokens=special)
+    checkpoint(place / "other", swapped, "score")
+    assert "other has another vocabulary" in refused("ppo", *flags("ppo"), "--reward", "other")
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_missing_or_malformed_tokenizer_is_named(name, place, models, refused, flags):
+    (place / "bare").mkdir()
+    (place / "bad").mkdir()
+    (place / "bad" / "tokenizer.json").write_text('{"model": ')
+    for directory, words in (
+        ("nowhere", "no tokenizer at nowhere"),
+        ("bare", "bare holds no tokenizer that can be read"),
+        ("bad", "bad/tokenizer.json, line 1: malformed JSON"),
+    ):
+        assert words in refused(name, *flags(name), "--tokenizer", directory)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_missing_init_says_which_flag_and_what_to_do(name, refused, flags):
+    sentence = refused(name, *flags(name), "--init", "nowhere")
+    assert "--init nowhere: there is no such directory" in sentence and "before, or name a checkpoint" in sentence
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_missing_stage_before_is_named(name, refused):
+    assert f"--init out/{'base' if name == 'sft' else 'sft'}: there is no such directory" in refused(name)
+
+
+def test_missing_reward_model_is_named(refused, flags):
+    assert "--reward nowhere: there is no such directory" in refused("ppo", *flags("ppo"), "--reward", "nowhere")
+
+
+def damage_config(directory):
+    (directory / "config.json").write_text('{"model_type": "llama", ')
+    return "config.json is not valid JSON"
+
+
+def other_architecture(directory):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    return "'mamba' is not supported"
+
+
+def no_config(directory):
+    (directory / "config.json").unlink()
+    return "config.json does not exist"
+
+
+def no_weights(directory):
+    (directory / "model.safetensors").unlink()
+    return "model.safetensors does not exist"
+
+
+def half_the_weights(directory):
+    weights = (directory / "model.safetensors").read_bytes()
+    (directory / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    return "model.safetensors is not a whole safetensors file"
+
+
+def wrong_shape(directory):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 1}))
+    return "config.json says"
+
+
+DAMAGES = [damage_config, other_architecture, no_config, no_weights, half_the_weights, wrong_shape]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_damaged_checkpoint_is_named(name, damage, place, refused, flags, world_encoding):
+    words = damage(checkpoint(place / "damaged", world_encoding))
+    sentence = refused(name, *flags(name), "--init", "damaged")
+    assert "damaged" in sentence and words in sentence
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_reward_model_is_no_policy(name, models, refused, flags):
+    sentence = refused(name, *flags(name), "--init", models / "scorer")
+    assert f"--init {models / 'scorer'} has a scalar head" in sentence
+
+
+def test_reward_training_may_go_on_from_a_reward_model_when_files_give_the_pairs(place, models, works, flags):
+    write(place / "good.jsonl", *good())
+    works("reward", *flags("reward", "good.jsonl"), "--init", models / "scorer", "--out", "out")
+    assert GPT.from_pretrained(place / "out").config.head == "score"
+
+
+def test_language_model_is_no_reward_model(models, refused, flags):
+    assert f"--reward {models / 'lm'} has no scalar head" in refused("ppo", *flags("ppo"), "--reward", models / "lm")
+
+
+def test_reward_from_scratch_has_no_replies_to_compare(refused, flags):
+    assert "--init scratch has no replies to compare" in refused("reward", *flags("reward"), "--init", "scratch")
+
+
+# ---------------------------------------------------------------------------------------------------------------- flags
+
+
+BAD_FLAGS = [  # script, flag, value, what the sentence says
+    *[(name, "batch-size", value, "at least 1") for name in STAGES for value in ("0", "-3")],
+    *[(name, "steps", "-1", "at least") for name in STAGES],
+    *[(name, "lr", value, "at least 0") for name in STAGES for value in ("-0.001", "nan", "inf")],
+    *[(name, "seed", value, "") for name in SCRIPTS for value in ("-1", str(2**32))],
+    *[(name, "device", value, "auto, cpu, cuda") for name in SCRIPTS for value in ("tpu", "meta", "cuda:x")],
+    *[(name, "device", "cuda:99", "not on this machine") for name in SCRIPTS],
+    *[(name, "dtype", "int8", "float32 or bfloat16") for name in STAGES],
+    *[(name, "batch-size", "many", "invalid int value: 'many'") for name in STAGES],
+    *[(name, "lr", "high", "invalid float value: 'high'") for name in STAGES],
+    *[(name, "prompts", "0", "at least 1") for name in ("reward", "dpo", "annotators")],
+    *[(name, "agreement", v, "[0.5, 1)") for name in ("reward", "dpo", "annotators") for v in ("0.4", "1", "1.5")],
+    *[("sft", "micro-batch-size", "-1", "at least 0"), ("sft", "weight-decay", "-0.1", "at least 0")],
+    *[("sft", "prompt-weight", "-1", "at least 0"), ("reward", "weight-decay", "-0.1", "at least 0")],
+    *[("dpo", "beta", value, "") for value in ("0", "-0.1", "inf", "nan")],
+    *[("dpo", "label-smoothing", value, "") for value in ("-0.1", "0.5", "nan")],
+    *[("ppo", "steps", "0", "at least 1"), ("ppo", "beta", "-0.1", "at least 0"), ("ppo", "beta", "nan", "at least 0")],
+    *[("ppo", name, value, "") for name in ("gamma", "lam") for value in ("-0.1", "1.1", "nan")],
+    *[("ppo", name, value, "") for name in ("temperature", "clip-eps") for value in ("0", "-1", "nan")],
+    *[("ppo", "minibatches", value, "") for value in ("0", "3")],  # of a batch of 2
+    *[("ppo", name, "0", "at least 1") for name in ("ppo-epochs", "max-new-tokens")],
+    *[("ppo", name, "-1", "at least 0") for name in ("critic-warmup", "critic-lr")],
+    ("ppo", "no-end-score", "nan", "finite"),
+]
+
+
+@pytest.mark.parametrize(("name", "flag", "value", "words"), BAD_FLAGS)
+def test_flag_out_of_range_is_named_with_its_value(name, flag, value, words, refused, flags, monkeypatch):
+    monkeypatch.setattr(annotators, "sample", None)  # it is refused before a model writes thousands of replies
+    sentence = refused(name, *flags(name), f"--{flag}={value}")
+    assert f"--{flag}" in sentence and words in sentence and (value in sentence or flag == "seed")
+
+
+@pytest.mark.parametrize("shape", ["llama", "mamba:1x32x64", "llama:0x32x64", "llama:1x33x64", "llama:1x32x1"])
+@pytest.mark.parametrize("name", ["sft", "dpo", "ppo"])
+def test_shape_that_cannot_be_built_is_refused(name, shape, place, models, refused, flags):
+    write(place / "good.jsonl", *good())
+    given = [*flags(name, "good.jsonl"), "--init", "scratch", "--shape", shape]
+    assert f"--shape '{shape}' should read" in refused(name, *given)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_unknown_flag_is_named(name, refused, flags):
+    sentence = refused(name, *flags(name), "--learning-rate", "1e-3")
+    assert "unrecognized arguments: --learning-rate 1e-3" in sentence and "--help" in sentence
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_abbreviated_flag_is_refused(name, refused, flags):
+    assert "unrecognized arguments: --see 1" in refused(name, *flags(name), "--see", "1")
+
+
+def test_flag_without_its_value_is_named(refused):
+    assert "argument --data: expected at least one argument" in refused("sft", "--data")
+
+
+# --------------------------------------------------------------------------------------------- what --out holds already
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_out_that_holds_a_run_is_refused(name, place, refused, flags, world_encoding):
+    checkpoint(place / "earlier", world_encoding)
+    sentence = refused(name, *flags(name), "--out", "earlier")
+    assert "--out earlier already holds a run" in sentence and "--overwrite" in sentence
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_overwrite_replaces_a_run(name, place, works, flags, world_encoding):
+    before = snapshot(checkpoint(place / "earlier", world_encoding))
+    write(place / "good.jsonl", *good())
+    works(name, *flags(name, "good.jsonl"), "--out", "earlier", "--overwrite")
+    assert json.loads((place / "earlier" / "run.json").read_text())["stage"] == name
+    assert snapshot(place / "earlier") != before
+    assert sorted(path.name for path in place.iterdir()) == ["earlier", "good.jsonl"]
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("holds", ["notes.txt", "run.json", "src/code.py"])
+def test_out_with_foreign_files_is_refused_even_with_overwrite(name, holds, place, refused, flags):
+    (place / "mine" / holds).parent.mkdir(parents=True)
+    (place / "mine" / holds).write_text("years of work")
+    for more in ([], ["--overwrite"]):
+        sentence = refused(name, *flags(name), "--out", "mine", *more)
+        assert "mine holds files that are no run of ours" in sentence
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_default_out_with_foreign_files_is_refused(name, place, refused, flags):
+    (place / "out" / name).mkdir(parents=True)
+    (place / "out" / name / "notes.txt").write_text("years of work")
+    assert f"out/{name} holds files that are no run of ours" in refused(name, *flags(name))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_foreign_directory_with_the_working_name_is_refused(name, place, refused, flags):
+    (place / "mine.partial").mkdir()
+    (place / "mine.partial" / "notes.txt").write_text("years of work")
+    assert "mine.partial holds files that are no run of ours" in refused(name, *flags(name), "--out", "mine")
+
+
+@pytest.mark.parametrize("more", [[], ["--overwrite"]])
+def test_out_that_is_a_file_is_refused(more, place, refused, flags):
+    (place / "mine").write_text("years of work")
+    assert "mine holds files that are no run of ours" in refused("sft", *flags("sft"), "--out", "mine", *more)
+
+
+def test_out_below_a_file_is_refused(place, refused, flags):
+    (place / "file").write_text("a file")
+    write(place / "good.jsonl", *good())
+    assert "--out file/run cannot be written" in refused("sft", *flags("sft", "good.jsonl"), "--out", "file/run")
+
+
+@pytest.mark.parametrize("out", [".", "..", "a/.."])
+def test_out_without_a_name_is_refused(out, place, refused, flags):
+    assert "name a directory of the run's own" in refused("sft", *flags("sft"), "--out", out, "--overwrite")
+
+
+def test_bad_input_leaves_what_a_killed_run_left(place, refused, flags, world_encoding):
+    checkpoint(place / "mine.partial", world_encoding)  # `refused` compares its bytes
+    assert "nowhere.jsonl" in refused("sft", *flags("sft", "nowhere.jsonl"), "--out", "mine")
+
+
+def test_neighbour_with_a_backup_name_survives_a_replacement(place, works, flags, world_encoding):
+    checkpoint(place / "mine", world_encoding)
+    checkpoint(place / "mine.old", world_encoding)
+    before = snapshot(place / "mine.old")
+    write(place / "good.jsonl", *good())
+    works("sft", *flags("sft", "good.jsonl"), "--out", "mine", "--overwrite")
+    assert snapshot(place / "mine.old") == before
+
+
+@pytest.mark.parametrize("text", ["years of work", json.dumps(pair("who?", "me", "you")) + "\n", ""])
+def test_annotators_do_not_overwrite_a_foreign_file(text, place, refused, flags):
+    (place / "mine.jsonl").write_text(text)
+    assert "--out mine.jsonl is there already" in refused("annotators", *flags("annotators"), "--out", "mine.jsonl")
+
+
+def test_annotators_replace_their_own_file(place, works, flags):
+    works("annotators", *flags("annotators"), "--out", "pairs.jsonl")
+    first = (place / "pairs.jsonl").read_bytes()
+    works("annotators", *flags("annotators"), "--out", "pairs.jsonl", "--seed", "1")
+    assert first != (place / "pairs.jsonl").read_bytes() and [path.name for path in place.iterdir()] == ["pairs.jsonl"]
+
+
+# ------------------------------------------------------------------------------------------------------------- for real
+
+
+def command(root, *argv):
+    return [sys.executable, root / argv[0], *map(str, argv[1:])]
+
+
+def test_process_ends_with_code_2_and_one_sentence(root, place, flags):
+    result = subprocess.run(command(root, "sft.py", *flags("sft", "nowhere.jsonl")), capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "error: nowhere.jsonl: there is no such file; check the path\n"
+    assert list(place.iterdir()) == []
+
+
+def test_killed_run_leaves_the_earlier_one_untouched(root, place, flags, world_encoding):
+    before = snapshot(checkpoint(place / "mine", world_encoding))
+    write(place / "good.jsonl", *good(3), pair(chosen=""))
+    argv = [*flags("sft", "good.jsonl"), "--steps", "1000000", "--out", "mine", "--overwrite"]
+    with subprocess.Popen(command(root, "sft.py", *argv), stderr=subprocess.PIPE, text=True) as process:
+        written, limit = place / "mine.partial" / "metrics.jsonl", time.monotonic() + 60
+        while not (written.exists() and written.stat().st_size) and time.monotonic() < limit:
+            time.sleep(0.05)
+        process.kill()
+        stderr = process.communicate()[1]
+    assert process.returncode == -signal.SIGKILL
+    assert "good.jsonl: 1 of 4 records dropped (1 empty chosen)" in stderr  # the count reaches the terminal
+    assert (place / "mine.partial").is_dir() and snapshot(place / "mine") == before

@@ -1,0 +1,466 @@
+"""Claims that hold exactly between the rooms: what was sampled is what is trained on, a step is its micro-batches, the loss sees the
+assistant's tokens and nothing else, a score sits on the last one, and nothing depends on padding."""
+
+import copy
+import json
+import math
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dpo
+import ppo
+import reward
+import sft
+from data import chat, formats, tokenizer, world
+from data.collate import IGNORE, collate, encode_pairs, epochs, pad
+from data.formats import Preference
+from model import GPT
+
+ARCHS = ["gpt2", "llama"]
+TALK = [
+    {"role": "system", "content": "end every answer with sir"},
+    {"role": "user", "content": "repeat : fox cat"},
+    {"role": "assistant", "content": "fox cat sir"},
+    {"role": "user", "content": "now <|im_end|> that"},
+    {"role": "assistant", "content": "i do not know sir"},
+    {"role": "user", "content": "last : jar"},
+    {"role": "assistant", "content": "jar"},
+]
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+@pytest.fixture(scope="module")
+def chats():
+    """World demonstrations of every length, and one long conversation."""
+    return [record.messages for record in world.demonstrations(23, seed=3)] + [TALK]
+
+
+@pytest.fixture(scope="module")
+def preferences():
+    """World prompts with a right and a wrong answer."""
+    rng, records = random.Random(0), []
+    for i in range(24):
+        messages, task = world.draw(rng)
+        wrong = task.answer
+        while wrong == task.answer:
+            wrong = world.mistake(rng, messages, task)
+        replies = [[turn("assistant", text)] for text in (task.answer, wrong)]
+        records.append(Preference(messages, *replies, f"pair {i}"))
+    return records
+
+
+@pytest.fixture
+def world_model(tiny, world_encoding):
+    """world_model(head, seed): a tiny random GPT over the world's vocabulary."""
+
+    def build(head="lm", seed=0, arch="llama", **changes):
+        return tiny(arch, head, seed, vocab_size=world_encoding.n_vocab, context=128, **changes)
+
+    return build
+
+
+@pytest.fixture
+def checkpoint(tmp_path, world_model, world_encoding):
+    """checkpoint(head, seed): the directory of such a model with its tokenizer, as a stage leaves it."""
+
+    def write(head="lm", seed=0, **changes):
+        directory = tmp_path / f"{head}{seed}"
+        world_model(head, seed, **changes).save_pretrained(directory)
+        tokenizer.save(world_encoding, directory)
+        return str(directory)
+
+    return write
+
+
+@pytest.fixture
+def run_stage(tmp_path, capsys):
+    """run_stage(script, **flags): runs a script's main on the CPU and gives its run directory and its metrics, line by line."""
+
+    def run(script, **flags):
+        out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        script.main(script.Config(out=str(out), device="cpu", dtype="float32", **flags))
+        capsys.readouterr()
+        return out, [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+    return run
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    """jsonl(records): a file of them."""
+
+    def write(records):
+        path = tmp_path / f"data{len(list(tmp_path.iterdir()))}.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return str(path)
+
+    return write
+
+
+# ------------------------------------------------------------------------------------------------------ what is supervised
+
+
+def test_after_the_shift_every_assistant_token_and_its_end_is_a_target_and_nothing_else(chats, world_encoding):
+    end = world_encoding._special_tokens["<|im_end|>"]
+    batch = collate([chat.render(messages, world_encoding) for messages in chats])
+    assert len(set(batch.lengths.tolist())) > 5  # padding of many sizes
+    for row, messages in enumerate(chats):
+        expected = []
+        for message in messages:
+            if message["role"] == "assistant":
+                expected += [*world_encoding.encode_ordinary(message["content"]), end]
+        assert batch.targets[row][batch.mask[row]].tolist() == expected
+        assert (batch.targets[row][~batch.mask[row]] == IGNORE).all()
+
+
+def test_each_reply_is_predicted_from_its_header_on_up_to_its_end_token(world_encoding):
+    end = world_encoding._special_tokens["<|im_end|>"]
+    header = chat.prompt(TALK[:2], world_encoding)[-3:]
+    assert world_encoding.decode(header) == "<|im_start|>assistant\n"
+    batch = collate([chat.render(TALK, world_encoding), chat.render(TALK[:3], world_encoding)])
+    mask, inputs, targets = batch.mask[0].tolist(), batch.inputs[0].tolist(), batch.targets[0].tolist()
+    starts = [t for t in range(len(mask)) if mask[t] and (t == 0 or not mask[t - 1])]
+    stops = [t for t in range(len(mask)) if mask[t] and not mask[t + 1]]
+    assert len(starts) == len(stops) == 3
+    for start, stop in zip(starts, stops, strict=True):
+        assert inputs[start - 2 : start + 1] == header
+        assert targets[stop] == end and all(token != end for token in targets[start:stop])
+        assert inputs[start + 1 : stop + 1] == targets[start:stop]  # a target is the next input
+
+
+def test_inputs_targets_mask_and_weights_agree_and_padding_is_outside_of_all(chats, world_encoding):
+    examples = [chat.render(messages, world_encoding) for messages in chats]
+    batch = collate(examples)
+    assert batch.inputs.dtype == batch.targets.dtype == torch.int64 and batch.mask.dtype == torch.bool
+    assert torch.equal(batch.weights, batch.mask.float()) and batch.weights.dtype == torch.float32
+    assert batch.inputs.shape == batch.targets.shape == batch.mask.shape == (len(chats), max(batch.lengths))
+    for row, (ids, mask) in enumerate(examples):
+        n = int(batch.lengths[row])
+        assert n == len(ids) - 1 and batch.inputs[row, :n].tolist() == ids[:-1] and batch.mask[row, :n].tolist() == mask[1:]
+        assert not batch.mask[row, n:].any() and (batch.inputs[row, n:] == 0).all()
+
+
+def test_a_token_counts_by_its_position_even_if_its_id_is_the_padding_s():
+    batch = collate([([5, 0, 0], [False, True, True]), ([5, 6, 7, 8, 0], [False, True, False, False, True])])
+    assert batch.targets.tolist() == [[0, 0, IGNORE, IGNORE], [6, IGNORE, IGNORE, 0]]
+    assert batch.mask.tolist() == [[True, True, False, False], [True, False, False, True]]
+
+
+def test_sft_examples_are_the_rendered_chats_and_pretraining_weighs_every_token(jsonl, chats, world_encoding):
+    path = jsonl([{"messages": messages} for messages in chats])
+    config = SimpleNamespace(data=[path], pretrain=False, steps=1, batch_size=1, seed=0, prompt_weight=0.1)
+    examples, *_ = sft.load_examples(config, world_encoding, 128)
+    assert examples == [chat.render(messages, world_encoding) for messages in chats]
+    config.pretrain, config.data = True, []
+    examples, *_ = sft.load_examples(config, world_encoding, 128)
+    end = world_encoding._special_tokens["<|endoftext|>"]
+    assert len(examples) > 100
+    for ids, weights in examples:
+        assert ids[-1] == end and weights[-1] == 1.0 and set(weights) <= {0.1, 1.0} and len(ids) == len(weights)
+
+
+def test_the_end_token_s_gradient_reaches_the_model(world_model, world_encoding):
+    """Trap 1: a model whose end-of-turn token is not in the loss never learns to stop."""
+    model, end = world_model(tied=False), world_encoding._special_tokens["<|im_end|>"]
+    batch = collate([chat.render(TALK, world_encoding), chat.render(TALK[:3], world_encoding)])
+    sft.batch_loss(model, batch, batch.weights.sum()).backward()
+    untrained = copy.deepcopy(batch.mask) & (batch.targets != end)
+    assert int(batch.mask.sum() - untrained.sum()) == 4
+    # raising an end token's logit pays at the four places where it is the target: its row must be pulled towards their hidden states
+    hidden = model(batch.inputs)
+    probabilities = model.logits(hidden).softmax(-1)[..., end]
+    wanted = ((probabilities - (batch.targets == end).float()) * batch.mask)[..., None] * hidden / batch.mask.sum()
+    torch.testing.assert_close(model.lm_head.weight.grad[end], wanted.sum((0, 1)), rtol=1e-4, atol=1e-6)
+
+
+def test_every_stage_trains_on_the_same_tokens_of_a_reply(preferences, world_encoding):
+    """A reply's ids are the same whether generation starts there, DPO sums over it, or the reward model reads it."""
+    pairs, _, dropped = encode_pairs(preferences, world_encoding, 128)
+    assert dropped == 0
+    for record, pair in zip(preferences, pairs, strict=True):
+        for reply, (ids, mask) in zip((record.chosen, record.rejected), pair, strict=True):
+            prompt, completion = chat.prompt(record.prompt, world_encoding), chat.completion(reply[0]["content"], world_encoding)
+            assert ids == prompt + completion and mask == [False] * len(prompt) + [True] * len(completion)
+
+
+def test_pairs_that_teach_nothing_are_dropped_and_counted(preferences, world_encoding):
+    long = [turn("assistant", "fox " * 200)]
+    same = preferences[0].chosen
+    bad = [
+        Preference(preferences[0].prompt, same, copy.deepcopy(same), "equal sides"),
+        Preference(preferences[0].prompt, long, same, "a long chosen side"),
+        Preference(preferences[0].prompt, same, long, "a long rejected side"),
+    ]
+    pairs, labels, dropped = encode_pairs(bad[:1] + preferences + bad[1:], world_encoding, 128)
+    assert dropped == 3 and len(pairs) == len(labels) == len(preferences)
+
+
+def test_an_epoch_shows_every_example_once_in_an_order_of_its_own():
+    lengths = [random.Random(i).randint(1, 90) for i in range(1003)]
+    order = epochs(lengths, 10, seed=1)
+    first, second = ([next(order) for _ in range(101)] for _ in range(2))
+    for epoch in (first, second):
+        assert sorted(i for batch in epoch for i in batch) == list(range(1003)) and max(map(len, epoch)) == 10
+    again, other = epochs(lengths, 10, seed=1), epochs(lengths, 10, seed=2)
+    assert first != second and [next(again) for _ in range(101)] == first != [next(other) for _ in range(101)]
+    spread = sum(max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in first) / 101
+    assert spread < 10  # of 89: rows of a batch are of similar length
+
+
+# --------------------------------------------------------------------------------------------------- one step, many batches
+
+
+def slow_sft_loss(model, examples):
+    """Token by token, row by row: the mean negative log-likelihood of what is supervised."""
+    total, count = 0.0, 0
+    for ids, mask in examples:
+        logprobs = F.log_softmax(model.logits(model(torch.tensor([ids[:-1]]))[0]), -1)
+        for t in range(1, len(ids)):
+            if mask[t]:
+                total, count = total - logprobs[t - 1, ids[t]], count + 1
+    return total / count
+
+
+def gradients(model):
+    grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    return grads
+
+
+def test_the_sft_loss_is_the_slow_loop_and_1_x_8_is_8_x_1(world_model, world_encoding, chats):
+    model = world_model().double()
+    examples = [chat.render(messages, world_encoding) for messages in chats[-8:]]
+    supervised = [sum(mask) for _, mask in examples]
+    assert len(set(supervised)) > 2  # with equal rows a mean of means would pass
+    slow_sft_loss(model, examples).backward()
+    expected = gradients(model)
+    for size in (8, 1, 3):
+        losses = []
+        for start in range(0, 8, size):
+            losses.append(sft.batch_loss(model, collate(examples[start : start + size]), sum(supervised)))
+            losses[-1].backward()
+        grads = gradients(model)
+        for name, grad in expected.items():
+            scale = float(grad.abs().max())
+            torch.testing.assert_close(grads[name], grad, rtol=1e-6, atol=1e-6 * scale, msg=f"{name}, micro-batches of {size}")
+        assert float(sum(losses).detach()) == pytest.approx(float(slow_sft_loss(model, examples).detach()), rel=1e-6)
+
+
+def test_three_steps_of_sft_end_in_the_same_weights_whatever_the_micro_batch(run_stage, jsonl, checkpoint, chats):
+    flags = dict(init=checkpoint(), data=[jsonl([{"messages": messages} for messages in chats])], steps=3, batch_size=8, lr=1e-3)
+    whole, metrics = run_stage(sft, **flags)
+    parts, micro_metrics = run_stage(sft, micro_batch_size=1, **flags)
+    for a, b in zip(metrics, micro_metrics, strict=True):
+        assert a.keys() == b.keys()
+        for name, value in a.items():
+            assert b[name] == pytest.approx(value, rel=1e-5), name
+    ours, theirs, before = (GPT.from_pretrained(directory).state_dict() for directory in (whole, parts, flags["init"]))
+    moved = max(float((ours[name] - before[name]).abs().max()) for name in before)
+    assert moved > 1e-3  # three steps of Adam: about 3 lr
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0.01 * moved, msg=name)
+
+
+def test_sft_reports_the_loss_and_the_supervised_tokens_of_its_whole_step(run_stage, jsonl, checkpoint, world_encoding, chats):
+    init, four = checkpoint(), chats[-4:]  # too few for a held-out tenth: one batch holds them all
+    _, metrics = run_stage(sft, init=init, data=[jsonl([{"messages": messages} for messages in four])], steps=1, batch_size=4)
+    examples = [chat.render(messages, world_encoding) for messages in four]
+    expected = slow_sft_loss(GPT.from_pretrained(init), examples)
+    assert metrics[0]["loss"] == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert metrics[0]["tokens"] == sum(sum(mask) for _, mask in examples)
+
+
+# ----------------------------------------------------------------------------------------------------------------------- DPO
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_first_dpo_loss_is_ln_2(world_model, world_encoding, preferences, arch):
+    policy = world_model(arch=arch)
+    pairs, _, _ = encode_pairs(preferences, world_encoding, 128)
+    ref_logps = dpo.all_logps(policy, pairs, size=7)  # in other batches, with other padding, than training will use
+    for rows in ([3], [0, 9, 4, 17], list(range(24))):
+        chosen, rejected = dpo.pair_logps(policy, [pairs[i] for i in rows])
+        losses = dpo.dpo_loss(chosen, rejected, *ref_logps[rows].unbind(1), beta=0.1)
+        assert losses.shape == (len(rows),)
+        assert float((losses - math.log(2)).abs().max()) < 1e-6
+        assert torch.isfinite(chosen).all() and float(chosen.detach().min()) < -1 and not torch.equal(chosen, rejected)
+
+
+def test_dpo_s_run_starts_at_ln_2_and_lowers_its_own_loss(run_stage, jsonl, checkpoint, preferences):
+    path = jsonl([{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in preferences])
+    out, metrics = run_stage(dpo, init=checkpoint(), data=[path], steps=6, batch_size=8, lr=1e-3)
+    assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and metrics[0]["margin"] == pytest.approx(0, abs=1e-5)
+    assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.01 and metrics[-1]["margin"] > 0
+    assert GPT.from_pretrained(out).config.head == "lm"
+
+
+def test_a_reply_s_logp_is_the_sum_over_its_tokens_and_end_token_whatever_the_batch(world_model, world_encoding, preferences):
+    model = world_model()
+    pairs, _, _ = encode_pairs(preferences, world_encoding, 128)
+    examples = [side for pair in pairs for side in pair]
+    together = dpo.sequence_logps(model, examples)
+    assert together.shape == (len(examples),) and together.dtype == torch.float32
+    for (ids, mask), logp in zip(examples, together, strict=True):
+        logprobs = F.log_softmax(model.logits(model(torch.tensor([ids[:-1]]))[0]), -1)
+        expected = sum(logprobs[t - 1, ids[t]] for t in range(1, len(ids)) if mask[t])
+        torch.testing.assert_close(logp, expected, rtol=1e-5, atol=1e-5)
+    assert mask[-1] and ids[-1] == world_encoding._special_tokens["<|im_end|>"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------- PPO
+
+
+@pytest.fixture
+def rolled(world_model, world_encoding):
+    """rolled(**flags): a rollout of tiny random models on world prompts, with all that it was made of."""
+
+    def roll(arch="llama", n=24, **flags):
+        defaults = dict(max_new_tokens=12, temperature=1.0, beta=0.2, gamma=1.0, lam=0.95, no_end_score=-2.0)
+        config = SimpleNamespace(**(defaults | flags))
+        policy, ref = world_model(seed=0, arch=arch), world_model(seed=1, arch=arch)
+        reward_model, critic = world_model("score", 2), world_model("score", 3)
+        prompts = [chat.prompt(record.messages, world_encoding) for record in world.prompts(n)]
+        # random models seldom say <|im_end|>: every eighth token ends a reply here, so that replies of every length do
+        stops = list(range(0, world_encoding.n_vocab, 8))
+        out = ppo.rollout(config, policy, ref, critic, reward_model, prompts, stops, torch.Generator().manual_seed(0))
+        names = ["replies", "batch", "old_logprobs", "values", "advantages", "returns", "scores", "kl", "ended"]
+        models = dict(policy=policy, ref=ref, reward_model=reward_model, critic=critic)
+        return SimpleNamespace(config=config, prompts=prompts, stops=stops, **models, **dict(zip(names, out, strict=True)))
+
+    return roll
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_ratio_of_the_first_minibatch_is_1(rolled, arch, temperature):
+    r = rolled(arch, temperature=temperature)
+    assert len(set(map(len, r.replies))) > 3
+    for rows in (torch.arange(24), torch.tensor([5, 2, 19]), torch.tensor([7])):
+        part = type(r.batch)(*(tensor[rows] for tensor in r.batch))
+        logprobs = ppo.token_logprobs(r.policy, part, temperature)
+        ratio = (logprobs - r.old_logprobs[rows]).exp()[part.mask].detach()
+        assert len(ratio) == sum(len(r.replies[i]) for i in rows) and float((ratio - 1).abs().max()) < 1e-5
+        assert float(r.old_logprobs[rows][part.mask].std()) > 0.5 and (logprobs[~part.mask] == 0).all()
+
+
+def test_ppo_s_run_starts_at_a_ratio_of_1_and_saves_its_policy(run_stage, checkpoint):
+    flags = dict(steps=2, batch_size=16, minibatches=2, critic_warmup=0, max_new_tokens=8, lr=1e-3)
+    out, metrics = run_stage(ppo, init=checkpoint(), reward=checkpoint("score"), **flags)
+    for line in metrics:
+        assert line["ratio_first"] == pytest.approx(1, abs=1e-5)
+    assert metrics[0]["kl"] == pytest.approx(0, abs=1e-3)  # policy and reference are the same before the first step
+    assert GPT.from_pretrained(out).config.head == "lm"
+
+
+def test_the_rollout_trains_on_exactly_what_was_sampled(rolled):
+    r = rolled()
+    for row, (prompt, reply) in enumerate(zip(r.prompts, r.replies, strict=True)):
+        assert r.batch.targets[row][r.batch.mask[row]].tolist() == reply
+        assert r.batch.inputs[row, : r.batch.lengths[row]].tolist() == (prompt + reply)[:-1]
+        assert bool(r.ended[row]) == (reply[-1] in r.stops)
+    assert r.ended.any() and not r.ended.all()
+
+
+def test_the_score_sits_on_the_last_reply_token(rolled):
+    """With no KL penalty, lam 1 and discount 1/2, a return is the score halved once per token that is still to come."""
+    r = rolled(beta=0.0, lam=1.0, gamma=0.5)
+    for row, reply in enumerate(r.replies):
+        returns = r.returns[row][r.batch.mask[row]]
+        expected = r.scores[row] * 0.5 ** torch.arange(len(reply) - 1, -1, -1)
+        torch.testing.assert_close(returns, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_returns_are_the_score_less_the_kl_that_is_still_to_come(rolled):
+    r = rolled(beta=0.3, lam=1.0)
+    ref = ppo.token_logprobs(r.ref, r.batch, 1.0).detach()
+    for row in range(24):
+        mask = r.batch.mask[row]
+        penalty = 0.3 * (r.old_logprobs[row] - ref[row])[mask]  # the end token's among them
+        to_come = penalty.flip(0).cumsum(0).flip(0)
+        torch.testing.assert_close(r.returns[row][mask], r.scores[row] - to_come, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(r.kl[row].sum(), penalty.sum() / 0.3, rtol=1e-4, atol=1e-4)
+    white = r.advantages[r.batch.mask]
+    assert abs(float(white.mean())) < 1e-5 and float(white.std()) == pytest.approx(1, abs=0.01)
+
+
+def test_a_score_is_read_at_the_last_token_alone_and_a_reply_without_an_end_gets_the_fixed_one(rolled):
+    r = rolled()
+    with torch.no_grad():
+        for row, (prompt, reply) in enumerate(zip(r.prompts, r.replies, strict=True)):
+            ids = torch.tensor([prompt + reply])
+            alone = r.reward_model.score(r.reward_model(ids))[0]
+            expected = alone[-1] if r.ended[row] else torch.tensor(-2.0)
+            torch.testing.assert_close(r.scores[row], expected, rtol=1e-5, atol=1e-5)
+            assert not r.ended[row] or float((alone[-1] - alone[-2]).abs()) > 1e-4
+
+
+def test_values_are_those_of_the_state_before_each_token_whatever_the_padding(rolled):
+    r = rolled()
+    with torch.no_grad():
+        for row, (prompt, reply) in enumerate(zip(r.prompts, r.replies, strict=True)):
+            for t in range(len(reply)):
+                value = r.critic.score(r.critic(torch.tensor([prompt + reply[:t]])))[0, -1]
+                torch.testing.assert_close(r.values[row, len(prompt) - 1 + t], value, rtol=1e-5, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------------- reward model
+
+
+def test_scores_do_not_change_with_padding_order_or_company(world_model, world_encoding, preferences):
+    model = world_model("score")
+    pairs, _, _ = encode_pairs(preferences, world_encoding, 128)
+    sequences = [side[0] for pair in pairs for side in pair]
+    with torch.no_grad():
+        alone = torch.stack([model.score(model(torch.tensor([ids])))[0, -1] for ids in sequences])
+        for function in (reward.score, ppo.score):
+            torch.testing.assert_close(function(model, sequences), alone, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(function(model, sequences[::-1]).flip(0), alone, rtol=1e-5, atol=1e-5)
+            beside_long = function(model, [sequences[0], [5] * 120, sequences[7]])
+            torch.testing.assert_close(beside_long[[0, 2]], alone[[0, 7]], rtol=1e-5, atol=1e-5)
+        chosen, rejected = reward.score_pairs(model, pairs)
+        torch.testing.assert_close(torch.stack([chosen, rejected], 1).flatten(), alone, rtol=1e-5, atol=1e-5)
+        chosen, rejected = reward.score_all(model, pairs, size=5)
+        torch.testing.assert_close(torch.stack([chosen, rejected], 1).flatten(), alone, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_rows_are_zero_behind_their_lengths():
+    ids, lengths = pad([[1, 2, 3], [4], [5, 6]])
+    assert ids.tolist() == [[1, 2, 3], [4, 0, 0], [5, 6, 0]] and lengths.tolist() == [3, 1, 2]
+
+
+def test_normalised_rewards_have_mean_0_and_deviation_1_and_the_gain_is_kept(world_model, world_encoding, preferences, tmp_path):
+    model = world_model("score")
+    with torch.no_grad():
+        model.score_head.weight.mul_(5)
+        model.score_head.bias.fill_(3.0)
+    pairs, _, _ = encode_pairs(preferences, world_encoding, 128)
+    before = torch.cat(list(reward.score_all(model, pairs)))
+    reward.normalise(model, pairs)
+    model.save_pretrained(tmp_path)
+    again = GPT.from_pretrained(tmp_path)
+    scores = torch.cat(list(reward.score_all(again, pairs)))
+    assert abs(float(scores.mean())) < 1e-5 and float(scores.std()) == pytest.approx(1, abs=1e-5)
+    assert torch.equal(scores.argsort(), before.argsort())
+    # differences over the gain are the log-odds that were trained
+    trained, now = before[:, None] - before, scores[:, None] - scores
+    torch.testing.assert_close(now / again.config.score_gain, trained, rtol=1e-4, atol=1e-4)
+    reward.normalise(again, pairs)
+    assert again.config.score_gain == pytest.approx(model.config.score_gain, rel=1e-4)  # twice is once
+
+
+def test_the_reward_run_normalises_what_it_saves_and_starts_the_next_stage(run_stage, jsonl, checkpoint, preferences, world_encoding):
+    path = jsonl([{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in preferences])
+    out, metrics = run_stage(reward, init=checkpoint(), data=[path], steps=6, batch_size=8, lr=1e-3)
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    model = GPT.from_pretrained(out)
+    pairs, _, _ = encode_pairs(formats.read(path, "preference"), world_encoding, 128)
+    scores = torch.cat(list(reward.score_all(model, pairs)))
+    assert abs(float(scores.mean())) < 1e-4 and float(scores.std()) == pytest.approx(1, abs=1e-4)
+    run_stage(ppo, init=checkpoint(), reward=str(out), steps=1, batch_size=4, minibatches=1, critic_warmup=0, max_new_tokens=3)

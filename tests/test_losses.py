@@ -1,0 +1,306 @@
+"""Claims about the losses of the stage scripts: they are the published equations, by hand numbers, slow loops and fp64 gradients;
+what stands under a mask does not count; no log-ratio makes them overflow."""
+
+import math
+
+import pytest
+import torch
+
+from dpo import dpo_loss
+from ppo import gae, policy_loss, value_loss, whiten
+from reward import bradley_terry_loss
+
+F64 = torch.float64
+NAN = float("nan")
+
+
+def softplus(x):
+    """log(1 + e^x), i.e. -log sigmoid(-x), in plain Python without overflow."""
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+def numbers(*values):
+    return torch.tensor(values, dtype=F64)
+
+
+@pytest.fixture
+def randn():
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(*shape, generator=generator, dtype=F64)
+
+
+# -------------------------------------------------------------------------------------------------------------- comparisons
+
+
+def test_bradley_terry_of_equal_scores_is_ln_2():
+    assert torch.equal(bradley_terry_loss(torch.tensor([3.0]), torch.tensor([3.0])), torch.tensor([2.0]).log())
+
+
+def test_bradley_terry_by_hand():
+    losses = bradley_terry_loss(numbers(2.0, 0.0, 1.0), numbers(0.0, 2.0, 1.0 - math.log(3)))
+    # -log sigmoid(2), -log sigmoid(-2), -log(3/4)
+    torch.testing.assert_close(losses, numbers(0.126928011, 2.126928011, 0.287682072), rtol=0, atol=1e-8)
+
+
+def test_bradley_terry_is_the_slow_loop_for_every_margin_and_soft_label(randn):
+    chosen, rejected, margin = randn(20), randn(20), randn(20).abs()
+    label = torch.linspace(0, 1, 20, dtype=F64)
+    losses = bradley_terry_loss(chosen, rejected, margin, label)
+    for loss, w, lost, m, p in zip(losses, chosen, rejected, margin, label.tolist(), strict=True):
+        d = float(w - lost - m)
+        assert float(loss) == pytest.approx(p * softplus(-d) + (1 - p) * softplus(d), rel=1e-12)
+    torch.testing.assert_close(bradley_terry_loss(chosen, rejected, 0.5), bradley_terry_loss(chosen - 0.5, rejected))
+
+
+def test_a_soft_label_is_minimal_at_its_own_log_odds():
+    difference = numbers(math.log(0.8 / 0.2)).requires_grad_()
+    bradley_terry_loss(difference, numbers(0.0), label=0.8).sum().backward()
+    assert abs(float(difference.grad)) < 1e-15
+    torch.testing.assert_close(bradley_terry_loss(numbers(1.5), numbers(0.3), label=0.0), bradley_terry_loss(numbers(0.3), numbers(1.5)))
+
+
+def test_bradley_terry_passes_gradcheck(randn):
+    chosen, rejected = randn(6).requires_grad_(), randn(6).requires_grad_()
+    label, margin = torch.rand(6, dtype=F64), randn(6)
+    assert torch.autograd.gradcheck(lambda a, b: bradley_terry_loss(a, b, margin, label), (chosen, rejected))
+
+
+def test_dpo_is_ln_2_where_policy_and_reference_agree(randn):
+    chosen, rejected = 30 * randn(9), 30 * randn(9)
+    for smoothing in (0.0, 0.2):
+        losses = dpo_loss(chosen, rejected, chosen, rejected, 0.1, smoothing)
+        torch.testing.assert_close(losses, torch.full((9,), math.log(2), dtype=F64), rtol=0, atol=1e-15)
+
+
+def test_dpo_by_hand():
+    # h_w = 10, h_l = -5: beta (h_w - h_l) = 1.5; then the same pair the wrong way round
+    losses = dpo_loss(numbers(-10.0, -25.0), numbers(-25.0, -10.0), numbers(-20.0, -20.0), numbers(-20.0, -20.0), 0.1)
+    torch.testing.assert_close(losses, numbers(0.201413277, 1.701413277), rtol=0, atol=1e-8)
+    conservative = dpo_loss(numbers(-10.0), numbers(-25.0), numbers(-20.0), numbers(-20.0), 0.1, label_smoothing=0.1)
+    torch.testing.assert_close(conservative, numbers(0.9 * 0.201413277 + 0.1 * 1.701413277), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.4])
+@pytest.mark.parametrize("beta", [0.01, 0.1, 2.0])
+def test_dpo_is_the_slow_loop(randn, beta, smoothing):
+    four = [5 * randn(16) for _ in range(4)]
+    for loss, w, lost, ref_w, ref_lost in zip(dpo_loss(*four, beta, smoothing), *four, strict=True):
+        x = beta * float((w - ref_w) - (lost - ref_lost))
+        assert float(loss) == pytest.approx((1 - smoothing) * softplus(-x) + smoothing * softplus(x), rel=1e-12)
+
+
+def test_dpo_is_bradley_terry_on_implicit_rewards(randn):
+    w, lost, ref_w, ref_lost = (5 * randn(16) for _ in range(4))
+    torch.testing.assert_close(
+        dpo_loss(w, lost, ref_w, ref_lost, 0.3, 0.1), bradley_terry_loss(0.3 * (w - ref_w), 0.3 * (lost - ref_lost), label=0.9)
+    )
+
+
+def test_dpo_pushes_a_pair_by_how_wrongly_it_is_ordered():
+    """Rafailov et al. 2023, eq. 8: the gradient's weight is beta sigmoid(beta (h_l - h_w)), up for chosen, down for rejected."""
+    w, lost = numbers(-12.0).requires_grad_(), numbers(-9.0).requires_grad_()
+    dpo_loss(w, lost, numbers(-10.0), numbers(-10.0), 0.5).sum().backward()
+    weight = 0.5 / (1 + math.exp(-0.5 * 3))
+    assert float(w.grad) == pytest.approx(-weight) and float(lost.grad) == pytest.approx(weight)
+
+
+def test_conservative_dpo_rests_at_the_log_odds_of_the_label_noise():
+    e, beta = 0.2, 0.1
+    w = numbers(math.log((1 - e) / e) / beta).requires_grad_()
+    dpo_loss(w, numbers(0.0), numbers(0.0), numbers(0.0), beta, e).sum().backward()
+    assert abs(float(w.grad)) < 1e-15
+
+
+def test_dpo_passes_gradcheck(randn):
+    four = [randn(5).requires_grad_() for _ in range(4)]
+    assert torch.autograd.gradcheck(lambda *four: dpo_loss(*four, 0.7, 0.15), four)
+
+
+@pytest.mark.parametrize("size", [1e4, -1e4])
+def test_comparisons_stay_finite_at_log_ratios_of_ten_thousand(size):
+    w = torch.tensor([size], requires_grad=True)
+    zero = torch.zeros(1)
+    for loss in (dpo_loss(w, zero, zero, zero, 0.1), dpo_loss(w, zero, zero, zero, 1.0, 0.1), bradley_terry_loss(w, zero)):
+        (gradient,) = torch.autograd.grad(loss.sum(), w)
+        assert torch.isfinite(loss).all() and torch.isfinite(gradient).all()
+    assert float(dpo_loss(w, zero, zero, zero, 0.1).detach()) == pytest.approx(max(0.0, -0.1 * size))
+
+
+def test_losses_per_pair_do_not_mix_pairs(randn):
+    four = [randn(8) for _ in range(4)]
+    alone = torch.cat([dpo_loss(*(x[i : i + 1] for x in four), 0.1) for i in range(8)])
+    assert torch.equal(dpo_loss(*four, 0.1), alone) and alone.shape == (8,)
+    assert bradley_terry_loss(*four[:2]).shape == (8,)
+
+
+# ---------------------------------------------------------------------------------------------------------------- advantages
+
+
+def gae_by_definition(rewards, values, mask, gamma, lam):
+    """A_j = sum_k (gamma lam)^k delta_{j+k} over the row's real steps, in O(T^2)."""
+    advantages = torch.zeros_like(rewards)
+    for row in range(len(rewards)):
+        steps = mask[row].nonzero().flatten().tolist()
+        r, v = [float(rewards[row, t]) for t in steps], [float(values[row, t]) for t in steps] + [0.0]
+        for j, t in enumerate(steps):
+            deltas = [r[k] + gamma * v[k + 1] - v[k] for k in range(len(steps))]
+            advantages[row, t] = sum((gamma * lam) ** (k - j) * deltas[k] for k in range(j, len(steps)))
+    return advantages
+
+
+MASKS = {
+    "full": [[1, 1, 1, 1, 1, 1]] * 3,
+    "replies": [[0, 0, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0]],
+    "holes": [[1, 0, 1, 0, 0, 1], [0, 1, 1, 0, 1, 0], [1, 1, 0, 1, 0, 0]],
+    "an empty row": [[0, 0, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1]],
+}
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.99, 0.0), (0.0, 0.95)])
+@pytest.mark.parametrize("kind", MASKS)
+def test_gae_is_its_definition_whatever_stands_at_masked_positions(randn, kind, gamma, lam):
+    mask = torch.tensor(MASKS[kind], dtype=torch.bool)
+    rewards, values = randn(3, 6), randn(3, 6)
+    expected = gae_by_definition(rewards, values, mask, gamma, lam)
+    for rubbish in (0.0, 1e9, NAN, math.inf):
+        dirty = [x.masked_fill(~mask, rubbish) for x in (rewards, values)]
+        advantages, returns = gae(*dirty, mask, gamma, lam)
+        torch.testing.assert_close(advantages, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(returns[mask], (expected + values)[mask], rtol=1e-12, atol=1e-12)
+        assert torch.isfinite(returns).all() and (advantages[~mask] == 0).all()
+
+
+def test_gae_by_hand():
+    ones = torch.ones(1, 3, dtype=torch.bool)
+    advantages, returns = gae(numbers(0, 0, 1)[None], numbers(0.5, 0.5, 0.5)[None], ones, gamma=1.0, lam=0.5)
+    assert advantages.tolist() == [[0.125, 0.25, 0.5]] and returns.tolist() == [[0.625, 0.75, 1.0]]
+
+
+def test_gae_defaults_are_no_discount_and_95_percent(randn):
+    rewards, values, mask = randn(3, 6), randn(3, 6), torch.ones(3, 6, dtype=torch.bool)
+    torch.testing.assert_close(gae(rewards, values, mask), gae(rewards, values, mask, 1.0, 0.95), rtol=0, atol=0)
+
+
+def test_with_lambda_1_the_return_is_the_discounted_sum_of_rewards_and_with_0_it_is_one_step(randn):
+    rewards, values, mask = randn(2, 5), randn(2, 5), torch.ones(2, 5, dtype=torch.bool)
+    returns = gae(rewards, values, mask, 0.9, 1.0)[1]
+    for t in range(5):
+        torch.testing.assert_close(returns[:, t], sum(0.9 ** (k - t) * rewards[:, k] for k in range(t, 5)))
+    following = torch.cat([values[:, 1:], torch.zeros(2, 1, dtype=F64)], 1)
+    torch.testing.assert_close(gae(rewards, values, mask, 0.9, 0.0)[1], rewards + 0.9 * following)
+
+
+def test_whitened_advantages_have_mean_0_and_deviation_1_over_the_mask_alone(randn):
+    mask, values = randn(40, 50) > 0, 3 + 7 * randn(40, 50)
+    white = whiten(values.masked_fill(~mask, NAN), mask)
+    assert abs(float(white[mask].mean())) < 1e-12 and float(white[mask].std()) == pytest.approx(1, abs=1e-3)  # either definition
+    assert (white[~mask] == 0).all() and torch.equal(white[mask].argsort(), values[mask].argsort())
+
+
+def test_whitening_a_single_token_is_finite():
+    mask = torch.tensor([[False, True]])
+    assert torch.isfinite(whiten(torch.tensor([[0.0, 3.0]]), mask)).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------- PPO
+
+
+@pytest.mark.parametrize(
+    "ratio, advantage, gain, moves",
+    [  # Schulman et al. 2017, fig. 1, with eps .2: beyond the clip only a change for the worse still counts
+        (1.0, 2.0, 2.0, True),
+        (1.1, 1.0, 1.1, True),
+        (1.5, 1.0, 1.2, False),
+        (0.5, 1.0, 0.5, True),
+        (1.5, -1.0, -1.5, True),
+        (0.5, -1.0, -0.8, False),
+        (0.9, -2.0, -1.8, True),
+        (3.0, 0.0, 0.0, False),
+    ],
+)
+def test_the_clip_takes_away_the_gain_but_never_the_loss(ratio, advantage, gain, moves):
+    logprobs = numbers(math.log(ratio) - 1.0)[None].requires_grad_()
+    loss = policy_loss(logprobs, numbers(-1.0)[None], numbers(advantage)[None], torch.ones(1, 1, dtype=torch.bool), 0.2)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(-gain, abs=1e-12)
+    assert float(logprobs.grad) == pytest.approx(-ratio * advantage if moves else 0.0, abs=1e-12)
+
+
+def test_policy_loss_at_the_old_policy_is_the_policy_gradient(randn):
+    logprobs, advantages, mask = randn(3, 6).requires_grad_(), randn(3, 6), torch.tensor(MASKS["holes"], dtype=torch.bool)
+    loss = policy_loss(logprobs, logprobs.detach(), advantages, mask, 0.2)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), -advantages[mask].mean())
+    torch.testing.assert_close(logprobs.grad, -(advantages * mask) / mask.sum())
+
+
+def test_policy_loss_is_the_slow_loop_and_its_divisor_makes_micro_batches_add_up(randn):
+    old, advantages, mask = randn(3, 6), randn(3, 6), torch.tensor(MASKS["replies"], dtype=torch.bool)
+    logprobs = old + 0.4 * randn(3, 6)
+    total = 0.0
+    for row, t in mask.nonzero().tolist():
+        ratio, a = math.exp(logprobs[row, t] - old[row, t]), float(advantages[row, t])
+        total -= min(ratio * a, min(max(ratio, 0.8), 1.2) * a)
+    n = int(mask.sum())
+    assert float(policy_loss(logprobs, old, advantages, mask, 0.2)) == pytest.approx(total / n, rel=1e-12)
+    assert float(policy_loss(logprobs, old, advantages, mask, 0.2, divisor=50)) == pytest.approx(total / 50, rel=1e-12)
+    parts = [policy_loss(*(x[i : i + 1] for x in (logprobs, old, advantages, mask)), 0.2, divisor=n) for i in range(3)]
+    assert float(sum(parts)) == pytest.approx(total / n, rel=1e-12)
+
+
+def test_value_loss_by_hand():
+    # |V - R| = .1 but the clipped value (.7) is .3 off; |V - R| = .9 and the clipped is .7 off; inside the clip both agree
+    values, old, returns = numbers(0.9, 0.9, 0.6), numbers(0.5, 0.5, 0.5), numbers(1.0, 0.0, 1.0)
+    one = torch.ones(1, dtype=torch.bool)
+    for i, error in enumerate([0.09, 0.81, 0.16]):
+        loss = value_loss(values[i : i + 1], old[i : i + 1], returns[i : i + 1], one, 0.2)
+        assert float(loss) == pytest.approx(0.5 * error)
+    loss = value_loss(values[None], old[None], returns[None], torch.ones(1, 3, dtype=torch.bool), 0.2)
+    assert float(loss) == pytest.approx(0.5 * (0.09 + 0.81 + 0.16) / 3)
+
+
+def test_a_value_beyond_its_clip_moves_only_when_it_is_wrong_that_way():
+    values = numbers(0.9, 0.9)[None].requires_grad_()
+    value_loss(values, numbers(0.5, 0.5)[None], numbers(1.0, 0.0)[None], torch.ones(1, 2, dtype=torch.bool), 0.2).backward()
+    torch.testing.assert_close(values.grad, numbers(0.0, 0.9 / 2)[None])
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_what_stands_at_masked_positions_reaches_neither_loss_nor_gradient(randn, kind):
+    mask = torch.tensor(MASKS[kind], dtype=torch.bool)
+    clean = [randn(3, 6) for _ in range(3)]
+    for loss in (policy_loss, value_loss):
+        trained = clean[0].clone().requires_grad_()
+        expected = loss(trained[mask], clean[1][mask], clean[2][mask], mask[mask], 0.2)
+        (gradient,) = torch.autograd.grad(expected, trained)
+        for rubbish in (NAN, math.inf, 1e4):
+            dirty = [x.masked_fill(~mask, rubbish) for x in clean]
+            dirty[0].requires_grad_()
+            out = loss(*dirty, mask, 0.2)
+            out.backward()
+            torch.testing.assert_close(out, expected)
+            torch.testing.assert_close(dirty[0].grad, gradient)
+
+
+def test_a_batch_without_a_single_token_costs_nothing():
+    empty, zeros = torch.zeros(2, 3, dtype=torch.bool), torch.zeros(2, 3)
+    assert float(policy_loss(zeros, zeros, zeros + NAN, empty, 0.2)) == float(value_loss(zeros, zeros, zeros + NAN, empty, 0.2)) == 0
+
+
+def test_policy_and_value_loss_pass_gradcheck(randn):
+    mask = torch.tensor(MASKS["holes"], dtype=torch.bool)
+    old, target = randn(3, 6), randn(3, 6)
+    trained = (old + 0.5 * randn(3, 6)).requires_grad_()  # some inside the clip, some beyond it
+    assert 0 < int((((trained - old).exp() - 1).abs() > 0.2)[mask].sum()) < int(mask.sum())
+    for loss in (policy_loss, value_loss):
+        assert torch.autograd.gradcheck(lambda x: loss(x, old, target, mask, 0.2), trained)  # noqa: B023
+
+
+@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
+@pytest.mark.parametrize("size", [1e4, -1e4])
+def test_policy_loss_stays_finite_at_log_ratios_of_ten_thousand(size, advantage):
+    logprobs = torch.full((1, 2), size, requires_grad=True)
+    mask = torch.tensor([[True, False]])
+    loss = policy_loss(logprobs, torch.zeros(1, 2), torch.full((1, 2), advantage), mask, 0.2)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(logprobs.grad).all()

@@ -1,0 +1,520 @@
+"""Claims about `model`: it is GPT-2 and Llama to rounding, its checkpoints are Hugging Face's, what it samples it can recompute,
+and no row of a batch knows of its padding or its neighbours."""
+
+import json
+import shutil
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+import kernels
+import model as model_module
+from model import GPT, sample
+
+ARCHS = ["gpt2", "llama"]
+SPELLINGS = ["config.json", "config_v4.json"]
+
+
+@pytest.fixture(params=ARCHS)
+def reference(request, shared):
+    """A checkpoint that transformers wrote: (directory, arrays with its ids, logits and greedy tokens)."""
+    directory = shared / "hf" / request.param
+    return directory, np.load(directory / "expected.npz")
+
+
+def relative(ours, theirs):
+    """The largest error, in units of the largest value."""
+    ours, theirs = torch.as_tensor(ours), torch.as_tensor(theirs)
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def all_logits(model, ids):
+    return model.logits(model(torch.as_tensor(ids)[None]))[0]
+
+
+def saved(model, directory):
+    model.save_pretrained(directory)
+    return directory
+
+
+def rewrite(directory, change):
+    """Applies `change` to the dictionary in config.json."""
+    path = directory / "config.json"
+    raw = json.loads(path.read_text())
+    change(raw)
+    path.write_text(json.dumps(raw))
+
+
+# -------------------------------------------------------------------------------------- the architectures are the real ones
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_published_checkpoints_give_their_logits_and_greedy_tokens(reference, spelling, tmp_path):
+    directory, expected = reference
+    shutil.copy(directory / spelling, tmp_path / "config.json")
+    shutil.copy(directory / "model.safetensors", tmp_path)
+    model = GPT.from_pretrained(tmp_path)
+    with torch.no_grad():
+        for which in "ab":
+            assert relative(all_logits(model, expected[f"ids_{which}"]), expected[f"logits_{which}"]) < 1e-4
+            greedy = model.generate([expected[f"ids_{which}"].tolist()], 20, temperature=0)
+            assert greedy == [expected[f"greedy_{which}"].tolist()]
+
+
+def test_in_fp64_the_logits_are_the_published_ones_to_rounding_of_the_rope_table(reference):
+    directory, expected = reference
+    model = GPT.from_pretrained(directory).double()
+    with torch.no_grad():
+        assert relative(all_logits(model, expected["ids_b"]), expected["logits64_b"]) < 1e-6
+
+
+def test_every_gradient_norm_is_the_published_one(reference):
+    directory, _ = reference
+    expected, arrays = json.loads((directory / "expected.json").read_text()), np.load(directory / "expected.npz")
+    model = GPT.from_pretrained(directory).double()
+    ids = torch.as_tensor(arrays["ids_b"])
+    loss = kernels.linear_cross_entropy(model(ids[None, :-1])[0], model.head_weight, ids[1:])
+    loss.backward()
+    assert loss.item() == pytest.approx(float(arrays["loss_b"]), rel=1e-6)
+    parameters, norms = dict(model.named_parameters()), {}
+    heads = [n * model.config.head_dim for n in (model.config.heads, model.config.kv_heads, model.config.kv_heads)]
+    for name, (keys, _) in model_module.layout(model.config).items():
+        grad = parameters[name].grad
+        parts = grad.split(heads) if len(keys) == 3 else grad.chunk(len(keys))
+        norms |= {key: float(part.norm()) for key, part in zip(keys, parts, strict=True)}
+    published = {key.split(".", 1)[1]: norm for key, norm in expected["grad_norms_loss_b_fp64"].items()}
+    assert norms.keys() == published.keys()
+    for key, norm in published.items():
+        assert norms[key] == pytest.approx(norm, rel=1e-5), key
+
+
+def test_a_ragged_batch_continues_as_transformers_continues_its_left_padded_one(reference):
+    directory, expected = reference
+    rows = zip(expected["leftpad_ids"], expected["leftpad_mask"], strict=True)
+    prompts = [ids[mask.astype(bool)].tolist() for ids, mask in rows]
+    assert len(set(map(len, prompts))) > 1
+    replies = GPT.from_pretrained(directory).generate(prompts, 20, temperature=0)
+    assert replies == expected["leftpad_greedy"].tolist()
+
+
+def test_rope_theta_is_read_in_both_spellings(shared, tmp_path):
+    outputs = []
+    for spelling in SPELLINGS:
+        directory = tmp_path / spelling
+        directory.mkdir()
+        shutil.copy(shared / "hf/llama" / spelling, directory / "config.json")
+        shutil.copy(shared / "hf/llama/model.safetensors", directory)
+
+        def set_theta(raw):
+            raw.get("rope_parameters", raw)["rope_theta"] = 500.0
+
+        rewrite(directory, set_theta)
+        outputs.append(GPT.from_pretrained(directory)(torch.arange(20)[None]))
+    assert torch.equal(*outputs)
+    assert relative(outputs[0].detach(), GPT.from_pretrained(shared / "hf/llama")(torch.arange(20)[None]).detach()) > 1e-2
+
+
+# -------------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_published_checkpoints_survive_a_save_and_a_load_bit_for_bit(reference, tmp_path):
+    directory, expected = reference
+    model = GPT.from_pretrained(directory)
+    saved(model, tmp_path)
+    theirs, ours = load_file(directory / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for key in theirs:
+        assert torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype, key
+    again = GPT.from_pretrained(tmp_path)
+    assert again.config == model.config
+    ids = expected["ids_a"]
+    with torch.no_grad():
+        assert torch.equal(all_logits(again, ids), all_logits(model, ids))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_config_that_is_written_has_the_fields_that_transformers_reads_in_both_spellings(shared, arch, tmp_path):
+    saved(GPT.from_pretrained(shared / "hf" / arch), tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    shape = "n_ vocab_size model_type architectures layer_norm activation hidden_ intermediate num_ head_dim max_position rms_ tie_ rope"
+    for spelling in SPELLINGS:
+        theirs = json.loads((shared / "hf" / arch / spelling).read_text())
+        for key, value in theirs.items():
+            if key.startswith(tuple(shape.split())) and value is not None:
+                assert written[key] == value, (spelling, key)
+    assert written["dtype"] == written["torch_dtype"] == "float32"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_any_shape_survives_a_save_and_a_load_bit_for_bit(tiny, arch, tied, tmp_path):
+    model = tiny(arch, tied=tied, eos_token_id=7, pad_token_id=3)
+    again = GPT.from_pretrained(saved(model, tmp_path))
+    assert again.config == model.config
+    state = again.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(state[name], value), name
+    assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) == (not tied)
+
+
+def test_a_save_leaves_nothing_but_a_config_and_a_safetensors_file_of_fp32(tiny, tmp_path):
+    saved(tiny().bfloat16(), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_score_checkpoints_keep_their_bias_and_gain(tiny, arch, tmp_path):
+    model = tiny(arch, head="score", score_gain=2.5)
+    with torch.no_grad():
+        model.score_head.bias.fill_(0.3)
+    again = GPT.from_pretrained(saved(model, tmp_path))
+    ids = torch.arange(24).view(2, 12)
+    assert torch.equal(again.score(again(ids)), model.score(model(ids)))
+    assert again.config.head == "score" and again.config.score_gain == 2.5
+    assert float(again.score_head.bias.detach()) == pytest.approx(0.3)
+    keys = load_file(tmp_path / "model.safetensors").keys()
+    assert "score.weight" in keys and "score.bias" not in keys  # transformers' sequence classification has no bias
+    raw = json.loads((tmp_path / "config.json").read_text())
+    assert raw["architectures"][0].endswith("ForSequenceClassification") and raw["num_labels"] == 1
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_score_head_starts_on_the_trunk_of_a_language_model(tiny, arch, tied, tmp_path):
+    language_model = tiny(arch, tied=tied)
+    model = GPT.from_pretrained(saved(language_model, tmp_path), head="score")
+    ids = torch.arange(24).view(2, 12)
+    assert torch.equal(model(ids), language_model(ids))
+    assert model.score(model(ids)).shape == (2, 12) and float(model.score_head.bias.detach()) == 0
+    scale = model.score_head.weight.std() * (model.config.width + 1) ** 0.5
+    assert 0.5 < float(scale.detach()) < 1.7  # 1 / sqrt(D + 1)
+    assert GPT.from_pretrained(saved(model, tmp_path / "again")).config.head == "score"
+
+
+def test_a_head_that_a_checkpoint_lacks_is_a_clear_error(tiny):
+    writer, judge = tiny(), tiny(head="score")
+    with pytest.raises(ValueError, match="no scalar head"):
+        writer.score(writer(torch.tensor([[1]])))
+    for use in (lambda: judge.logits(judge(torch.tensor([[1]]))), lambda: judge.generate([[1, 2]], 3)):
+        with pytest.raises(ValueError, match="no vocabulary head"):
+            use()
+
+
+@pytest.mark.parametrize("kind", ["bare", "sharded", "bare and sharded", "with the tied head and old buffers"])
+def test_names_without_prefix_and_several_files_load_alike(reference, kind, tmp_path):
+    directory, _ = reference
+    tensors = load_file(directory / "model.safetensors")
+    if "bare" in kind:
+        tensors = {key.split(".", 1)[1]: value for key, value in tensors.items()}
+    if "tied" in kind:
+        tensors["lm_head.weight"] = next(value for key, value in tensors.items() if "wte" in key or "embed" in key).clone()
+        if directory.name == "gpt2":  # published GPT-2 files hold the causal mask
+            tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 128, 128)
+            tensors["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
+        else:
+            tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    shutil.copy(directory / "config.json", tmp_path)
+    if "sharded" in kind:
+        weight_map = {key: f"model-0000{i % 2 + 1}-of-00002.safetensors" for i, key in enumerate(sorted(tensors))}
+        for file in set(weight_map.values()):
+            save_file({key: tensors[key] for key in tensors if weight_map[key] == file}, tmp_path / file)
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    else:
+        save_file(tensors, tmp_path / "model.safetensors")
+    ours, theirs = GPT.from_pretrained(tmp_path).state_dict(), GPT.from_pretrained(directory).state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_growing_the_vocabulary_keeps_every_old_row(tiny, tied, tmp_path):
+    model, before = tiny(tied=tied), tiny(tied=tied)
+    assert model.grow(64) is model and model.config.vocab_size == 64
+    assert torch.equal(model.embed.weight[:61], before.embed.weight)
+    assert torch.equal(model.head_weight[:61], before.head_weight)
+    ids = torch.arange(10)
+    torch.testing.assert_close(all_logits(model, ids)[:, :61], all_logits(before, ids))
+    new, mean = model.embed.weight[61:].detach(), before.embed.weight.detach().mean(0)
+    assert new.unique(dim=0).shape[0] == 3 and (new - mean).norm(dim=1).max() < 4 * before.embed.weight.norm(dim=1).mean()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert GPT.from_pretrained(saved(model, tmp_path)).config.vocab_size == 64
+
+
+def test_a_model_from_scratch_has_the_shape_that_was_asked_for():
+    model = GPT.from_scratch("llama:3x64x50", vocab_size=20)
+    c = model.config
+    assert (c.arch, c.layers, c.width, c.context, c.vocab_size, c.heads * c.head_dim) == ("llama", 3, 64, 50, 20, 64)
+    assert model(torch.zeros(1, 50, dtype=torch.long)).shape == (1, 50, 64)
+
+
+@pytest.mark.parametrize("shape", ["", "llama", "bert:2x64x64", "llama:0x64x64", "llama:2x0x64", "gpt2:2x33x64", "llama:2x64x1"])
+def test_a_shape_that_cannot_be_is_refused_in_one_sentence(shape):
+    with pytest.raises(ValueError, match="--shape") as caught:
+        GPT.from_scratch(shape, vocab_size=20)
+    assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------- bad checkpoints
+
+
+def drop_tensor(directory):
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, directory / "model.safetensors")
+
+
+def add_tensor(directory):
+    tensors = load_file(directory / "model.safetensors") | {"model.layers.2.input_layernorm.weight": torch.ones(32)}
+    save_file(tensors, directory / "model.safetensors")
+
+
+def bend_tensor(directory):
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.norm.weight"] = torch.ones(31)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def cut_file(directory):
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def point_to_missing_shard(directory):
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"norm.weight": "model-1.safetensors"}}))
+
+
+def config_text(text):
+    return lambda directory: (directory / "config.json").write_bytes(text)
+
+
+def config_field(field, value):
+    return lambda directory: rewrite(directory, lambda raw: raw.update({field: value}))
+
+
+FAULTS = {  # what is done to a good checkpoint -> (how, a word that the sentence must contain)
+    "no directory": (shutil.rmtree, "config.json"),
+    "no config": (lambda directory: (directory / "config.json").unlink(), "config.json"),
+    "no weights": (lambda directory: (directory / "model.safetensors").unlink(), "model.safetensors"),
+    "weights cut short": (cut_file, "model.safetensors"),
+    "weights empty": (lambda directory: (directory / "model.safetensors").write_bytes(b""), "model.safetensors"),
+    "weights are something else": (lambda directory: (directory / "model.safetensors").write_bytes(b"PK" * 500), "model.safetensors"),
+    "a shard missing": (point_to_missing_shard, "model-1.safetensors"),
+    "index not JSON": (lambda directory: (directory / "model.safetensors.index.json").write_text("{"), "index"),
+    "index a list": (lambda directory: (directory / "model.safetensors.index.json").write_text("[]"), "index"),
+    "a tensor missing": (drop_tensor, "layers.1.mlp.up_proj.weight"),
+    "a tensor too many": (add_tensor, "layers.2.input_layernorm.weight"),
+    "a tensor of another shape": (bend_tensor, "norm.weight"),
+    "another vocabulary": (config_field("vocab_size", 99), "embed_tokens.weight"),
+    "unknown architecture": (config_field("model_type", "mamba"), "mamba"),
+    "unknown rope": (config_field("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}), "rope"),
+    "biases": (config_field("attention_bias", True), "bias"),
+    "config empty": (config_text(b""), "config.json"),
+    "config not JSON": (config_text(b'{"model_type": "llama",'), "config.json"),
+    "config not UTF-8": (config_text(b'{"model_type": "\xff"}'), "config.json"),
+    "config a list": (config_text(b"[]"), "config.json"),
+    "config without a field": (config_text(b'{"model_type": "llama", "vocab_size": 61}'), "hidden_size"),
+    "config with a null width": (config_field("hidden_size", None), "config.json"),
+    "config with a word for a number": (config_field("num_hidden_layers", "two"), "config.json"),
+    "config without heads": (config_field("num_attention_heads", 0), "config.json"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_bad_checkpoint_is_refused_in_one_sentence_that_names_the_file(tiny, fault, tmp_path, root):
+    directory = saved(tiny(), tmp_path / "checkpoint")
+    damage, word = FAULTS[fault]
+    damage(directory)
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        GPT.from_pretrained(directory)
+    sentence = str(caught.value)
+    assert str(directory) in sentence and word in sentence and "\n" not in sentence.strip() and len(sentence) < 400
+    raised_in = Path(traceback.extract_tb(caught.tb)[-1].filename)  # run.script shows a library's errors as tracebacks
+    assert root in raised_in.parents, f"raised by {raised_in}"
+
+
+def test_a_sequence_beyond_the_context_is_refused(tiny):
+    with pytest.raises(ValueError, match="65 tokens.*context of 64"):
+        tiny()(torch.zeros(1, 65, dtype=torch.long))
+
+
+# ------------------------------------------------------------------------------------------------- nothing leaks across rows
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("head", ["lm", "score"])
+def test_padding_batch_order_and_company_move_nothing(tiny, ragged, arch, head):
+    model = tiny(arch, head=head)
+    out = (lambda ids: model.score(model(ids))) if head == "score" else (lambda ids: logprobs_of_next(model, ids))
+    with torch.no_grad():
+        alone = [out(torch.tensor([row])) for row in ragged]
+        for pad_id, order, extra in [(0, [0, 1, 2, 3, 4, 5, 6, 7], 0), (60, [7, 2, 5, 1], 9), (31, [6, 6, 0, 3], 30)]:
+            rows = [ragged[i] for i in order]
+            ids = torch.full((len(rows), max(map(len, rows)) + extra), pad_id)
+            for line, row in zip(ids, rows, strict=True):
+                line[: len(row)] = torch.tensor(row)
+            hidden, together = model(ids), out(ids)
+            for line, i in enumerate(order):
+                n = len(ragged[i])
+                torch.testing.assert_close(hidden[line, :n], model(torch.tensor([ragged[i]]))[0], rtol=1e-5, atol=1e-5)
+                k = n - (head == "lm")  # position t's log-prob is that of token t + 1
+                torch.testing.assert_close(together[line, :k], alone[i][0, :k], rtol=1e-5, atol=1e-5)
+
+
+def logprobs_of_next(model, ids):
+    """log p(ids[t + 1] | ids[..t]) (B, T - 1), by plain torch."""
+    logits = model.logits(model(ids))[:, :-1]
+    return F.log_softmax(logits, -1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_no_position_sees_the_future(tiny, arch):
+    model, ids = tiny(arch), torch.arange(30)[None]
+    changed = ids.clone()
+    changed[0, 17] = 55
+    with torch.no_grad():
+        a, b = model(ids)[0], model(changed)[0]
+    torch.testing.assert_close(a[:17], b[:17], rtol=1e-5, atol=1e-5)
+    assert all(not torch.allclose(x, y, atol=1e-3) for x, y in zip(a[17:], b[17:], strict=True))
+
+
+# --------------------------------------------------------------------------------------------------------------- generation
+
+
+KINDS = {
+    "gpt2": dict(arch="gpt2"),
+    "llama": dict(kv_heads=4),
+    "grouped": dict(kv_heads=2),
+    "one kv head, untied": dict(kv_heads=1, tied=False),
+}
+
+
+@pytest.fixture(params=KINDS)
+def writer(request, tiny):
+    return tiny(**KINDS[request.param])
+
+
+def greedy_by_hand(model, prompt, n, stops=()):
+    """No cache, no batch: the whole sequence anew for every token."""
+    ids = list(prompt)
+    while len(ids) - len(prompt) < n and len(ids) < model.config.context:
+        ids.append(int(all_logits(model, ids)[-1].argmax()))
+        if ids[-1] in stops:
+            break
+    return ids[len(prompt) :]
+
+
+@torch.no_grad()
+def test_ragged_prompts_continue_as_they_would_alone(writer, ragged):
+    alone = [greedy_by_hand(writer, prompt, 15) for prompt in ragged]
+    assert writer.generate(ragged, 15, temperature=0) == alone
+    assert [writer.generate([prompt], 15, temperature=0)[0] for prompt in ragged] == alone
+    stops = sorted({reply[2 + i] for i, reply in enumerate(alone[:4])})  # rows end at different times
+    stopped = writer.generate(ragged, 15, temperature=0, stop_id=stops)
+    assert stopped == [greedy_by_hand(writer, prompt, 15, stops) for prompt in ragged]
+    assert len({len(reply) for reply in stopped}) > 2
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@torch.no_grad()
+def test_sampled_logprobs_are_the_recomputed_ones(writer, ragged, temperature):
+    generator = torch.Generator().manual_seed(1)
+    replies, logprobs = writer.generate(ragged, 20, temperature, stop_id=list(range(0, 60, 8)), generator=generator, return_logprobs=True)
+    assert len(set(map(len, replies))) > 2
+    for prompt, reply, sampled in zip(ragged, replies, logprobs, strict=True):
+        logits = all_logits(writer, prompt + reply)[len(prompt) - 1 : -1] / temperature
+        again = F.log_softmax(logits, -1).gather(1, torch.tensor(reply)[:, None]).squeeze(1)
+        torch.testing.assert_close(torch.tensor(sampled), again, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_greedy_logprobs_are_those_at_temperature_1(tiny, ragged):
+    model = tiny()
+    (reply, *_), (logprobs, *_) = model.generate(ragged, 5, temperature=0, return_logprobs=True)
+    again = F.log_softmax(all_logits(model, ragged[0] + reply)[len(ragged[0]) - 1 : -1], -1).max(1).values
+    torch.testing.assert_close(torch.tensor(logprobs), again, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_reply_ends_with_its_first_stop_token_and_holds_no_other(tiny, ragged):
+    model, stops = tiny(), [3, 17, 40]
+    replies = model.generate(ragged * 8, 30, stop_id=stops, generator=torch.Generator().manual_seed(0))
+    assert {reply[-1] for reply in replies} >= set(stops)  # each of them stops
+    for reply in replies:
+        assert not set(reply[:-1]) & set(stops) and (reply[-1] in stops or len(reply) == 30)
+    one = model.generate(ragged * 8, 30, stop_id=17, generator=torch.Generator().manual_seed(0))
+    assert any(reply[-1] == 17 and len(reply) < 30 for reply in one) and all(17 not in reply[:-1] for reply in one)
+    assert all(len(reply) == 30 for reply in model.generate(ragged, 30, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@torch.no_grad()
+def test_a_reply_stops_at_the_context_and_fills_it(tiny, arch):
+    model = tiny(arch)
+    prompts = [[1] * 63, [2] * 60, [3], [4] * 50]
+    replies, logprobs = model.generate(prompts, 10, temperature=0, return_logprobs=True)
+    assert list(map(len, replies)) == list(map(len, logprobs)) == [1, 4, 10, 10]
+    assert replies == [greedy_by_hand(model, prompt, 10) for prompt in prompts]
+    assert list(map(len, model.generate(prompts, 1000))) == [1, 4, 63, 14]
+
+
+@pytest.mark.parametrize("prompts", [[[1], []], [[1] * 64], [[1] * 70]])
+def test_a_prompt_that_leaves_no_room_is_refused_by_number(tiny, prompts):
+    with pytest.raises(ValueError, match=f"prompt {len(prompts) - 1} has {len(prompts[-1])} tokens"):
+        tiny().generate(prompts, 5)
+
+
+def test_no_prompts_and_no_tokens_are_empty_answers(tiny):
+    assert tiny().generate([], 5) == [] and tiny().generate([[1], [2]], 0) == [[], []]
+    assert tiny().generate([[1]], 0, return_logprobs=True) == ([[]], [[]])
+
+
+def test_generation_does_not_change_the_prompts_or_keep_gradients(tiny):
+    model, prompts = tiny(), [[1, 2], [3]]
+    model.generate(prompts, 3)
+    assert prompts == [[1, 2], [3]] and all(parameter.grad is None for parameter in model.parameters())
+
+
+@torch.no_grad()
+def test_top_k_1_and_a_tiny_top_p_are_greedy(tiny, ragged):
+    model = tiny()
+    greedy = model.generate(ragged, 12, temperature=0)
+    assert model.generate(ragged, 12, top_k=1) == greedy
+    assert model.generate(ragged, 12, top_p=1e-6) == greedy
+    assert model.generate(ragged, 12, top_k=0, top_p=1.0) != greedy
+
+
+@torch.no_grad()
+def test_the_generator_decides_what_is_sampled(tiny, ragged):
+    model = tiny()
+    first, again, other = (model.generate(ragged, 12, generator=torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (dict(), [0.4, 0.3, 0.2, 0.1]),
+        (dict(temperature=0.5), [16 / 30, 9 / 30, 4 / 30, 1 / 30]),  # p^(1/T), normalised
+        (dict(temperature=2.0), [0.3254, 0.2818, 0.2301, 0.1627]),
+        (dict(top_k=2), [4 / 7, 3 / 7, 0, 0]),
+        (dict(top_k=9), [0.4, 0.3, 0.2, 0.1]),
+        (dict(top_p=0.69), [4 / 7, 3 / 7, 0, 0]),  # the smallest set that holds .69 is .4 + .3
+        (dict(top_p=0.71), [4 / 9, 3 / 9, 2 / 9, 0]),
+        (dict(top_k=3, top_p=0.7), [4 / 7, 3 / 7, 0, 0]),  # after top-k the first two hold .78
+    ],
+)
+def test_tokens_are_drawn_with_the_probabilities_that_were_asked_for(options, expected):
+    n, order = 40000, [2, 0, 3, 1]  # shuffled, so that a sorted order cannot pass for the vocabulary's
+    probabilities = torch.zeros(4)
+    probabilities[order] = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    tokens = sample(probabilities.log().expand(n, 4), generator=torch.Generator().manual_seed(0), **options)
+    shares = torch.bincount(tokens, minlength=4)[order] / n
+    wanted = torch.tensor(expected)
+    assert torch.all((shares - wanted).abs() <= 4.5 * (wanted * (1 - wanted) / n).sqrt() + 1e-4)
+    assert torch.all(shares[wanted == 0] == 0)
