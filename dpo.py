@@ -18,6 +18,7 @@ What everybody gets wrong: a reference that is not the model training starts fro
 end-of-turn) in one of the four log-probs: then the first loss is not ln 2. A test asserts that it is, to 1e-6.
 """
 
+import math
 import random
 from dataclasses import dataclass, field
 
@@ -38,11 +39,11 @@ class Config:
     data: list = field(default_factory=list)  # files of preferences; none: replies of --init to the embedded world, compared by annotators
     out: str = ""  # run directory (default: out/dpo, replaced when complete)
     overwrite: bool = False  # replace a run that --out already holds
-    prompts: int = 12000  # without --data: how many of the world's questions get two replies
-    agreement: float = 0.73  # without --data: how often annotators agree with the judge
-    beta: float = 0.1  # KL strength: larger stays closer to the reference
+    prompts: int = 20000  # without --data: how many of the world's questions get two replies
+    agreement: float = 0.75  # without --data: how often annotators agree with the judge
+    beta: float = 0.2  # KL strength: larger stays closer to the reference
     label_smoothing: float = 0.0  # assumed share of flipped labels (conservative DPO)
-    steps: int = 0  # optimiser steps (default: two epochs)
+    steps: int = 0  # optimiser steps (default: one and a half epochs)
     batch_size: int = 64  # pairs per optimiser step
     lr: float = 3e-4  # peak learning rate (for real models 5e-7 to 1e-6)
     shape: str = "llama:4x96x128"  # of a model from scratch: architecture:layers x width x context
@@ -54,8 +55,8 @@ class Config:
 def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, label_smoothing=0.0):
     """DPO per pair, (B,). All log-probs (B,) in nats, summed over the reply's tokens.
 
-    label_smoothing e: conservative DPO (Mitchell 2023), (1-e) l(+) + e l(-): the best log-odds are then finite, as they should be
-    when a share e of the labels is wrong.
+    label_smoothing e, a number or (B,): conservative DPO (Mitchell 2023), (1-e) l(+) + e l(-). The best log-odds are then finite, as
+    they should be when a share e of the labels is wrong, or when a soft label says that the choice was a close one.
     """
     chosen_ratio = chosen_logps - ref_chosen_logps  # (B,) h_w
     rejected_ratio = rejected_logps - ref_rejected_logps  # (B,) h_l
@@ -90,7 +91,7 @@ def main(config):
 
     # --- policy and data
     scratch = config.init == "scratch"
-    encoding = chat.extend(tokenizer.load(config.tokenizer or (world.TOKENIZER if scratch else config.init)))
+    encoding = chat.extend(tokenizer.choose(config.tokenizer, config.init, world.TOKENIZER))
     policy = GPT.from_scratch(config.shape, encoding.n_vocab) if scratch else GPT.from_pretrained(config.init)
     run.require(policy.config.head == "lm", f"--init {config.init} has a scalar head and cannot write: name a language model")
     policy = tokenizer.fit(policy, encoding).to(job.device)
@@ -99,26 +100,31 @@ def main(config):
     else:
         prompts = world.prompts(config.prompts, config.seed)
         records = annotators.preferences(policy, encoding, prompts, config.agreement, config.seed)
-    pairs, _, dropped = encode_pairs(records, encoding, policy.config.context)
+    pairs, labels, dropped = encode_pairs(records, encoding, policy.config.context)
     source = ", ".join(map(str, config.data)) or "the embedded world"
     run.require(pairs, f"none of the {len(records)} pairs of {source} fits the model's context of {policy.config.context} tokens")
-    job.say(f"dpo: {len(pairs)} pairs, {dropped} dropped for their length")
-    random.Random(config.seed).shuffle(pairs)
-    held_out, pairs = pairs[: len(pairs) // 10][:500], pairs[len(pairs) // 10 :]
+    job.say(f"dpo: {len(pairs)} pairs, {dropped} dropped (too long, or two equal sides)")
+    order = list(range(len(pairs)))
+    random.Random(config.seed).shuffle(order)
+    labels = torch.tensor([labels[i][0] for i in order], device=job.device)  # (N,) 1 for a plain choice, less for a soft label
+    pairs = [pairs[i] for i in order]
+    kept_back = min(300, len(pairs) // 10)
+    held_out, pairs, labels = pairs[:kept_back], pairs[kept_back:], labels[kept_back:]
 
     # --- the reference: all that is ever needed of it is two numbers per pair, computed once; no second model is kept
     ref_logps, ref_held_out = all_logps(policy, pairs), all_logps(policy, held_out) if held_out else None  # (N, 2)
 
     # --- training
-    steps = config.steps or 2 * -(-len(pairs) // config.batch_size)
+    steps = config.steps or math.ceil(1.5 * len(pairs) / config.batch_size)
     optimizer = run.optimizer(policy, config.lr)
-    order = epochs([max(len(side[0]) for side in pair) for pair in pairs], config.batch_size, config.seed)
+    batches = epochs([max(len(side[0]) for side in pair) for pair in pairs], config.batch_size, config.seed)
     for step in job.steps(steps):
-        chosen_ones = next(order)
+        chosen_ones = next(batches)
         with job.autocast():
             chosen_logps, rejected_logps = pair_logps(policy, [pairs[i] for i in chosen_ones])  # (B,) each
         ref_chosen_logps, ref_rejected_logps = ref_logps[chosen_ones].unbind(1)  # (B,) each
-        losses = dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, config.beta, config.label_smoothing)
+        smoothing = torch.where(labels[chosen_ones] < 1, 1 - labels[chosen_ones], config.label_smoothing)  # (B,)
+        losses = dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, config.beta, smoothing)
         losses.mean().backward()
         lr, grad_norm = run.update(optimizer, policy, step, steps, config.lr, warmup=steps // 10)
         chosen_rewards = config.beta * (chosen_logps - ref_chosen_logps).detach()  # (B,) the implicit reward, up to a constant
@@ -132,7 +138,7 @@ def main(config):
             "grad_norm": grad_norm,
             "lr": lr,
         }
-        if held_out and ((step + 1) % max(1, steps // 10) == 0 or step + 1 == steps):
+        if held_out and ((step + 1) % max(1, steps // 5) == 0 or step + 1 == steps):
             now = all_logps(policy, held_out)  # (N, 2)
             metrics["held_out_loss"] = dpo_loss(*now.unbind(1), *ref_held_out.unbind(1), config.beta).mean()
         job.log(step, **metrics)

@@ -239,7 +239,7 @@ def recipe_main(config):
 
 def recipe(out, seed, keep=False):
     """The whole chain for one seed. After SFT the two halves do not need each other: reward model and PPO beside DPO."""
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def stage(name, threads, *command):
@@ -248,7 +248,8 @@ def recipe(out, seed, keep=False):
             return
         target = ["--out", str(done)] + (["--overwrite"] if name != "pairs" else [])
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        subprocess.run([sys.executable, *command, *target, "--seed", str(seed)], cwd=run.ROOT, env=environment, check=True)
+        ended = subprocess.run([sys.executable, *command, *target, "--seed", str(seed)], cwd=run.ROOT, env=environment)
+        run.require(ended.returncode == 0, f"the recipe stopped at {name}: what went wrong stands above")
 
     out = out.resolve()
     start, pairs = str(out / "sft"), str(out / "pairs.jsonl")

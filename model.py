@@ -209,7 +209,7 @@ class GPT(nn.Module):
         """ids (B, T) int64, right-padded -> hidden states (B, T, D) after the final norm. Raises if T > context."""
         T = ids.shape[1]
         if cache is None:
-            if T > self.config.context:
+            if self.config.context < T:
                 raise ValueError(f"a sequence of {T} tokens does not fit the model's context of {self.config.context}")
             positions = torch.arange(T, device=ids.device)  # (T,)
         else:
@@ -369,9 +369,7 @@ class GPT(nn.Module):
             parts = [part.t() if transposed else part for part in parts]
             value = torch.cat(parts) if len(parts) > 1 else parts[0]
             if value.shape != wanted[name].shape:
-                raise ValueError(
-                    f"{directory}: {keys[0]} has shape {tuple(value.shape)}, config.json says {tuple(wanted[name].shape)}"
-                )
+                raise ValueError(f"{directory}: {keys[0]} has shape {tuple(value.shape)}, config.json says {tuple(wanted[name].shape)}")
             wanted[name].copy_(value)
         if config.head == "score" and own_head == "score":
             model.score_head.bias.data.fill_(config.score_bias)

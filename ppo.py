@@ -42,7 +42,7 @@ class Config:
     data: list = field(default_factory=list)  # files whose prompts are asked; none: the embedded world
     out: str = ""  # run directory (default: out/ppo, replaced when complete)
     overwrite: bool = False  # replace a run that --out already holds
-    steps: int = 36  # iterations: one batch of prompts sampled, scored and learnt from
+    steps: int = 32  # iterations: one batch of prompts sampled, scored and learnt from
     batch_size: int = 256  # prompts per iteration
     minibatches: int = 2  # optimiser steps per epoch over the batch
     ppo_epochs: int = 1  # passes over each batch
@@ -159,7 +159,7 @@ def main(config):
 
     # --- four models: two that learn, two that judge
     scratch = config.init == "scratch"
-    encoding = chat.extend(tokenizer.load(config.tokenizer or (config.reward if scratch else config.init)))
+    encoding = chat.extend(tokenizer.choose(config.tokenizer, config.init, config.reward))
     policy = GPT.from_scratch(config.shape, encoding.n_vocab) if scratch else GPT.from_pretrained(config.init)
     run.require(policy.config.head == "lm", f"--init {config.init} has a scalar head and cannot write: name a language model")
     policy = tokenizer.fit(policy, encoding).to(job.device)

@@ -10,13 +10,14 @@ KL strength beta in units that mean something.
     python reward.py                               the embedded world's noisy comparisons of out/sft -> out/reward
     python reward.py --init DIR --data pairs.jsonl any checkpoint, any file of preferences
 
-Watch: loss (from ln 2 = .693 down; it cannot pass below the annotators' own noise: .55-.6 at 73 % agreement), accuracy (on labels;
+Watch: loss (from ln 2 = .693 down; it cannot pass below the annotators' own noise: .55-.6 at 75 % agreement), accuracy (on labels;
 held-out accuracy is the one that counts, and a gap between the two says that noise is being memorised), margin (grows, then rests).
 
 What everybody gets wrong: reading the score at a padding position, or one past the end. Here it is read at `lengths - 1` of
 right-padded rows, and a test asserts that neither padding nor the company in a batch moves a score.
 """
 
+import math
 import random
 from dataclasses import dataclass, field
 
@@ -36,9 +37,9 @@ class Config:
     data: list = field(default_factory=list)  # files of preferences; none: replies of --init to the embedded world, compared by annotators
     out: str = ""  # run directory (default: out/reward, replaced when complete)
     overwrite: bool = False  # replace a run that --out already holds
-    prompts: int = 12000  # without --data: how many of the world's questions get two replies
-    agreement: float = 0.73  # without --data: how often annotators agree with the judge
-    steps: int = 0  # optimiser steps (default: two epochs)
+    prompts: int = 20000  # without --data: how many of the world's questions get two replies
+    agreement: float = 0.75  # without --data: how often annotators agree with the judge
+    steps: int = 0  # optimiser steps (default: one and a half epochs)
     batch_size: int = 64  # pairs per optimiser step
     lr: float = 1e-3  # peak learning rate
     weight_decay: float = 0.05  # AdamW's, on matrices
@@ -94,7 +95,7 @@ def main(config):
     run.require(0.5 <= config.agreement < 1, f"--agreement must lie in [0.5, 1), not {config.agreement}")
     job = run.start(config, "reward")
     scratch = config.init == "scratch"
-    encoding = chat.extend(tokenizer.load(config.tokenizer or (world.TOKENIZER if scratch else config.init)))
+    encoding = chat.extend(tokenizer.choose(config.tokenizer, config.init, world.TOKENIZER))
 
     # --- data: before the model, because the world's pairs are samples of --init with its vocabulary head still on
     if config.data:
@@ -115,13 +116,14 @@ def main(config):
     pairs, labels, dropped = encode_pairs(records, encoding, model.config.context)
     source = ", ".join(map(str, config.data)) or "the embedded world"
     run.require(pairs, f"none of the {len(records)} pairs of {source} fits the model's context of {model.config.context} tokens")
-    job.say(f"reward: {len(pairs)} pairs, {dropped} dropped for their length")
+    job.say(f"reward: {len(pairs)} pairs, {dropped} dropped (too long, or two equal sides)")
     order = list(range(len(pairs)))
     random.Random(config.seed).shuffle(order)
-    held_out, kept = [pairs[i] for i in order[: len(order) // 10][:1000]], order[len(order) // 10 :]
+    kept_back = min(500, len(order) // 10)
+    held_out, kept = [pairs[i] for i in order[:kept_back]], order[kept_back:]
 
     # --- training
-    steps = config.steps or 2 * -(-len(kept) // config.batch_size)
+    steps = config.steps or math.ceil(1.5 * len(kept) / config.batch_size)
     optimizer = run.optimizer(model, config.lr, config.weight_decay)
     batches = epochs([max(len(side[0]) for side in pairs[i]) for i in kept], config.batch_size, config.seed)
     for step in job.steps(steps):
@@ -136,7 +138,7 @@ def main(config):
         difference = (chosen_scores - rejected_scores).detach()
         metrics = {"loss": loss.detach(), "accuracy": (difference > 0).float().mean(), "margin": difference.mean(), "lr": lr}
         metrics["grad_norm"] = grad_norm
-        if held_out and ((step + 1) % max(1, steps // 10) == 0 or step + 1 == steps):
+        if held_out and ((step + 1) % max(1, steps // 5) == 0 or step + 1 == steps):
             chosen_scores, rejected_scores = score_all(model, held_out)
             metrics["held_out_accuracy"] = (chosen_scores > rejected_scores).float().mean()
             metrics["held_out_loss"] = bradley_terry_loss(chosen_scores, rejected_scores).mean()

@@ -37,7 +37,7 @@ class Config:
     overwrite: bool = False  # replace a run that --out already holds
     pretrain: bool = False  # raw text, every token in the loss
     prompt_weight: float = 0.1  # with --pretrain: what a token counts that only sets the scene (a question nobody could predict)
-    steps: int = 0  # optimiser steps (default: 3600 with --pretrain, else 400)
+    steps: int = 0  # optimiser steps (default: 3000 with --pretrain, else 400)
     batch_size: int = 32  # sequences per optimiser step
     micro_batch_size: int = 0  # sequences per forward pass; gradients add up to the same step (0: the whole batch)
     lr: float = 0.0  # peak learning rate (default: 1.5e-3 with --pretrain, else 1e-3)
@@ -94,7 +94,7 @@ def load_examples(config, encoding, context):
 
 
 def main(config):
-    config.steps = config.steps or (3600 if config.pretrain else 400)
+    config.steps = config.steps or (3000 if config.pretrain else 400)
     config.lr = config.lr or (1.5e-3 if config.pretrain else 1e-3)
     config.init = config.init or ("scratch" if config.pretrain else "out/base")
     stage = "base" if config.pretrain else "sft"
@@ -102,7 +102,7 @@ def main(config):
 
     # --- model and vocabulary
     scratch = config.init == "scratch"
-    encoding = chat.extend(tokenizer.load(config.tokenizer or (world.TOKENIZER if scratch else config.init)))
+    encoding = chat.extend(tokenizer.choose(config.tokenizer, config.init, world.TOKENIZER))
     model = GPT.from_scratch(config.shape, encoding.n_vocab) if scratch else GPT.from_pretrained(config.init)
     run.require(model.config.head == "lm", f"--init {config.init} has a scalar head and cannot learn to write: name a language model")
     model = tokenizer.fit(model, encoding).to(job.device)
@@ -112,7 +112,8 @@ def main(config):
     source, context = ", ".join(map(str, config.data)) or "the embedded world", model.config.context
     run.require(examples, f"nothing to train on: no record of {source} has a supervised token within the context of {context} tokens")
     random.Random(config.seed).shuffle(examples)
-    held_out, examples = examples[: len(examples) // 10][:500], examples[len(examples) // 10 :]
+    kept_back = min(500, len(examples) // 10)
+    held_out, examples = examples[:kept_back], examples[kept_back:]
     job.say(f"{stage}: {len(examples)} examples ({long} cut to the context, {empty} dropped with nothing to learn)")
 
     # --- training

@@ -31,8 +31,8 @@ from model import GPT
 class Config:
     init: str = "out/sft"  # checkpoint whose replies are compared
     out: str = "out/pairs.jsonl"  # file of preferences to write
-    prompts: int = 12000  # questions; a pair of identical replies is dropped
-    agreement: float = 0.73  # how often annotators agree with the judge on pairs that have a better side
+    prompts: int = 20000  # questions; a pair of identical replies is dropped
+    agreement: float = 0.75  # how often annotators agree with the judge on pairs that have a better side
     held_out: bool = False  # ask the held-out part of the world
     seed: int = 0  # of prompts, samples and annotators
     device: str = "auto"  # auto, cpu, cuda
@@ -50,7 +50,7 @@ def strength(differences, agreement):
     return low
 
 
-def sample(model, encoding, prompts, max_new_tokens, temperature=1.0, seed=0, batch=1024):
+def sample(model, encoding, prompts, max_new_tokens, temperature=1.0, seed=0, batch=512):
     """One reply per conversation: (ids, whether it ended by itself, its text) for each."""
     stops, generator = chat.stop_ids(encoding), torch.Generator(model.device).manual_seed(seed)
     replies = []
@@ -62,15 +62,16 @@ def sample(model, encoding, prompts, max_new_tokens, temperature=1.0, seed=0, ba
     return replies
 
 
-def preferences(model, encoding, prompts, agreement=0.73, seed=0):
+def preferences(model, encoding, prompts, agreement=0.75, seed=0):
     """Two samples of the model for each world prompt, compared by annotators -> Preference records.
 
-    Identical replies are dropped. Deterministic in `seed`. Raises ValueError if nothing is left.
+    Identical, empty and unfinished replies are dropped. Deterministic in `seed`. Raises ValueError if nothing is left.
     """
     messages = [record.messages for record in prompts]
     first, second = (sample(model, encoding, messages, 24, seed=2 * seed + side) for side in (0, 1))
-    pairs = [(m, a, b) for m, a, b in zip(messages, first, second, strict=True) if a[2] != b[2] and a[2] and b[2]]
-    run.require(pairs, "every prompt got two identical replies: there is nothing to compare")
+    pairs = [(m, a, b) for m, a, b in zip(messages, first, second, strict=True) if a[2] != b[2]]
+    pairs = [(m, a, b) for m, a, b in pairs if a[1] and b[1] and a[2].strip() and b[2].strip()]
+    run.require(pairs, "no prompt got two different whole replies: there is nothing to compare")
     gaps = [world.judge(m, a[2], a[1])["gold"] - world.judge(m, b[2], b[1])["gold"] for m, a, b in pairs]
     steep, rng, records = strength(gaps, agreement), random.Random(f"annotators {seed}"), []
     for (prompt, a, b), gap in zip(pairs, gaps, strict=True):

@@ -1,11 +1,11 @@
 """From examples to a batch: right-padding and the shift, once, here. Nobody slices logits later.
 
-    ids      <|im_start|> user \\n hi <|im_end|> \\n <|im_start|> assistant \\n hello <|im_end|> \\n
-    mask                                                                      hello <|im_end|>
-    inputs   ids[:-1]      the tokens that the model reads
-    targets  ids[1:]       the token that each position is to predict
-    mask     mask[1:]      whether that *target* counts: the first reply token is predicted from the header's last one
-    weights  likewise      by how much: 1 everywhere under the mask, unless the examples come with numbers instead of booleans
+ids      <|im_start|> user \\n hi <|im_end|> \\n <|im_start|> assistant \\n hello <|im_end|> \\n
+mask                                                                      hello <|im_end|>
+inputs   ids[:-1]      the tokens that the model reads
+targets  ids[1:]       the token that each position is to predict
+mask     mask[1:]      whether that *target* counts: the first reply token is predicted from the header's last one
+weights  likewise      by how much: 1 everywhere under the mask, unless the examples come with numbers instead of booleans
 """
 
 import random
@@ -72,9 +72,10 @@ def epochs(lengths, batch_size, seed):
 
 
 def encode_pairs(records, encoding, context):
-    """Preference records -> pairs of (chosen, rejected) examples, their (label, margin), and how many were too long.
+    """Preference records -> pairs of (chosen, rejected) examples, their (label, margin), and how many were dropped.
 
-    A pair with a side beyond the context is dropped, not cut: a cut could take away the very words that made the difference.
+    A pair with two equal sides teaches nothing. One with a side beyond the context is dropped, not cut: a cut could take away the
+    very words that made the difference.
     """
     pairs, labels = [], []
     for record in records:

@@ -233,6 +233,22 @@ def _read_json(path: Path) -> dict:
     return value
 
 
+def choose(given: str, init: str, default: str | Path) -> tiktoken.Encoding:
+    """The vocabulary of a run: the one of --tokenizer if given, else the checkpoint's own; `default` for a model from scratch.
+
+    Raises ValueError where --tokenizer gives ids another meaning than the checkpoint's own tokenizer does."""
+    if init == "scratch" or not given:
+        return load(given or (default if init == "scratch" else init))
+    encoding = load(given)
+    try:
+        own = load(init)
+    except FileNotFoundError:
+        return encoding  # a checkpoint without a tokenizer of its own
+    if own._mergeable_ranks != encoding._mergeable_ranks:
+        raise ValueError(f"--tokenizer {given} is another vocabulary than the one that {init} was trained with: leave the flag out")
+    return encoding
+
+
 def fit(model, encoding: tiktoken.Encoding):
     """The model, with embeddings for every id of the vocabulary: tokens added to it (the chat tokens) get new rows.
 

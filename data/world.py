@@ -17,12 +17,15 @@ additions, of all (verb, object) pairs, of all word lists never occurs in traini
     python -m data.world --out DIR      writes the world as ordinary JSONL files
 """
 
+import json
+import os
 import random
 import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import run
 from data import tokenizer
 from data.chat import END, END_OF_TEXT, START
 from data.formats import Conversation, Document, Prompt
@@ -217,7 +220,7 @@ def mistake(rng, messages, task):
         return f"{text.split()[-2]} has {rng.choice([word for word in text.split() if word in NOUNS])}"
     if task.skill == "lookup":
         others = [word for word in text.split() if word in NOUNS and word != words[-1]]
-        return UNKNOWN if rng.random() < 0.4 else f"{words[0]} has {rng.choice(others + [rng.choice(NOUNS)])}"
+        return UNKNOWN if rng.random() < 0.8 else f"{words[0]} has {rng.choice(others + [rng.choice(NOUNS)])}"
     if task.skill == "count":
         return str(max(1, int(task.answer) + rng.choice([-1, 1])))
     if task.skill == "add":  # one column is off by one
@@ -268,7 +271,7 @@ def plain_prompt(messages):
 # -------------------------------------------------------------------------------------------------------- what is trained on
 
 
-def documents(n, seed=0, textbook=0.55, homework=0.3, wrong=0.8, padded=0.3):
+def documents(n, seed=0, textbook=0.55, homework=0.3, wrong=0.85, padded=0.3):
     """Raw text for pretraining, of mixed quality: textbook exercises, always right; homework, half right and graded; and forum
     threads, mostly wrong.
 
@@ -291,7 +294,7 @@ def documents(n, seed=0, textbook=0.55, homework=0.3, wrong=0.8, padded=0.3):
     return records
 
 
-def demonstrations(n, seed=0, wrong=0.05, misjudged=0.22, padded=0.35):
+def demonstrations(n, seed=0, wrong=0.04, misjudged=0.2, padded=0.38):
     """Chats for supervised fine-tuning, written with limited care: about 4 in 10 are wrong, padded or both.
 
     Their writers are wordy and seldom wrong where an answer can be checked; where a judgement is asked for (help or refuse,
@@ -322,3 +325,36 @@ def vocabulary(size=640):
     """The world's own byte-level BPE, trained on its documents: one token per word, one per digit (so that sums have columns)."""
     texts = [record.text for record in documents(20000)] + ["system\nuser\nassistant\n"] * 2000
     return tokenizer.train(texts, size, [END_OF_TEXT, START, END], pattern=tokenizer.GPT2.replace(r"\p{N}+", r"\p{N}"))
+
+
+@dataclass
+class Config:
+    out: str = ""  # directory for the files; one of these files that is there already is an error
+    documents: int = 20000  # texts for pretraining
+    demonstrations: int = 5000  # chats for supervised fine-tuning
+    prompts: int = 5000  # questions for preference data and PPO
+    held_out: int = 1300  # questions of the held-out part, for evaluation only
+    seed: int = 0  # of everything
+
+
+def main(config):
+    run.require(config.out, "--out DIR is needed: the directory to write the world's files to")
+    files = {
+        "documents.jsonl": [{"text": r.text, "prompt_length": r.prompt} for r in documents(config.documents, config.seed)],
+        "demonstrations.jsonl": [{"messages": r.messages} for r in demonstrations(config.demonstrations, config.seed)],
+        "prompts.jsonl": [{"prompt": r.messages} for r in prompts(config.prompts, config.seed)],
+        "held_out_prompts.jsonl": [{"prompt": r.messages} for r in prompts(config.held_out, config.seed, held=True)],
+    }
+    out = Path(config.out)
+    for name in files:
+        run.require(not (out / name).exists(), f"--out {out}: {name} is there already; name another directory")
+    out.mkdir(parents=True, exist_ok=True)
+    for name, records in files.items():
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        (out / f"{name}.tmp").write_text(text, encoding="utf-8")
+        os.replace(out / f"{name}.tmp", out / name)
+        print(f"{len(records):6} records in {out / name}")
+
+
+if __name__ == "__main__":
+    run.script(main, Config, __doc__)

@@ -39,9 +39,7 @@ class LogProbs(NamedTuple):
     lse: torch.Tensor  # (N,) log sum exp(logits / temperature)
 
 
-def linear_logprob(
-    hidden, weight, targets, *, temperature=1.0, ignore_index=-100, entropy=False, logits_budget=2 << 30
-) -> LogProbs:
+def linear_logprob(hidden, weight, targets, *, temperature=1.0, ignore_index=-100, entropy=False, logits_budget=2 << 30) -> LogProbs:
     """Log-probs of the targets under softmax(hidden @ weight.T / temperature). Gradients for hidden and weight from all
     three results, whatever the upstream gradients. hidden (N, D), weight (V, D), targets (N,) int32 or int64, in [0, V)
     or ignore_index. Within `logits_budget` the backward costs two products, beyond it three; what needs no gradient
@@ -53,9 +51,7 @@ def linear_logprob(
     return LogProbs(*(scatter(x, index, n) for x in out))
 
 
-def linear_token_loss(
-    hidden, weight, targets, token_loss, *, temperature=1.0, ignore_index=-100, logits_budget=2 << 30
-) -> torch.Tensor:
+def linear_token_loss(hidden, weight, targets, token_loss, *, temperature=1.0, ignore_index=-100, logits_budget=2 << 30) -> torch.Tensor:
     """Per-token losses (N,) of `token_loss(logprob (n,), index (n,)) -> losses (n,)`, where index holds the positions
     among the N of the supervised tokens at hand: look up advantages and the like with it. It is called once per chunk,
     so each loss must depend on its own log-prob only. Only hidden and weight get gradients: another trainable tensor
@@ -75,9 +71,7 @@ def linear_token_loss(
     return scatter(losses, index, n)
 
 
-def linear_cross_entropy(
-    hidden, weight, targets, *, ignore_index=-100, reduction="mean", logits_budget=2 << 30
-) -> torch.Tensor:
+def linear_cross_entropy(hidden, weight, targets, *, ignore_index=-100, reduction="mean", logits_budget=2 << 30) -> torch.Tensor:
     """-log p(target): "mean" over the supervised tokens (0.0 with zero gradients if there are none) or "sum", scalars,
     or "none", (N,), the only one that accepts per-token upstream gradients."""
     options = dict(ignore_index=ignore_index, logits_budget=logits_budget)
@@ -89,9 +83,7 @@ def linear_cross_entropy(
     return total if reduction == "sum" else total / (targets != ignore_index).sum().clamp(min=1)
 
 
-def linear_kl(
-    hidden, weight, ref_hidden, ref_weight, *, mask=None, reverse=True, temperature=1.0, logits_budget=2 << 30
-) -> torch.Tensor:
+def linear_kl(hidden, weight, ref_hidden, ref_weight, *, mask=None, reverse=True, temperature=1.0, logits_budget=2 << 30) -> torch.Tensor:
     """kl (N,): KL(policy || ref) = sum p (log p - log q) when reverse, else KL(ref || policy), over the vocabulary.
     hidden (N, D), weight (V, D), ref_hidden (N, D'), ref_weight (V, D'): the reference may have its own width, dtype,
     and gets no gradient. mask (N,) bool: which tokens count, None for all."""
@@ -131,9 +123,7 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1") -> torch.Tensor:
     if kind not in ("k1", "k2", "k3"):
         raise ValueError(f"kind: got {kind!r}, expected 'k1', 'k2' or 'k3'")
     if logprobs.shape != ref_logprobs.shape:
-        raise ValueError(
-            f"ref_logprobs: got shape {tuple(ref_logprobs.shape)}, expected {tuple(logprobs.shape)} like logprobs"
-        )
+        raise ValueError(f"ref_logprobs: got shape {tuple(ref_logprobs.shape)}, expected {tuple(logprobs.shape)} like logprobs")
     return estimate.estimate(logprobs, ref_logprobs, kind)
 
 
@@ -190,17 +180,10 @@ def check_like(name, tensor, other, dims):
 def check_mask(mask, like, V):
     """-> positions of the tokens that count, or None for all."""
     if V == 0 and len(like) > 0:
-        raise ValueError(
-            f"weight: a vocabulary of 0 tokens has no distribution for the {len(like)} rows, expected V >= 1"
-        )
+        raise ValueError(f"weight: a vocabulary of 0 tokens has no distribution for the {len(like)} rows, expected V >= 1")
     if mask is None:
         return None
-    if (
-        not isinstance(mask, torch.Tensor)
-        or mask.shape != like.shape[:1]
-        or mask.dtype != torch.bool
-        or mask.device != like.device
-    ):
+    if not isinstance(mask, torch.Tensor) or mask.shape != like.shape[:1] or mask.dtype != torch.bool or mask.device != like.device:
         raise ValueError(f"mask: got {describe(mask)}, expected ({like.shape[0]},) bool on {like.device}")
     return supervised(mask)
 
@@ -208,14 +191,8 @@ def check_mask(mask, like, V):
 def check_targets(name, like, V, targets, ignore_index):
     """-> N, the supervised targets (n,) int64, their positions (n,) or None for all."""
     N = like.shape[0]
-    if (
-        not isinstance(targets, torch.Tensor)
-        or targets.dtype not in (torch.int32, torch.int64)
-        or targets.shape != (N,)
-    ):
-        raise ValueError(
-            f"targets: got {describe(targets)}, expected ({N},) int32 or int64, one for each row of {name}"
-        )
+    if not isinstance(targets, torch.Tensor) or targets.dtype not in (torch.int32, torch.int64) or targets.shape != (N,):
+        raise ValueError(f"targets: got {describe(targets)}, expected ({N},) int32 or int64, one for each row of {name}")
     if targets.device != like.device:
         raise ValueError(f"targets: got {describe(targets)}, expected it on {like.device} like {name}")
     index = supervised(targets != ignore_index)
@@ -223,7 +200,5 @@ def check_targets(name, like, V, targets, ignore_index):
     if targets.numel():
         low, high = (int(x) for x in torch.aminmax(targets))
         if low < 0 or high >= V:
-            raise ValueError(
-                f"targets: shape ({N},), values from {low} to {high}, expected [0, {V}) or ignore_index {ignore_index}"
-            )
+            raise ValueError(f"targets: shape ({N},), values from {low} to {high}, expected [0, {V}) or ignore_index {ignore_index}")
     return N, targets, index

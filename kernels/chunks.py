@@ -10,9 +10,7 @@ import torch
 
 CHUNK_BYTES = 4 << 20  # a piece that stays in the cache: several elementwise passes follow each product
 FLOOR = 16  # rows or columns in the smallest piece; below this a product runs at the speed of memory
-ALIGN = (
-    16  # rows of logits start at multiples of 64 bytes: an odd V (50257) costs a third of the product's speed otherwise
-)
+ALIGN = 16  # rows of logits start at multiples of 64 bytes: an odd V (50257) costs a third of the product's speed otherwise
 
 
 def wide(dtype):

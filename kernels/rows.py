@@ -96,9 +96,7 @@ class LogprobRows(Function):
         for a, b in spans(n, step):
             z = scaled_rows(logits, index, a, b, temperature)  # (rows, V)
             if entropy:
-                stats[0, a:b], stats[1, a:b], stats[2, a:b], stats[3, a:b] = entropy_(
-                    z, targets[a:b], torch.empty_like(z)
-                )
+                stats[0, a:b], stats[1, a:b], stats[2, a:b], stats[3, a:b] = entropy_(z, targets[a:b], torch.empty_like(z))
             else:
                 stats[0, a:b], stats[2, a:b], stats[3, a:b] = softmax_(z, targets[a:b])
         ctx.save_for_backward(logits, targets, index, stats)

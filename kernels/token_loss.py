@@ -69,9 +69,7 @@ class LinearTokenLoss(Function):
     @once_differentiable
     def backward(ctx, g):
         if ctx.grads is None:
-            raise RuntimeError(
-                "linear_token_loss: backward a second time through a graph not kept with retain_graph=True"
-            )
+            raise RuntimeError("linear_token_loss: backward a second time through a graph not kept with retain_graph=True")
         if g.numel() == 0:
             scale = 1.0
         else:

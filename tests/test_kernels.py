@@ -68,9 +68,7 @@ def test_linear_logprob_passes_gradcheck(entropy, budget):
 def test_linear_kl_passes_gradcheck(reverse, budget):
     hidden, weight, ref_hidden, ref_weight, _, mask = linear_case()
     options = dict(mask=mask, reverse=reverse, temperature=1.3, logits_budget=budget)
-    assert torch.autograd.gradcheck(
-        lambda h, w: kernels.linear_kl(h, w, ref_hidden, ref_weight, **options), (hidden, weight)
-    )
+    assert torch.autograd.gradcheck(lambda h, w: kernels.linear_kl(h, w, ref_hidden, ref_weight, **options), (hidden, weight))
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -82,10 +80,7 @@ def test_linear_token_loss_passes_gradcheck(budget):
         def token_loss(logprob, index):
             return -advantages[index] * logprob.exp()
 
-        return (
-            kernels.linear_token_loss(hidden, weight, targets, token_loss, temperature=0.7, logits_budget=budget).sum()
-            / 3
-        )
+        return kernels.linear_token_loss(hidden, weight, targets, token_loss, temperature=0.7, logits_budget=budget).sum() / 3
 
     assert torch.autograd.gradcheck(op, (hidden, weight))
 
@@ -93,22 +88,16 @@ def test_linear_token_loss_passes_gradcheck(budget):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_linear_cross_entropy_passes_gradcheck(reduction):
     hidden, weight, *_, targets, _ = linear_case()
-    assert torch.autograd.gradcheck(
-        lambda h, w: kernels.linear_cross_entropy(h, w, targets, reduction=reduction), (hidden, weight)
-    )
+    assert torch.autograd.gradcheck(lambda h, w: kernels.linear_cross_entropy(h, w, targets, reduction=reduction), (hidden, weight))
 
 
 def test_row_ops_pass_gradcheck():
     *_, targets, mask = linear_case()
     logits, ref_logits = torch.randn(2, 9, 23, dtype=torch.float64)
     logits.requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda z: tuple(kernels.logprob_rows(z, targets, temperature=0.7, entropy=True)), logits
-    )
+    assert torch.autograd.gradcheck(lambda z: tuple(kernels.logprob_rows(z, targets, temperature=0.7, entropy=True)), logits)
     for reverse in (True, False):
-        assert torch.autograd.gradcheck(
-            lambda z: kernels.kl_rows(z, ref_logits, mask=mask, reverse=reverse, temperature=0.7), logits
-        )
+        assert torch.autograd.gradcheck(lambda z: kernels.kl_rows(z, ref_logits, mask=mask, reverse=reverse, temperature=0.7), logits)
 
 
 @pytest.mark.parametrize("which", [[0], [1], [2], [0, 1], [0, 2], [1, 2], [0, 1, 2]])
@@ -137,9 +126,7 @@ def test_every_op_matches_its_twin_at_every_shape(V, N):
     leaves = [hidden, weight]
     for valid in (targets, torch.randint(V, (N,))):  # some ignored, none ignored
         for entropy in (False, True):
-            assert_same(
-                *(m.linear_logprob(*leaves, valid, entropy=entropy, logits_budget=V * 100) for m in both), leaves
-            )
+            assert_same(*(m.linear_logprob(*leaves, valid, entropy=entropy, logits_budget=V * 100) for m in both), leaves)
         for reduction in ("mean", "sum", "none"):
             assert_same(*(m.linear_cross_entropy(*leaves, valid, reduction=reduction) for m in both), leaves)
     for reverse in (True, False):
@@ -156,9 +143,7 @@ def test_gpt2_vocabulary_in_fp32():
     hidden, weight, ref_hidden, ref_weight, targets, mask = linear_case(3, 50257, D=8, valid=1, dtype=torch.float32)
     close = dict(rtol=1e-4, atol=1e-5)
     for budget in BUDGETS:
-        out = (
-            m.linear_logprob(hidden, weight, targets, entropy=True, logits_budget=budget) for m in (kernels, reference)
-        )
+        out = (m.linear_logprob(hidden, weight, targets, entropy=True, logits_budget=budget) for m in (kernels, reference))
         assert_same(*out, [hidden, weight], **close)
         out = (m.linear_kl(hidden, weight, ref_hidden, ref_weight, logits_budget=budget) for m in (kernels, reference))
         assert_same(*out, [hidden, weight], **close)
@@ -189,12 +174,8 @@ def test_results_of_narrow_inputs_are_fp32_and_gradients_have_the_inputs_dtype(d
 
 def test_targets_may_be_int32():
     hidden, weight, *_, targets, _ = linear_case()
-    assert_same(
-        *(kernels.linear_logprob(hidden, weight, t, entropy=True) for t in (targets.int(), targets)), [hidden, weight]
-    )
-    assert torch.equal(
-        kernels.logprob_rows(hidden, (targets % 5).int())[0], kernels.logprob_rows(hidden, targets % 5)[0]
-    )
+    assert_same(*(kernels.linear_logprob(hidden, weight, t, entropy=True) for t in (targets.int(), targets)), [hidden, weight])
+    assert torch.equal(kernels.logprob_rows(hidden, (targets % 5).int())[0], kernels.logprob_rows(hidden, targets % 5)[0])
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -203,15 +184,11 @@ def test_strided_and_transposed_inputs_give_the_same(budget):
     targets = torch.randint(41, (60,))[::2]
     for weight in (torch.randn(7, 41, dtype=torch.float64).T, torch.randn(82, 14, dtype=torch.float64)[::2, ::2]):
         weight.requires_grad_()
-        out = (
-            m.linear_logprob(hidden, weight, targets, entropy=True, logits_budget=budget) for m in (kernels, reference)
-        )
+        out = (m.linear_logprob(hidden, weight, targets, entropy=True, logits_budget=budget) for m in (kernels, reference))
         assert_same(*out, [hidden, weight])
         out = (m.linear_cross_entropy(hidden, weight, targets, logits_budget=budget) for m in (kernels, reference))
         assert_same(*out, [hidden, weight])
-        out = (
-            m.linear_kl(hidden, weight, hidden * 2, weight * 0.5, logits_budget=budget) for m in (kernels, reference)
-        )
+        out = (m.linear_kl(hidden, weight, hidden * 2, weight * 0.5, logits_budget=budget) for m in (kernels, reference))
         assert_same(*out, [hidden, weight])
     logits = torch.randn(41, 30, dtype=torch.float64).T.requires_grad_()
     assert_same(*(m.logprob_rows(logits, targets, entropy=True) for m in (kernels, reference)), [logits])
@@ -228,12 +205,8 @@ def test_all_rows_ignored_gives_zeros_and_zero_gradients(budget):
     options = dict(logits_budget=budget)
     results = [*kernels.linear_logprob(hidden, weight, ignored, entropy=True, **options)]
     results += [*tensors(kernels.linear_logprob(hidden, weight, ignored, **options))]
-    results += [
-        kernels.linear_kl(hidden, weight, ref_hidden, ref_weight, mask=torch.zeros(9, dtype=torch.bool), **options)
-    ]
-    results += [
-        kernels.linear_cross_entropy(hidden, weight, ignored, reduction=r, **options) for r in ("mean", "sum", "none")
-    ]
+    results += [kernels.linear_kl(hidden, weight, ref_hidden, ref_weight, mask=torch.zeros(9, dtype=torch.bool), **options)]
+    results += [kernels.linear_cross_entropy(hidden, weight, ignored, reduction=r, **options) for r in ("mean", "sum", "none")]
     for result in results:
         assert (result == 0).all()
         for grad, leaf in zip(torch.autograd.grad(result.sum(), [hidden, weight], retain_graph=True), (hidden, weight)):
@@ -255,9 +228,7 @@ def test_what_stands_in_ignored_rows_is_never_read():
     ):
         for clean, dirty in zip(ops(hidden), ops(poisoned)):
             assert torch.equal(clean, dirty)
-            clean, dirty = (
-                torch.autograd.grad(x.sum(), h, retain_graph=True)[0] for x, h in ((clean, hidden), (dirty, poisoned))
-            )
+            clean, dirty = (torch.autograd.grad(x.sum(), h, retain_graph=True)[0] for x, h in ((clean, hidden), (dirty, poisoned)))
             assert torch.equal(clean, dirty) and (dirty[~mask] == 0).all()
 
 
@@ -272,9 +243,7 @@ def test_one_valid_row_gives_that_rows_gradient_only():
 def test_ignore_index_may_be_a_token_of_the_vocabulary():
     hidden, weight, *_ = linear_case()
     targets = torch.arange(9) % 3
-    assert_same(
-        *(m.linear_logprob(hidden, weight, targets, ignore_index=0) for m in (kernels, reference)), [hidden, weight]
-    )
+    assert_same(*(m.linear_logprob(hidden, weight, targets, ignore_index=0) for m in (kernels, reference)), [hidden, weight])
 
 
 def test_frozen_weight_or_hidden_gets_no_gradient_and_the_other_the_same():
@@ -339,9 +308,7 @@ def test_token_loss_refuses_an_upstream_gradient_that_differs_between_tokens():
 
 def test_token_loss_that_ignores_the_logprob_has_zero_gradient():
     hidden, weight, *_, targets, _ = linear_case()
-    losses = kernels.linear_token_loss(
-        hidden, weight, targets, lambda logprob, index: torch.ones_like(logprob).detach()
-    )
+    losses = kernels.linear_token_loss(hidden, weight, targets, lambda logprob, index: torch.ones_like(logprob).detach())
     for grad in torch.autograd.grad(losses.sum(), [hidden, weight]):
         assert (grad == 0).all()
 
@@ -452,9 +419,7 @@ def test_extreme_logits_keep_fp32_precision(scale):
         for a, b in zip(tensors(ours), tensors(exact)):
             torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
             grads = (torch.autograd.grad(x.sum(), leaf, retain_graph=True)[0] for x, leaf in ((a, logits), (b, wide)))
-            torch.testing.assert_close(
-                *(g.double() for g in grads), rtol=1e-4, atol=1e-5 * max(1, b.abs().max().item())
-            )
+            torch.testing.assert_close(*(g.double() for g in grads), rtol=1e-4, atol=1e-5 * max(1, b.abs().max().item()))
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -462,10 +427,7 @@ def test_large_hidden_states_give_the_twins_values_and_finite_gradients(budget):
     hidden, weight, ref_hidden, ref_weight, targets, mask = linear_case(N=30, V=70)
     hidden = (hidden.detach() * 5e3).requires_grad_()  # logits of +-1e4
     for entropy in (False, True):
-        out = (
-            m.linear_logprob(hidden, weight, targets, entropy=entropy, logits_budget=budget)
-            for m in (kernels, reference)
-        )
+        out = (m.linear_logprob(hidden, weight, targets, entropy=entropy, logits_budget=budget) for m in (kernels, reference))
         assert_same(*out, [hidden, weight])
     for reverse in (True, False):
         options = dict(mask=mask, reverse=reverse, logits_budget=budget)
@@ -491,9 +453,7 @@ def test_forbidden_tokens_with_logit_minus_infinity_contribute_nothing():
     weight[3] = -math.inf
     for budget in BUDGETS:
         out = kernels.linear_logprob(hidden, weight, targets, entropy=True, logits_budget=budget)
-        torch.testing.assert_close(
-            tuple(out), tensors_of_twin := reference.linear_logprob(hidden, weight, targets, entropy=True)
-        )
+        torch.testing.assert_close(tuple(out), tensors_of_twin := reference.linear_logprob(hidden, weight, targets, entropy=True))
         assert all(x.isfinite().all() for x in tensors_of_twin)
 
 
@@ -502,9 +462,7 @@ def test_kl_of_a_model_with_itself_is_exactly_zero():
     logits = (hidden @ weight.T * 100).detach().requires_grad_()
     for reverse in (True, False):
         for budget in BUDGETS:
-            kl = kernels.linear_kl(
-                hidden, weight, hidden.detach(), weight.detach(), reverse=reverse, logits_budget=budget
-            )
+            kl = kernels.linear_kl(hidden, weight, hidden.detach(), weight.detach(), reverse=reverse, logits_budget=budget)
             assert (kl == 0).all()
             for grad in torch.autograd.grad(kl.sum(), [hidden, weight]):
                 assert grad.abs().max() < 1e-5
@@ -563,10 +521,7 @@ def test_runs_are_bitwise_equal_and_unset_memory_leaves_no_trace(dtype):
         out = [*kernels.linear_logprob(hidden, weight, targets, entropy=True, **options)]
         out += [*tensors(kernels.linear_logprob(hidden, weight, targets, **options))]
         out += [kernels.linear_token_loss(hidden, weight, targets, lambda lp, index: lp * lp, **options)]
-        out += [
-            kernels.linear_kl(hidden, weight, ref_hidden, ref_weight, mask=mask, reverse=r, **options)
-            for r in (True, False)
-        ]
+        out += [kernels.linear_kl(hidden, weight, ref_hidden, ref_weight, mask=mask, reverse=r, **options) for r in (True, False)]
         out += [kernels.kl_rows(hidden, ref_hidden.repeat(1, 4), mask=mask)]
         out += [*kernels.logprob_rows(hidden, targets.clamp(max=15), entropy=True)]
         return [x.detach() for x in out] + list(torch.autograd.grad(sum(x.sum() for x in out), [hidden, weight]))
@@ -592,9 +547,7 @@ def test_inputs_are_not_modified():
     for budget in BUDGETS:
         results = [*kernels.linear_logprob(hidden, weight, targets, entropy=True, temperature=2, logits_budget=budget)]
         results += [kernels.linear_cross_entropy(hidden, weight, targets, logits_budget=budget)]
-        results += [
-            kernels.linear_kl(hidden, weight, ref_hidden, ref_weight, mask=mask, temperature=2, logits_budget=budget)
-        ]
+        results += [kernels.linear_kl(hidden, weight, ref_hidden, ref_weight, mask=mask, temperature=2, logits_budget=budget)]
         results += [*kernels.logprob_rows(logits, targets, temperature=2, entropy=True)]
         results += [kernels.kl_rows(logits, ref_logits, temperature=2, reverse=r) for r in (True, False)]
         results += [*tensors(kernels.logprob_rows(logits, torch.arange(40))), kernels.kl_rows(logits, ref_logits)]
@@ -610,9 +563,7 @@ def test_k1_and_k3_are_unbiased_and_k2_agrees_to_second_order():
     for step, tolerance in ((1.0, None), (1e-3, 1e-8)):
         logq = torch.log_softmax(logp + step * torch.randn(1, 8, dtype=torch.float64), -1)
         exact = reference.kl_rows(logp, logq)
-        mean = {
-            kind: (logp.exp() * kernels.kl_estimate(logp, logq, kind)).sum() for kind in ("k1", "k2", "k3")
-        }  # enumerated
+        mean = {kind: (logp.exp() * kernels.kl_estimate(logp, logq, kind)).sum() for kind in ("k1", "k2", "k3")}  # enumerated
         torch.testing.assert_close(mean["k1"], exact[0])
         torch.testing.assert_close(mean["k3"], exact[0])
         if tolerance:
@@ -702,10 +653,7 @@ def test_zero_size_inputs_give_zero_size_outputs_and_zero_gradients():
         for budget in (0, 2 << 30):
             results = [*kernels.linear_logprob(hidden, weight, targets, entropy=True, logits_budget=budget)]
             results += tensors(kernels.linear_logprob(hidden, weight, targets, logits_budget=budget))
-            results += [
-                kernels.linear_kl(hidden, weight, hidden, weight, reverse=r, logits_budget=budget)
-                for r in (True, False)
-            ]
+            results += [kernels.linear_kl(hidden, weight, hidden, weight, reverse=r, logits_budget=budget) for r in (True, False)]
             results += [kernels.linear_token_loss(hidden, weight, targets, lambda lp, index: lp, logits_budget=budget)]
             for result in results:
                 assert result.shape == (N,)
