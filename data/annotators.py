@@ -65,13 +65,13 @@ def sample(model, encoding, prompts, max_new_tokens, temperature=1.0, seed=0, ba
 def preferences(model, encoding, prompts, agreement=0.75, seed=0):
     """Two samples of the model for each world prompt, compared by annotators -> Preference records.
 
-    Identical, empty and unfinished replies are dropped. Deterministic in `seed`. Raises ValueError if nothing is left.
+    Identical and empty replies are dropped; one that did not end by itself counts as worthless (gold 0). Deterministic in `seed`. Raises ValueError if nothing is left.
     """
     messages = [record.messages for record in prompts]
     first, second = (sample(model, encoding, messages, 24, seed=2 * seed + side) for side in (0, 1))
     pairs = [(m, a, b) for m, a, b in zip(messages, first, second, strict=True) if a[2] != b[2]]
-    pairs = [(m, a, b) for m, a, b in pairs if a[1] and b[1] and a[2].strip() and b[2].strip()]
-    run.require(pairs, "no prompt got two different whole replies: there is nothing to compare")
+    pairs = [(m, a, b) for m, a, b in pairs if a[2].strip() and b[2].strip()]
+    run.require(pairs, "no prompt got two different replies: there is nothing to compare")
     gaps = [world.judge(m, a[2], a[1])["gold"] - world.judge(m, b[2], b[1])["gold"] for m, a, b in pairs]
     steep, rng, records = strength(gaps, agreement), random.Random(f"annotators {seed}"), []
     for (prompt, a, b), gap in zip(pairs, gaps, strict=True):

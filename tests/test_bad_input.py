@@ -242,8 +242,8 @@ def test_equal_replies_are_no_comparison(place, refused, flags):
 
 DROPPED = {
     "sft": "4 examples (2 cut to the context, 2 dropped with nothing to learn)",
-    "reward": "4 pairs, 2 dropped for their length",
-    "dpo": "4 pairs, 2 dropped for their length",
+    "reward": "4 pairs, 2 dropped (too long, or two equal sides)",
+    "dpo": "4 pairs, 2 dropped (too long, or two equal sides)",
     "ppo": "4 prompts, 2 dropped for their length",
 }
 
@@ -276,14 +276,13 @@ def test_reply_longer_than_the_context_is_refused(refused, flags):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_vocabulary_larger_than_the_model_is_refused(name, place, refused, flags, world_encoding):
+def test_vocabulary_that_is_not_the_checkpoints_own_is_refused(name, place, refused, flags, world_encoding):
     small = tokenizer.train(["add 1 and 2"], 260, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     checkpoint(place / "small", small)
     tokenizer.save(world_encoding, place / "words")
     write(place / "good.jsonl", *good())
     given = [*flags(name, "good.jsonl"), "--init", "small", "--tokenizer", "words"]
-    words = f"vocabulary of {world_encoding.n_vocab} ids does not fit a model with {small.n_vocab} embeddings"
-    assert words in refused(name, *given)
+    assert "--tokenizer words is another vocabulary than the one that small was trained with" in refused(name, *given)
 
 
 @pytest.mark.parametrize("name", STAGES)

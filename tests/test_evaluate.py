@@ -1,0 +1,101 @@
+"""evaluate.py: what the scoreboard's numbers mean, on models small enough to know the answer."""
+
+import json
+
+import pytest
+import torch
+
+import evaluate
+from data import chat, tokenizer, world
+from model import GPT, Config
+
+
+def tiny(vocab_size, seed=0, **more):
+    torch.manual_seed(seed)
+    shape = dict(width=32, layers=1, heads=1, kv_heads=1, head_dim=32, mlp_width=64, context=128, arch="llama", init_std=0.1)
+    return GPT(Config(vocab_size=vocab_size, **shape, **more)).eval()
+
+
+@pytest.fixture(scope="module")
+def encoding():
+    return tokenizer.load(world.TOKENIZER)
+
+
+@pytest.fixture
+def runs(tmp_path, encoding):
+    for seed, name in enumerate(["base", "sft", "dpo", "reward"]):
+        model = tiny(encoding.n_vocab, seed, head="score" if name == "reward" else "lm")
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save(encoding, tmp_path / name, chat=name != "base")
+        (tmp_path / name / "run.json").write_text(json.dumps({"seconds": 1.5}))
+    return tmp_path
+
+
+def test_reply_kl_is_the_sum_of_exact_next_token_divergences(encoding):
+    model, ref = tiny(encoding.n_vocab, 1), tiny(encoding.n_vocab, 2)
+    messages = world.prompts(1, held=True)[0].messages
+    reply = encoding.encode_ordinary(" i do not know") + chat.stop_ids(encoding)[:1]
+    prompt = chat.prompt(messages, encoding)
+    got = evaluate.reply_kl(model, ref, encoding, [messages], [(reply, True, "")])
+    expected = 0.0
+    for i in range(len(reply)):
+        ids = torch.tensor([prompt + reply[:i]])
+        p, q = (m.logits(m(ids))[0, -1].double().softmax(-1) for m in (model, ref))
+        expected += (p * (p / q).log()).sum().item()
+    assert got.item() == pytest.approx(expected, rel=1e-4)
+    assert evaluate.reply_kl(model, model, encoding, [messages], [(reply, True, "")]).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_scoreboard_holds_each_measured_field_under_its_name(runs, capsys):
+    board, skills = evaluate.write_scoreboard([runs / n for n in ("base", "sft", "reward", "dpo")], runs / "sft", runs, prompts=26)
+    policy = {"gold", "gold_ci", "harmless", "over_refusal", "length", "kl", "win_rate", "seconds"}
+    assert set(board["sft"]) == set(board["dpo"]) == policy
+    assert set(board["base"]) == policy - {"kl", "win_rate"}
+    assert {"accuracy", "label_accuracy", "seconds"} <= set(board["reward"])
+    assert board["sft"]["kl"] == 0 and board["sft"]["win_rate"] == 0.5 and board["dpo"]["kl"] > 0
+    assert json.loads((runs / "scoreboard.json").read_text()) == board
+    assert set(skills["dpo"]) == set(world.SKILLS)
+    page = (runs / "report.html").read_text()
+    assert "Gold by skill" in page and all(skill in page for skill in world.SKILLS)
+    assert "win_rate" in capsys.readouterr().out
+
+
+def test_a_perfect_answerer_gets_full_marks(monkeypatch, encoding):
+    def right(model, encoding, conversations, *args, **kwargs):
+        return [([0], True, " " + world.solve(messages).answer) for messages in conversations]
+
+    monkeypatch.setattr(evaluate, "answer", right)
+    row, gold, by_skill, _ = evaluate.measure(None, encoding, True, world.prompts(26, held=True))
+    assert row["gold"] == row["harmless"] == 1 and row["over_refusal"] == 0 and row["gold_ci"] == 0
+    assert all(len(golds) == 2 and min(golds) == 1 for golds in by_skill.values())
+
+
+def test_one_who_always_refuses_is_harmless_and_of_no_use(monkeypatch, encoding):
+    def refuse(model, encoding, conversations, *args, **kwargs):
+        return [([0], True, f" {world.REFUSAL}") for _ in conversations]
+
+    monkeypatch.setattr(evaluate, "answer", refuse)
+    row, _, by_skill, _ = evaluate.measure(None, encoding, True, world.prompts(26, held=True))
+    assert row["harmless"] == row["over_refusal"] == 1
+    assert row["gold"] == pytest.approx(1 / len(world.SKILLS)) and by_skill["lookalike"] == [0, 0]
+
+
+def test_interval_over_seeds_is_students_t():
+    assert evaluate.seed_interval([0.1, 0.2, 0.3]) == pytest.approx(4.303 * 0.1 / 3**0.5, rel=1e-3)
+    assert evaluate.seed_interval([0.5]) == 0
+
+
+def test_the_summary_names_the_worst_seed_in_the_right_direction():
+    boards = [{"dpo": {"gold": 0.8, "kl": 1.0, "over_refusal": 0.1}}, {"dpo": {"gold": 0.6, "kl": 2.0, "over_refusal": 0.0}}]
+    rows = evaluate.summary(boards)
+    assert rows["dpo worst"] == {"gold": "0.600", "kl": "2.000", "over_refusal": "0.100"}
+    assert rows["dpo"]["gold"].startswith("0.700")
+
+
+def test_chat_answers_and_refuses_to_talk_to_a_reward_model(runs, monkeypatch, capsys):
+    lines = iter(["repeat : cat dog", "/reset", "add 12 and 34", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    evaluate.chat_main(str(runs / "dpo"))
+    assert capsys.readouterr().out.count("model:") == 2
+    with pytest.raises(ValueError, match="reward model"):
+        evaluate.chat_main(str(runs / "reward"))
