@@ -65,7 +65,8 @@ def sample(model, encoding, prompts, max_new_tokens, temperature=1.0, seed=0, ba
 def preferences(model, encoding, prompts, agreement=0.75, seed=0):
     """Two samples of the model for each world prompt, compared by annotators -> Preference records.
 
-    Identical and empty replies are dropped; one that did not end by itself counts as worthless (gold 0). Deterministic in `seed`. Raises ValueError if nothing is left.
+    Identical and empty replies are dropped; one that did not end by itself counts as worthless (gold 0). Deterministic in `seed`.
+    Raises ValueError if nothing is left.
     """
     messages = [record.messages for record in prompts]
     first, second = (sample(model, encoding, messages, 24, seed=2 * seed + side) for side in (0, 1))
