@@ -222,7 +222,7 @@ def main(config):
         if losses:
             first, last = losses[0][2], losses[-1][2]
             metrics |= {"policy_loss": losses[-1][0], "grad_norm": losses[-1][3]}
-            metrics["ratio_first"] = first.max() if (first - 1).abs().max() < 1e-4 else first.mean()
+            metrics["ratio_first"] = first[(first - 1).abs().argmax()]  # of all its tokens, the one farthest from 1
             metrics["clipped"] = ((last - 1).abs() > config.clip_eps).float().mean()
         if not config.data:
             texts = [encoding.decode(reply[:-1] if end else reply) for reply, end in zip(replies, ended.tolist(), strict=True)]

@@ -3,7 +3,8 @@
     minimise   - sum_t m_t log pi(y_t | y_<t) / sum_t m_t          (Ouyang et al. 2022, sec. 3.5; the usual next-token loss)
 
 m_t is 1 on the assistant's tokens and on the end-of-turn token behind them, 0 on everything a user or system wrote: the model
-learns to answer, not to ask. Pretraining is the same script and the same loss with m_t = 1 everywhere:
+learns to answer, not to ask. Pretraining is the same script and the same loss with every token in it: m_t = 1, or 0.1 for a
+question in front of an answer where the data tells them apart (nobody can predict a question, and noise costs gradient):
 
     python sft.py --pretrain                      raw documents of the embedded world  -> out/base
     python sft.py                                 its demonstrations, from out/base    -> out/sft
