@@ -108,8 +108,9 @@ def main(config):
     random.Random(config.seed).shuffle(order)
     labels = torch.tensor([labels[i][0] for i in order], device=job.device)  # (N,) 1 for a plain choice, less for a soft label
     pairs = [pairs[i] for i in order]
-    kept_back = min(300, len(pairs) // 10)
-    held_out, pairs, labels = pairs[:kept_back], pairs[kept_back:], labels[kept_back:]
+    kept_back = min(300, len(pairs) // 10, 8 * config.batch_size)
+    used = config.steps * config.batch_size or len(pairs)  # no reference log-probs for pairs that no step will see
+    held_out, pairs, labels = pairs[:kept_back], pairs[kept_back:][:used], labels[kept_back:][:used]
 
     # --- the reference: all that is ever needed of it is two numbers per pair, computed once; no second model is kept
     ref_logps, ref_held_out = all_logps(policy, pairs), all_logps(policy, held_out) if held_out else None  # (N, 2)

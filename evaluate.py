@@ -118,7 +118,7 @@ def measure_reward(model, encoding, records):
     margins = [a - b for a, b in zip(scores[: len(records)], scores[len(records) :], strict=True)]
     golds = [[world.judge(r.prompt, side[0]["content"])["gold"] for side in (r.chosen, r.rejected)] for r in records]
     truth = [(a > b) == (margin > 0) for (a, b), margin in zip(golds, margins, strict=True) if a != b]
-    return {"accuracy": mean(truth), "accuracy_ci": interval(truth), "label_accuracy": mean([margin > 0 for margin in margins])}
+    return {"accuracy": mean(truth), "label_accuracy": mean([margin > 0 for margin in margins])}
 
 
 def scoreboard(directories, sft_directory, n=1300, device="cpu"):

@@ -119,7 +119,7 @@ def main(config):
     job.say(f"reward: {len(pairs)} pairs, {dropped} dropped (too long, or two equal sides)")
     order = list(range(len(pairs)))
     random.Random(config.seed).shuffle(order)
-    kept_back = min(500, len(order) // 10)
+    kept_back = min(500, len(order) // 10, 8 * config.batch_size)
     held_out, kept = [pairs[i] for i in order[:kept_back]], order[kept_back:]
 
     # --- training

@@ -113,7 +113,7 @@ def main(config):
     source, context = ", ".join(map(str, config.data)) or "the embedded world", model.config.context
     run.require(examples, f"nothing to train on: no record of {source} has a supervised token within the context of {context} tokens")
     random.Random(config.seed).shuffle(examples)
-    kept_back = min(500, len(examples) // 10)
+    kept_back = min(500, len(examples) // 10, 16 * config.batch_size)
     held_out, examples = examples[:kept_back], examples[kept_back:]
     job.say(f"{stage}: {len(examples)} examples ({long} cut to the context, {empty} dropped with nothing to learn)")
 
