@@ -29,7 +29,7 @@ import torch
 import kernels
 import run
 from data import annotators, chat, tokenizer, world
-from data.collate import collate, pad
+from data.collate import collate, score
 from model import GPT
 
 MAX_NEW_TOKENS = 24  # of the embedded world's replies; the longest right answer has 20
@@ -113,8 +113,7 @@ def measure_reward(model, encoding, records):
     for side in ("chosen", "rejected"):
         rows = [chat.example(record.prompt, getattr(record, side), encoding)[0] for record in records]
         for i in range(0, len(rows), 256):
-            ids, lengths = pad(rows[i : i + 256])
-            scores += model.score(model(ids.to(model.device)))[torch.arange(len(ids)), lengths - 1].tolist()
+            scores += score(model, rows[i : i + 256]).tolist()
     margins = [a - b for a, b in zip(scores[: len(records)], scores[len(records) :], strict=True)]
     golds = [[world.judge(r.prompt, side[0]["content"])["gold"] for side in (r.chosen, r.rejected)] for r in records]
     truth = [(a > b) == (margin > 0) for (a, b), margin in zip(golds, margins, strict=True) if a != b]

@@ -30,7 +30,7 @@ import torch
 import kernels
 import run
 from data import chat, formats, tokenizer, world
-from data.collate import collate, pad
+from data.collate import collate, score
 from model import GPT
 
 
@@ -116,13 +116,6 @@ def token_logprobs(model, batch, temperature):
     targets = batch.targets.flatten()
     out = kernels.linear_logprob(hidden.flatten(0, 1), model.head_weight, targets, temperature=temperature)
     return out.logprob.view(batch.mask.shape)
-
-
-@torch.no_grad()
-def score(reward_model, sequences):
-    """Lists of ids, each ending with a reply's end-of-turn token -> the reward model's scores (B,), read at that token."""
-    ids, lengths = pad(sequences)
-    return reward_model.score(reward_model(ids.to(reward_model.device)))[torch.arange(len(sequences)), lengths - 1]
 
 
 @torch.no_grad()

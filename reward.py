@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 import run
 from data import annotators, chat, formats, tokenizer, world
-from data.collate import encode_pairs, epochs, pad
+from data.collate import encode_pairs, epochs, score
 from model import GPT
 
 
@@ -57,13 +57,6 @@ def bradley_terry_loss(chosen_scores, rejected_scores, margin=0.0, label=1.0):
     """
     difference = chosen_scores - rejected_scores - margin  # (B,)
     return -label * F.logsigmoid(difference) - (1 - label) * F.logsigmoid(-difference)
-
-
-def score(model, sequences):
-    """sequences: lists of ids, each ending with a reply's end-of-turn token -> scores (B,), read at that token."""
-    ids, lengths = pad(sequences)
-    rows = model.score(model(ids.to(model.device)))  # (B, T)
-    return rows[torch.arange(len(sequences)), lengths - 1]
 
 
 def score_pairs(model, pairs):

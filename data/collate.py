@@ -38,6 +38,13 @@ def pad(rows):
     return ids, lengths
 
 
+def score(model, sequences):
+    """sequences: lists of ids, each ending with a reply's end-of-turn token -> a scalar-head model's scores (B,), read at that token."""
+    ids, lengths = pad(sequences)
+    rows = model.score(model(ids.to(model.device)))  # (B, T)
+    return rows[torch.arange(len(sequences)), lengths - 1]
+
+
 def collate(examples):
     """examples: (ids, mask or weights) pairs of lists, from `chat.render` -> Batch, padded to the longest of them."""
     T = max(len(ids) for ids, _ in examples) - 1
