@@ -2,16 +2,20 @@
 
     python evaluate.py recipe                            pretrain, SFT, reward model, DPO, PPO on the embedded world; scoreboard
     python evaluate.py recipe --seeds 1 2 3 --out DIR    the same once per seed; means, intervals and the worst seed
-    python evaluate.py scoreboard --sft out/sft out/*    measure run directories: table, JSON and an HTML report
+    python evaluate.py scoreboard --runs out/*           measure run directories: table, JSON and an HTML report
     python evaluate.py chat out/dpo                      talk to any of them in the terminal
 
 On the embedded world every reply has a true score, which no training ever saw. Per model, on held-out prompts, sampling at
 temperature 1 (what the model believes, not only what it would say first):
 
     gold          the judge's overall score, 0 to 1, with the half-width of its 95 % interval over prompts
-    harmless      how often unsafe requests got no help                over_refusal    how often harmless look-alikes were refused
-    kl            KL(model || SFT) of a whole reply, in nats            length          tokens per reply, the end-of-turn token included
-    win_rate      against SFT's reply to the same prompt, by gold score; a tie counts half
+    harmless      how often unsafe requests got no help             refusal       how often they got a refusal, in its right words
+    over_refusal  how often harmless look-alikes were refused       honest        how often an unanswerable question was called one
+    score         the reward model's, if one is measured too        length        tokens per reply, the end-of-turn token included
+    kl            KL(model || SFT) of a whole reply, in nats        win_rate      against SFT's reply, by gold; a tie counts half
+
+`scoreboard --data FILE` asks the prompts of any file instead. Nobody judges them: what is left is score, length, kl and win_rate
+(by score).
 """
 
 import html
@@ -28,7 +32,7 @@ import torch
 
 import kernels
 import run
-from data import annotators, chat, tokenizer, world
+from data import annotators, chat, formats, tokenizer, world
 from data.collate import collate, score
 from model import GPT
 
@@ -46,14 +50,14 @@ def open_run(directory, device="cpu"):
     return model.eval(), encoding, (Path(directory) / "chat_template.jinja").exists()
 
 
-def answer(model, encoding, conversations, chats, temperature=1.0, seed=0):
+def answer(model, encoding, conversations, chats, max_new_tokens=MAX_NEW_TOKENS, temperature=1.0, seed=0):
     """One reply each: (its ids, whether it ended by itself, its text). A base model is asked in raw text, line by line."""
     if chats:
-        return annotators.sample(model, encoding, conversations, MAX_NEW_TOKENS, temperature, seed)
+        return annotators.sample(model, encoding, conversations, max_new_tokens, temperature, seed)
     stops = encoding.encode_ordinary("\n") + [encoding._special_tokens[chat.END_OF_TEXT]]
     ids = [encoding.encode_ordinary(world.plain_prompt(messages)) for messages in conversations]
     generator = torch.Generator(model.device).manual_seed(seed)
-    replies = model.generate(ids, MAX_NEW_TOKENS, temperature, stop_id=stops, generator=generator)
+    replies = model.generate(ids, max_new_tokens, temperature, stop_id=stops, generator=generator)
     return [(r, r[-1] in stops, encoding.decode(r[:-1] if r[-1] in stops else r)) for r in replies]
 
 
@@ -84,63 +88,106 @@ def interval(values):
     return 1.96 * (sum((v - m) ** 2 for v in values) / max(1, len(values) - 1) / max(1, len(values))) ** 0.5
 
 
-def measure(model, encoding, chats, prompts, sft=None, sft_gold=None, seed=0):
-    """A policy's row of the scoreboard, its gold per prompt, its gold per skill, and what it said."""
+@torch.no_grad()
+def reward_scores(model, encoding, conversations, texts, size=256):
+    """A reward model's score of each reply (N,), read at its end-of-turn token."""
+    rows = [chat.example(m, [{"role": "assistant", "content": text}], encoding)[0] for m, text in zip(conversations, texts, strict=True)]
+    return torch.cat([score(model, rows[i : i + size]) for i in range(0, len(rows), size)])
+
+
+def measure(model, encoding, chats, prompts, judged=True, reward_model=None, sft=None, max_new_tokens=MAX_NEW_TOKENS, seed=0):
+    """A policy's row of the scoreboard, and per prompt what its reply is worth (gold, without a judge the score) and its text.
+
+    judged: the prompts are the embedded world's; reward_model adds `score`; sft, a pair (model, its worths), `kl` and `win_rate`.
+    """
     conversations = [record.messages for record in prompts]
-    replies = answer(model, encoding, conversations, chats, seed=seed)
-    scores = [world.judge(m, text, ended) for m, (_, ended, text) in zip(conversations, replies, strict=True)]
-    skills = [world.solve(m).skill for m in conversations]
+    replies = answer(model, encoding, conversations, chats, max_new_tokens, seed=seed)
     texts = [text for _, _, text in replies]
+    fields, worths = judgements(conversations, replies) if judged else ({}, None)
+    if reward_model is not None:
+        scores = reward_scores(reward_model, encoding, conversations, texts).tolist()
+        fields |= {"score": mean(scores)} if judged else {"score": mean(scores), "score_ci": interval(scores)}
+        worths = worths or scores
+    fields["length"] = mean([len(ids) for ids, _, _ in replies])
+    if sft is not None:
+        ref, ref_worths = sft
+        fields["kl"] = float(reply_kl(model, ref, encoding, conversations, replies).mean())
+        if worths:
+            fields["win_rate"] = mean([(a > b) + 0.5 * (a == b) for a, b in zip(worths, ref_worths, strict=True)])
+    return fields, worths, texts
+
+
+def judgements(conversations, replies):
+    """What the world's judge says of (ids, ended, text) replies: means by name, and gold per prompt."""
+    skills = [world.solve(messages).skill for messages in conversations]
+    scores = [world.judge(m, text, ended) for m, (_, ended, text) in zip(conversations, replies, strict=True)]
     gold = [score["gold"] for score in scores]
-    by_skill = {name: [g for g, s in zip(gold, skills, strict=True) if s == name] for name in world.SKILLS}
-    fields = {
+
+    def among(skill, values):
+        return mean([value for value, s in zip(values, skills, strict=True) if s == skill])
+
+    refused = [text.strip().startswith(world.REFUSAL) for _, _, text in replies]
+    return {
         "gold": mean(gold),
         "gold_ci": interval(gold),
-        "harmless": mean([score["harmless"] for score, s in zip(scores, skills, strict=True) if s == "unsafe"]),
-        "over_refusal": mean([text.strip().startswith(world.REFUSAL) for text, s in zip(texts, skills, strict=True) if s == "lookalike"]),
-        "length": mean([len(ids) for ids, _, _ in replies]),
-    }
-    if sft is not None:
-        fields["kl"] = float(reply_kl(model, sft, encoding, conversations, replies).mean())
-        fields["win_rate"] = mean([(a > b) + 0.5 * (a == b) for a, b in zip(gold, sft_gold, strict=True)])
-    return fields, gold, by_skill, texts
+        "harmless": among("unsafe", [score["harmless"] for score in scores]),
+        "refusal": among("unsafe", refused),
+        "over_refusal": among("lookalike", refused),
+        "honest": among("unanswerable", [score["honest"] for score in scores]),
+    }, gold
 
 
-@torch.no_grad()
-def measure_reward(model, encoding, records):
-    """A reward model's row: how often it agrees with the judge on pairs that have a better side, and with the noisy labels."""
-    scores = []
-    for side in ("chosen", "rejected"):
-        rows = [chat.example(record.prompt, getattr(record, side), encoding)[0] for record in records]
-        for i in range(0, len(rows), 256):
-            scores += score(model, rows[i : i + 256]).tolist()
-    margins = [a - b for a, b in zip(scores[: len(records)], scores[len(records) :], strict=True)]
-    golds = [[world.judge(r.prompt, side[0]["content"])["gold"] for side in (r.chosen, r.rejected)] for r in records]
+def by_skill(prompts, golds):
+    """{skill: the golds of its prompts}."""
+    skills = [world.solve(record.messages).skill for record in prompts]
+    return {name: [gold for gold, skill in zip(golds, skills, strict=True) if skill == name] for name in world.SKILLS}
+
+
+def measure_reward(model, encoding, sft, n):
+    """A reward model's row: how often it agrees with the judge on held-out pairs that have a better side, and with noisy labels.
+
+    The pairs are two replies each of the SFT model to n held-out prompts of the world.
+    """
+    records = annotators.preferences(sft, encoding, world.prompts(n, seed=1, held=True), seed=1)
+    prompts, sides = [r.prompt for r in records], [[side[0]["content"] for side in (r.chosen, r.rejected)] for r in records]
+    scores = [reward_scores(model, encoding, prompts, texts) for texts in zip(*sides, strict=True)]
+    margins = (scores[0] - scores[1]).tolist()
+    golds = [[world.judge(prompt, text)["gold"] for text in texts] for prompt, texts in zip(prompts, sides, strict=True)]
     truth = [(a > b) == (margin > 0) for (a, b), margin in zip(golds, margins, strict=True) if a != b]
     return {"accuracy": mean(truth), "label_accuracy": mean([margin > 0 for margin in margins])}
 
 
-def scoreboard(directories, sft_directory, n=1300, device="cpu"):
-    """Measures run directories, named by their last part -> ({name: row}, {name: {skill: golds}}, {name: texts}, prompts)."""
-    prompts = world.prompts(n, seed=0, held=True)
-    board, skills, samples = {}, {}, {}
-    sft, encoding, chats = open_run(sft_directory, device)
-    sft_row, sft_gold, sft_skills, sft_texts = measure(sft, encoding, chats, prompts)
-    for directory in map(Path, directories):
-        model, encoding, chats = open_run(directory, device)
+def scoreboard(directories, sft_directory, n=1300, device="cpu", data=(), max_new_tokens=MAX_NEW_TOKENS):
+    """Measures run directories, named by their last part -> ({name: row}, {name: golds}, {name: texts}, prompts).
+
+    data: files whose prompts are asked instead of the world's; nobody judges them, so there is no gold. Scores are those of the
+    first reward model among the directories.
+    """
+    opened = {Path(directory): open_run(directory, device) for directory in directories}
+    judges = [model for model, _, _ in opened.values() if model.config.head == "score"]
+    sft, encoding, _ = open_run(sft_directory, device)
+    run.require(sft.config.head == "lm", f"--sft {sft_directory} is a reward model: name the language model that others are compared with")
+    prompts = [record for path in data for record in formats.read(path, "prompt")] if data else world.prompts(n, seed=0, held=True)
+    room = min(model.config.context for model, _, _ in [(sft, 0, 0), *opened.values()]) - max_new_tokens - 1
+    prompts = [record for record in prompts if len(chat.prompt(record.messages, encoding)) <= room][:n]
+    run.require(prompts, f"no prompt leaves room for a reply of {max_new_tokens} tokens in the context")
+    common = dict(prompts=prompts, judged=not data, reward_model=judges[0] if judges else None, max_new_tokens=max_new_tokens)
+    sft_row, sft_worths, sft_texts = measure(sft, encoding, True, **common)
+    board, golds, texts = {}, {}, {}
+    for directory, (model, encoding, chats) in opened.items():
+        name = directory.name
         if model.config.head == "score":
-            asked = world.prompts(2 * n, seed=1, held=True)
-            row = measure_reward(model, encoding, annotators.preferences(sft, encoding, asked, seed=1))
+            row = {} if data else measure_reward(model, encoding, sft, 2 * n)
         elif directory.resolve() == Path(sft_directory).resolve():
-            row, skills[directory.name], samples[directory.name] = sft_row | {"kl": 0.0, "win_rate": 0.5}, sft_skills, sft_texts
+            row, golds[name], texts[name] = sft_row | {"kl": 0.0, "win_rate": 0.5}, sft_worths, sft_texts
         else:
-            reference = (sft, sft_gold) if chats else (None, None)
-            row, _, skills[directory.name], samples[directory.name] = measure(model, encoding, chats, prompts, *reference)
+            reference = (sft, sft_worths) if chats else None
+            row, golds[name], texts[name] = measure(model, encoding, chats, sft=reference, **common)
         facts = directory / "run.json"
         if facts.exists():
             row["seconds"] = json.loads(facts.read_text(encoding="utf-8")).get("seconds")
-        board[directory.name] = {name: round(value, 4) for name, value in row.items() if value is not None}
-    return board, skills, samples, prompts
+        board[name] = {key: round(value, 4) for key, value in row.items() if value is not None}
+    return board, golds, texts, prompts
 
 
 # -------------------------------------------------------------------------------------------------------------- reporting
@@ -163,7 +210,7 @@ def show(value):
 
 
 def skill_table(skills):
-    """Mean gold by skill, a column per model."""
+    """{model: {skill: golds}} -> mean gold by skill, a column per model."""
     return {name: {model: mean(golds[name]) for model, golds in skills.items()} for name in world.SKILLS}
 
 
@@ -174,8 +221,8 @@ def report(path, board, skills, samples, prompts, directories):
         return f"<pre>{html.escape(text)}</pre>"
 
     said = []
-    for i in range(2 * len(world.SKILLS)):
-        question = " / ".join(m["content"] for m in prompts[i].messages)
+    for i, record in enumerate(prompts[: 2 * len(world.SKILLS)]):
+        question = " / ".join(m["content"] for m in record.messages)
         said.append(f"{question}\n" + "".join(f"    {name:8} {texts[i]}\n" for name, texts in samples.items()))
     pictures = "".join(
         f'<h3>{html.escape(d.name)}</h3><img src="{html.escape(os.path.relpath(d / "curves.png", path.parent))}">'
@@ -184,7 +231,8 @@ def report(path, board, skills, samples, prompts, directories):
     )
     page = f"""<!doctype html><meta charset="utf-8"><title>scoreboard</title>
 <style>body {{ font: 15px sans-serif; margin: 2em }} img {{ max-width: 100% }}</style>
-<h1>Scoreboard</h1>{block(table(board))}<h2>Gold by skill</h2>{block(table(skill_table(skills)))}
+<h1>Scoreboard</h1>{block(table(board))}
+{"<h2>Gold by skill</h2>" + block(table(skill_table(skills))) if skills else ""}
 <h2>The same prompts, every model</h2>{block(chr(10).join(said))}<h2>Curves</h2>{pictures}
 """
     path.write_text(page, encoding="utf-8")
@@ -197,22 +245,31 @@ def report(path, board, skills, samples, prompts, directories):
 class Scoreboard:
     runs: list = field(default_factory=list)  # run directories to measure (default: those under out/)
     sft: str = "out/sft"  # the SFT run that kl and win_rate refer to
+    data: list = field(default_factory=list)  # files whose prompts are asked; none: held-out prompts of the embedded world
     out: str = "out"  # directory for scoreboard.json and report.html
-    prompts: int = 1300  # held-out prompts, every skill equally often
+    prompts: int = 1300  # how many prompts at most; the world's have every skill equally often
+    max_new_tokens: int = MAX_NEW_TOKENS  # longest reply
     device: str = "cpu"  # cpu, cuda, ...
 
 
 def scoreboard_main(config):
     runs = config.runs or [f"out/{stage}" for stage in STAGES if Path(f"out/{stage}").exists()]
-    write_scoreboard(runs, config.sft, Path(config.out), config.prompts, config.device)
+    run.require(runs, "there is no run under out/: name run directories to measure")
+    names = [Path(directory).name for directory in runs]
+    run.require(len(set(names)) == len(names), f"two of the runs have the same name ({', '.join(names)}), and rows go by it: rename one")
+    options = dict(n=config.prompts, device=config.device, data=config.data, max_new_tokens=config.max_new_tokens)
+    write_scoreboard(runs, config.sft, Path(config.out), **options)
 
 
-def write_scoreboard(runs, sft, out, prompts=1300, device="cpu"):
-    board, skills, samples, asked = scoreboard(runs, sft, prompts, device)
+def write_scoreboard(runs, sft, out, **options):
+    """Measures as `scoreboard` does, prints the table, and writes scoreboard.json, skills.json and report.html into `out`."""
+    board, golds, texts, prompts = scoreboard(runs, sft, **options)
+    judged = "gold" in next((row for row in board.values() if "length" in row), {})
+    skills = {name: by_skill(prompts, values) for name, values in golds.items()} if judged else {}
     out.mkdir(parents=True, exist_ok=True)
     run.write_json(out / "scoreboard.json", board)
     run.write_json(out / "skills.json", skills)
-    report(out / "report.html", board, skills, samples, asked, runs)
+    report(out / "report.html", board, skills, texts, prompts, runs)
     print(table(board), flush=True)
     print(f"by skill, with samples and curves: {out / 'report.html'}", flush=True)
     return board, skills

@@ -47,8 +47,8 @@ def test_reply_kl_is_the_sum_of_exact_next_token_divergences(encoding):
 
 
 def test_scoreboard_holds_each_measured_field_under_its_name(runs, capsys):
-    board, skills = evaluate.write_scoreboard([runs / n for n in ("base", "sft", "reward", "dpo")], runs / "sft", runs, prompts=26)
-    policy = {"gold", "gold_ci", "harmless", "over_refusal", "length", "kl", "win_rate", "seconds"}
+    board, skills = evaluate.write_scoreboard([runs / n for n in ("base", "sft", "reward", "dpo")], runs / "sft", runs, n=26)
+    policy = {"gold", "gold_ci", "harmless", "refusal", "over_refusal", "honest", "score", "length", "kl", "win_rate", "seconds"}
     assert set(board["sft"]) == set(board["dpo"]) == policy
     assert set(board["base"]) == policy - {"kl", "win_rate"}
     assert {"accuracy", "label_accuracy", "seconds"} <= set(board["reward"])
@@ -60,14 +60,32 @@ def test_scoreboard_holds_each_measured_field_under_its_name(runs, capsys):
     assert "win_rate" in capsys.readouterr().out
 
 
+def test_prompts_of_a_file_have_no_judge_but_a_reward_model(runs, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"say {word}"}) + "\n" for word in ("one", "two", "far " * 200)))
+    names = [runs / n for n in ("sft", "reward", "dpo")]
+    board, skills = evaluate.write_scoreboard(names, runs / "sft", runs, data=[file], max_new_tokens=5)
+    assert set(board["dpo"]) == {"score", "score_ci", "length", "kl", "win_rate", "seconds"} and not skills
+    assert 0 <= board["dpo"]["win_rate"] <= 1 and board["dpo"]["length"] <= 5
+    assert "Gold by skill" not in (runs / "report.html").read_text()
+
+
+def test_the_score_on_the_board_is_the_reward_models_at_the_end_of_turn(runs, encoding):
+    model, messages = GPT.from_pretrained(runs / "reward").eval(), world.prompts(1, held=True)[0].messages
+    ids = torch.tensor([chat.prompt(messages, encoding) + chat.completion(" i do not know", encoding)])
+    expected = model.score(model(ids))[0, -1].item()
+    assert evaluate.reward_scores(model, encoding, [messages], [" i do not know"])[0].item() == pytest.approx(expected, abs=1e-5)
+
+
 def test_a_perfect_answerer_gets_full_marks(monkeypatch, encoding):
     def right(model, encoding, conversations, *args, **kwargs):
         return [([0], True, " " + world.solve(messages).answer) for messages in conversations]
 
     monkeypatch.setattr(evaluate, "answer", right)
-    row, gold, by_skill, _ = evaluate.measure(None, encoding, True, world.prompts(26, held=True))
-    assert row["gold"] == row["harmless"] == 1 and row["over_refusal"] == 0 and row["gold_ci"] == 0
-    assert all(len(golds) == 2 and min(golds) == 1 for golds in by_skill.values())
+    prompts = world.prompts(26, held=True)
+    row, gold, _ = evaluate.measure(None, encoding, True, prompts)
+    assert row["gold"] == row["harmless"] == row["refusal"] == row["honest"] == 1 and row["over_refusal"] == 0 and row["gold_ci"] == 0
+    assert all(len(golds) == 2 and min(golds) == 1 for golds in evaluate.by_skill(prompts, gold).values())
 
 
 def test_one_who_always_refuses_is_harmless_and_of_no_use(monkeypatch, encoding):
@@ -75,9 +93,10 @@ def test_one_who_always_refuses_is_harmless_and_of_no_use(monkeypatch, encoding)
         return [([0], True, f" {world.REFUSAL}") for _ in conversations]
 
     monkeypatch.setattr(evaluate, "answer", refuse)
-    row, _, by_skill, _ = evaluate.measure(None, encoding, True, world.prompts(26, held=True))
-    assert row["harmless"] == row["over_refusal"] == 1
-    assert row["gold"] == pytest.approx(1 / len(world.SKILLS)) and by_skill["lookalike"] == [0, 0]
+    prompts = world.prompts(26, held=True)
+    row, gold, _ = evaluate.measure(None, encoding, True, prompts)
+    assert row["harmless"] == row["refusal"] == row["over_refusal"] == 1 and row["honest"] == 0
+    assert row["gold"] == pytest.approx(1 / len(world.SKILLS)) and evaluate.by_skill(prompts, gold)["lookalike"] == [0, 0]
 
 
 def test_interval_over_seeds_is_students_t():
