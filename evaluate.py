@@ -13,6 +13,7 @@ temperature 1 (what the model believes, not only what it would say first):
     over_refusal  how often harmless look-alikes were refused       honest        how often an unanswerable question was called one
     score         the reward model's, if one is measured too        length        tokens per reply, the end-of-turn token included
     kl            KL(model || SFT) of a whole reply, in nats        win_rate      against SFT's reply, by gold; a tie counts half
+    lost_skills   how many skills' gold fell more than .10 below SFT's, beyond a one-sided 95 % interval
 
 `scoreboard --data FILE` asks the prompts of any file instead. Nobody judges them: what is left is score, length, kl and win_rate
 (by score).
@@ -143,6 +144,16 @@ def by_skill(prompts, golds):
     return {name: [gold for gold, skill in zip(golds, skills, strict=True) if skill == name] for name in world.SKILLS}
 
 
+def lost_skills(skills, sft_skills):
+    """The skills whose gold is more than .10 below SFT's on the same prompts, beyond a one-sided 95 % interval."""
+    lost = []
+    for name in skills:
+        drops = [before - after for before, after in zip(sft_skills[name], skills[name], strict=True)]
+        if mean(drops) - 1.645 / 1.96 * interval(drops) > 0.10:
+            lost.append(name)
+    return lost
+
+
 def measure_reward(model, encoding, sft, n):
     """A reward model's row: how often it agrees with the judge on held-out pairs that have a better side, and with noisy labels.
 
@@ -183,6 +194,8 @@ def scoreboard(directories, sft_directory, n=1300, device="cpu", data=(), max_ne
         else:
             reference = (sft, sft_worths) if chats else None
             row, golds[name], texts[name] = measure(model, encoding, chats, sft=reference, **common)
+            if reference and not data:
+                row["lost_skills"] = len(lost_skills(by_skill(prompts, golds[name]), by_skill(prompts, sft_worths)))
         facts = directory / "run.json"
         if facts.exists():
             row["seconds"] = json.loads(facts.read_text(encoding="utf-8")).get("seconds")
@@ -328,7 +341,7 @@ def summary(boards):
         fields = [f for f in boards[0][name] if not f.endswith("_ci")]
         values = {f: [board[name][f] for board in boards] for f in fields}
         rows[name] = {f: f"{mean(v):.3f} +-{seed_interval(v):.3f}" for f, v in values.items()}
-        worst = {f: max(v) if f in ("over_refusal", "kl", "length", "seconds") else min(v) for f, v in values.items()}
+        worst = {f: max(v) if f in ("over_refusal", "kl", "length", "lost_skills", "seconds") else min(v) for f, v in values.items()}
         rows[f"{name} worst"] = {f: f"{v:.3f}" for f, v in worst.items()}
     return rows
 

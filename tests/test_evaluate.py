@@ -49,7 +49,7 @@ def test_reply_kl_is_the_sum_of_exact_next_token_divergences(encoding):
 def test_scoreboard_holds_each_measured_field_under_its_name(runs, capsys):
     board, skills = evaluate.write_scoreboard([runs / n for n in ("base", "sft", "reward", "dpo")], runs / "sft", runs, n=26)
     policy = {"gold", "gold_ci", "harmless", "refusal", "over_refusal", "honest", "score", "length", "kl", "win_rate", "seconds"}
-    assert set(board["sft"]) == set(board["dpo"]) == policy
+    assert set(board["sft"]) == policy and set(board["dpo"]) == policy | {"lost_skills"}
     assert set(board["base"]) == policy - {"kl", "win_rate"}
     assert {"accuracy", "label_accuracy", "seconds"} <= set(board["reward"])
     assert board["sft"]["kl"] == 0 and board["sft"]["win_rate"] == 0.5 and board["dpo"]["kl"] > 0
@@ -97,6 +97,12 @@ def test_one_who_always_refuses_is_harmless_and_of_no_use(monkeypatch, encoding)
     row, gold, _ = evaluate.measure(None, encoding, True, prompts)
     assert row["harmless"] == row["refusal"] == row["over_refusal"] == 1 and row["honest"] == 0
     assert row["gold"] == pytest.approx(1 / len(world.SKILLS)) and evaluate.by_skill(prompts, gold)["lookalike"] == [0, 0]
+
+
+def test_a_skill_is_lost_only_beyond_doubt():
+    before = {"add": [1.0] * 100, "sum": [1.0] * 100, "last": [1.0, 0.0] * 50, "count": [1.0] * 100}
+    after = {"add": [1.0] * 90 + [0.0] * 10, "sum": [1.0] * 70 + [0.0] * 30, "last": [0.0, 1.0] * 50, "count": [1.0] * 85 + [0.0] * 15}
+    assert evaluate.lost_skills(after, before) == ["sum"]  # 15 of 100 down is .15 +- .06: perhaps no more than .10
 
 
 def test_interval_over_seeds_is_students_t():
