@@ -39,6 +39,7 @@ from model import GPT
 
 MAX_NEW_TOKENS = 24  # of the embedded world's replies; the longest right answer has 20
 STAGES = ["base", "sft", "reward", "dpo", "ppo"]
+COSTS = {"over_refusal", "kl", "length", "lost_skills", "seconds"}  # fields of which less is better
 
 
 # ------------------------------------------------------------------------------------------------------------- measuring
@@ -301,9 +302,10 @@ def recipe_main(config):
     seeds = [int(seed) for seed in config.seeds]
     results = {seed: recipe(Path(config.out) / f"seed-{seed}", seed, keep=True) for seed in seeds}
     boards = {seed: board for seed, (board, _) in results.items()}
-    print(f"\nmean and half-width of the 95 % interval over {len(seeds)} seeds; below, the worst seed", flush=True)
-    print(table(summary(list(boards.values()))), flush=True)
-    run.write_json(Path(config.out) / "seeds.json", {"boards": boards, "summary": summary(list(boards.values()))})
+    rows = summary(list(boards.values()))
+    run.write_json(Path(config.out) / "seeds.json", {"boards": boards, "summary": rows})
+    print(f"\n{len(seeds)} seeds: mean, half-width of its 95 % interval, (the worst seed)", flush=True)
+    print(summary_table(rows), flush=True)
 
 
 def recipe(out, seed, keep=False):
@@ -335,15 +337,24 @@ def recipe(out, seed, keep=False):
 
 
 def summary(boards):
-    """Boards of several seeds -> {stage: {field: "mean +- half-width"}} and, per stage, the worst value of any seed."""
+    """Boards of several seeds -> {stage: {field: its mean, the half-width of the mean's 95 % interval, and the worst seed's value}}."""
     rows = {}
-    for name in boards[0]:
-        fields = [f for f in boards[0][name] if not f.endswith("_ci")]
-        values = {f: [board[name][f] for board in boards] for f in fields}
-        rows[name] = {f: f"{mean(v):.3f} +-{seed_interval(v):.3f}" for f, v in values.items()}
-        worst = {f: max(v) if f in ("over_refusal", "kl", "length", "lost_skills", "seconds") else min(v) for f, v in values.items()}
-        rows[f"{name} worst"] = {f: f"{v:.3f}" for f, v in worst.items()}
+    for stage in boards[0]:
+        fields = [field for field in boards[0][stage] if not field.endswith("_ci")]
+        values = {field: [board[stage][field] for board in boards] for field in fields}
+        rows[stage] = {
+            f: {"mean": mean(v), "half_width": seed_interval(v), "worst": (max if f in COSTS else min)(v)} for f, v in values.items()
+        }
     return rows
+
+
+def summary_table(rows):
+    """A summary as text: a line per field, a column per stage."""
+    fields = list(dict.fromkeys(field for row in rows.values() for field in row))
+    cells = {
+        stage: {f: f"{c['mean']:.3f} +-{c['half_width']:.3f} ({c['worst']:.3f})" for f, c in row.items()} for stage, row in rows.items()
+    }
+    return table({field: {stage: row.get(field, "") for stage, row in cells.items()} for field in fields})
 
 
 STUDENT = [0, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # 97.5 % quantiles for 0, 1, 2, ... degrees of freedom

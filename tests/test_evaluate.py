@@ -113,8 +113,9 @@ def test_interval_over_seeds_is_students_t():
 def test_the_summary_names_the_worst_seed_in_the_right_direction():
     boards = [{"dpo": {"gold": 0.8, "kl": 1.0, "over_refusal": 0.1}}, {"dpo": {"gold": 0.6, "kl": 2.0, "over_refusal": 0.0}}]
     rows = evaluate.summary(boards)
-    assert rows["dpo worst"] == {"gold": "0.600", "kl": "2.000", "over_refusal": "0.100"}
-    assert rows["dpo"]["gold"].startswith("0.700")
+    assert {field: cell["worst"] for field, cell in rows["dpo"].items()} == {"gold": 0.6, "kl": 2.0, "over_refusal": 0.1}
+    assert rows["dpo"]["gold"]["mean"] == pytest.approx(0.7)
+    assert "0.700 +-1.271 (0.600)" in evaluate.summary_table(rows)
 
 
 def test_chat_answers_and_refuses_to_talk_to_a_reward_model(runs, monkeypatch, capsys):
