@@ -89,7 +89,8 @@ class Cache:
         self.positions = self.lengths[:, None] + torch.arange(T, device=self.lengths.device)  # (B, T)
         self.longest = longest
         seen = torch.arange(longest, device=self.lengths.device)
-        self.mask = (seen <= self.positions[:, :, None])[:, None]  # (B, 1, T, longest): causal, per row
+        mask = (seen <= self.positions[:, :, None])[:, None]  # (B, 1, T, longest): causal, per row
+        self.mask = None if T == longest else mask  # nothing held before: plain causal attention, the fast one
         return self.positions
 
     def append(self, layer, k, v):
@@ -121,13 +122,9 @@ class Attention(nn.Module):
         q, k = qk.split([self.heads, self.kv_heads], dim=1)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, Hkv, longest, d)
+        mask = None if cache is None else cache.mask
         y = F.scaled_dot_product_attention(
-            q,
-            k.to(q.dtype),
-            v.to(q.dtype),
-            attn_mask=None if cache is None else cache.mask,
-            is_causal=cache is None,
-            enable_gqa=self.heads != self.kv_heads,
+            q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
         )
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 

@@ -53,12 +53,15 @@ def strength(differences, agreement):
 def sample(model, encoding, prompts, max_new_tokens, temperature=1.0, seed=0, batch=512):
     """One reply per conversation: (ids, whether it ended by itself, its text) for each."""
     stops, generator = chat.stop_ids(encoding), torch.Generator(model.device).manual_seed(seed)
-    replies = []
-    for start in range(0, len(prompts), batch):
-        ids = [chat.prompt(messages, encoding) for messages in prompts[start : start + batch]]
-        for reply in model.generate(ids, max_new_tokens, temperature, stop_id=stops, generator=generator):
+    ids = [chat.prompt(messages, encoding) for messages in prompts]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # prompts of like length together: less padding to read
+    replies = [None] * len(ids)
+    for start in range(0, len(ids), batch):
+        rows = order[start : start + batch]
+        sampled = model.generate([ids[i] for i in rows], max_new_tokens, temperature, stop_id=stops, generator=generator)
+        for i, reply in zip(rows, sampled, strict=True):
             ended = reply[-1] in stops
-            replies.append((reply, ended, encoding.decode(reply[:-1] if ended else reply)))
+            replies[i] = reply, ended, encoding.decode(reply[:-1] if ended else reply)
     return replies
 
 
