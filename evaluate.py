@@ -220,7 +220,7 @@ def table(rows):
 def show(value):
     if value is None:
         return ""
-    return value if isinstance(value, str) else f"{value:.0f}" if abs(value) >= 20 else f"{value:.3f}"
+    return value if isinstance(value, str) else f"{value:.0f}" if abs(value) >= 10 else f"{value:.3f}"
 
 
 def skill_table(skills):

@@ -90,7 +90,7 @@ class Cache:
         self.longest = longest
         seen = torch.arange(longest, device=self.lengths.device)
         mask = (seen <= self.positions[:, :, None])[:, None]  # (B, 1, T, longest): causal, per row
-        self.mask = None if T == longest else mask  # nothing held before: plain causal attention, the fast one
+        self.mask = None if longest == T else mask  # nothing held before: plain causal attention, the fast one
         return self.positions
 
     def append(self, layer, k, v):

@@ -38,7 +38,7 @@ class Config:
     overwrite: bool = False  # replace a run that --out already holds
     pretrain: bool = False  # raw text, every token in the loss
     prompt_weight: float = 0.1  # with --pretrain: what a token counts that only sets the scene (a question nobody could predict)
-    steps: int = 0  # optimiser steps (default: 3000 with --pretrain, else 400)
+    steps: int = 0  # optimiser steps (default: 3000 with --pretrain, else 800)
     batch_size: int = 32  # sequences per optimiser step
     micro_batch_size: int = 0  # sequences per forward pass; gradients add up to the same step (0: the whole batch)
     lr: float = 0.0  # peak learning rate (default: 1.5e-3 with --pretrain, else 1e-3)
@@ -95,7 +95,7 @@ def load_examples(config, encoding, context):
 
 
 def main(config):
-    config.steps = config.steps or (3000 if config.pretrain else 400)
+    config.steps = config.steps or (3000 if config.pretrain else 800)
     config.lr = config.lr or (1.5e-3 if config.pretrain else 1e-3)
     config.init = config.init or ("scratch" if config.pretrain else "out/base")
     stage = "base" if config.pretrain else "sft"

@@ -52,6 +52,7 @@ BY_HAND = [
     ([user("sum 2 and 3 and 1 and 2")], "sum", "2 + 3 = 5 ; 5 + 1 = 6 ; 6 + 2 = 8"),
     ([user(f"{GIVEN} bob ?")], "lookup", "bob has egg"),
     ([user(f"{GIVEN} leo ?")], "unanswerable", "i do not know"),
+    ([user("given : ann has fox . what wants ann ?")], "unanswerable", "i do not know"),
     ([user("sort : fox cat"), said("cat fox"), user("now reverse that")], "follow", "fox cat"),
     ([user("repeat : fox cat"), said("fox cat"), user("now sort that")], "follow", "cat fox"),
     ([user("repeat : fox cat"), said("fox cat"), user("now last that")], "follow", "cat"),
@@ -242,7 +243,7 @@ def test_textbooks_are_right_and_grades_are_the_judge_s():
         for reply, grade in pairwise(rest):
             if grade in ("right", "wrong"):
                 graded += 1
-                assert grade == ("right" if gold(messages, reply) > 0.5 else "wrong")
+                assert grade == ("right" if gold(messages, " ".join(world.unpadded(reply))) == 1 else "wrong")  # filler aside
     assert exercises > 1000 and graded > 1000
 
 
