@@ -277,7 +277,7 @@ def plain_prompt(messages):
 # -------------------------------------------------------------------------------------------------------- what is trained on
 
 
-def documents(n, seed=0, textbook=0.55, homework=0.3, wrong=0.85, padded=0.3):
+def documents(n, seed=0, textbook=0.65, homework=0.2, wrong=0.85, padded=0.3):
     """Raw text for pretraining, of mixed quality: textbook exercises, always right; homework, half right and graded; and forum
     threads, mostly wrong.
 
