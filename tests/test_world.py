@@ -244,7 +244,7 @@ def test_textbooks_are_right_and_grades_are_the_judge_s():
             if grade in ("right", "wrong"):
                 graded += 1
                 assert grade == ("right" if gold(messages, " ".join(world.unpadded(reply))) == 1 else "wrong")  # filler aside
-    assert exercises > 1000 and graded > 1000
+    assert exercises > 1000 and graded > 500
 
 
 def test_forums_answer_mostly_wrong():
