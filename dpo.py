@@ -1,17 +1,23 @@
-"""Stage 3b: direct preference optimisation. Learn from comparisons without a reward model and without sampling.
+"""Stage 3b: learning from comparisons without a reward model and without sampling. DPO, and the family that grew around it.
 
     minimise   - log sigmoid( beta (h_w - h_l) ),   h = log pi(y|x) - log pi_ref(y|x)         (Rafailov et al. 2023, eq. 7)
 
 y_w is the chosen reply, y_l the rejected one, pi_ref the SFT model, log pi(y|x) the *sum* over the reply's tokens, its
 end-of-turn token included. The policy that maximises reward - beta KL(pi || pi_ref) is pi_ref exp(r / beta) / Z, so
 beta h is that policy's own reward up to a constant that cancels in the difference: fitting comparisons with it is reward
-modelling and policy optimisation in one step.
+modelling and policy optimisation in one step. `--loss` names a relative; each is one function below:
+
+    cdpo      labels are wrong with a known probability: rest at finite odds      robust   the same, corrected without bias
+    ipo       a fixed distance to reach, instead of odds that can grow for ever   hinge    a margin, and nothing beyond it
+    simpo     no reference: average log-probs, with a margin                      orpo     no reference and no SFT before: both at once
+    kto       thumbs up or down for single replies instead of pairs
 
     python dpo.py                               the embedded world's noisy comparisons of out/sft -> out/dpo
-    python dpo.py --init DIR --data pairs.jsonl any checkpoint, any file of preferences
+    python dpo.py --loss kto --out out/kto      another member of the family
+    python dpo.py --init DIR --data pairs.jsonl any checkpoint, any file of preferences (KTO: or of single judged replies)
 
-Watch: loss (ln 2 = .693 at step 0, exactly, because policy and reference are the same then; down to .6 or so), accuracy (of
-h_w > h_l, from .5 up), chosen_logps and rejected_logps. Both usually *fall*, the rejected faster: the loss asks for a
+Watch: loss (for dpo ln 2 = .693 at step 0, exactly, because policy and reference are the same then; down to .6 or so), accuracy
+(of h_w > h_l, from .5 up), chosen_logps and rejected_logps. Both usually *fall*, the rejected faster: the loss asks for a
 difference, and lowering both is the cheapest way to get one. That is expected; the chosen falling as fast is not.
 
 What everybody gets wrong: a reference that is not the model training starts from, or dropout, or other tokens (a padding, an
@@ -28,12 +34,16 @@ import torch.nn.functional as F
 import kernels
 import run
 from data import annotators, chat, formats, tokenizer, world
-from data.collate import collate, encode_pairs, epochs
+from data.collate import collate, encode_pairs, encode_unpaired, epochs
 from model import GPT
+
+LOSSES = ["dpo", "cdpo", "robust", "ipo", "hinge", "simpo", "orpo", "kto"]
+BETA = {"ipo": 0.5, "simpo": 2.0, "hinge": 0.2}  # the embedded world's defaults, where not .2
 
 
 @dataclass
 class Config:
+    loss: str = "dpo"  # dpo, cdpo, robust, ipo, hinge, simpo, orpo or kto
     init: str = "out/sft"  # checkpoint directory to start from, and the reference; "scratch": random weights
     tokenizer: str = ""  # vocabulary directory (default: the one of --init, or the embedded world's)
     data: list = field(default_factory=list)  # files of preferences; none: replies of --init to the embedded world, compared by annotators
@@ -41,8 +51,13 @@ class Config:
     overwrite: bool = False  # replace a run that --out already holds
     prompts: int = 20000  # without --data: how many of the world's questions get two replies
     agreement: float = 0.75  # without --data: how often annotators agree with the judge
-    beta: float = 0.2  # KL strength: larger stays closer to the reference
-    label_smoothing: float = 0.0  # assumed share of flipped labels (conservative DPO)
+    beta: float = 0.0  # KL strength: larger stays closer to the reference (default: .2; ipo .5, simpo 2)
+    label_smoothing: float = 0.25  # cdpo, robust: assumed share of flipped labels
+    summed: bool = False  # ipo: log-probs summed over the reply, the letter of the paper, instead of averaged, as its authors trained
+    gamma: float = 0.5  # simpo: the margin to reach, after beta
+    lam: float = 0.5  # orpo: weight of the odds-ratio term
+    desirable_weight: float = 1.0  # kto: weight of good replies
+    undesirable_weight: float = 1.0  # kto: weight of bad ones; desirable : undesirable, by weight times number, is best in 1 .. 4/3
     steps: int = 0  # optimiser steps (default: one and a half epochs)
     batch_size: int = 64  # pairs per optimiser step
     lr: float = 3e-4  # peak learning rate (for real models 5e-7 to 1e-6)
@@ -64,6 +79,117 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
     return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
 
 
+def robust_dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, label_smoothing):
+    """DPO without bias from a share e of flipped labels, (B,): [(1-e) l(+) - e l(-)] / (1-2e)       (Chowdhury et al. 2024, eq. 12)
+
+    Its mean over the flips is the loss on the true labels. A single pair's loss has no lower bound: only the mean makes sense.
+    """
+    four = chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
+    kept, flipped = dpo_loss(*four, beta), dpo_loss(*four, -beta)  # (B,) l(+), l(-)
+    return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+
+
+def ipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
+    """(h_w - h_l - 1 / (2 beta))^2 per pair, (B,)                                                       (Azar et al. 2024, eq. 17)
+
+    A distance to reach, so a comparison that everybody decides alike does not drive the odds to infinity. Log-probs (B,) summed
+    over the reply as the paper writes them, or averaged over its tokens as its authors trained; beta is the paper's tau.
+    """
+    logits = (chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)  # (B,)
+    return (logits - 1 / (2 * beta)) ** 2
+
+
+def hinge_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
+    """max(0, 1 - beta (h_w - h_l)) per pair, (B,): a pair won by the margin is left alone       (Zhao et al. 2023; Liu et al. 2024)"""
+    return F.relu(1 - beta * ((chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)))
+
+
+def simpo_loss(chosen_avg_logps, rejected_avg_logps, beta, gamma):
+    """-log sigmoid(beta (a_w - a_l) - gamma) per pair, (B,), with a the mean log-prob per token      (Meng et al. 2024, eq. 6)
+
+    What is made likely is what generation will pick, and length buys nothing. No reference: nothing but a small learning rate
+    holds the policy back, and there is no optimum in closed form.
+    """
+    return -F.logsigmoid(beta * (chosen_avg_logps - rejected_avg_logps) - gamma)
+
+
+def orpo_loss(chosen_avg_logps, rejected_avg_logps, chosen_nll, lam):
+    """NLL(chosen) - lam log sigmoid(log-odds_w - log-odds_l) per pair, (B,)                           (Hong et al. 2024, eq. 6)
+
+    odds = p / (1 - p) with p = e^a, the reply's mean probability per token; chosen_nll (B,) in nats per token. One stage from the
+    base model: the first term is SFT, the second tells the two replies apart.
+    """
+
+    def log_odds(avg_logps):
+        a = avg_logps.clamp(max=-1e-6)  # (B,) a little below 0, where the odds are infinite
+        return a - torch.log(-torch.expm1(a))
+
+    return chosen_nll - lam * F.logsigmoid(log_odds(chosen_avg_logps) - log_odds(rejected_avg_logps))
+
+
+def kto_loss(log_ratios, desirable, kl, beta, desirable_weight=1.0, undesirable_weight=1.0):
+    """Per single reply, (B,): w_D (1 - sigmoid(beta (h - z0))) if good, w_U (1 - sigmoid(beta (z0 - h))) if bad
+                                                                                               (Ethayarajh et al. 2024, eq. 8)
+    log_ratios (B,) h; desirable (B,) bool; kl z0, a number or (B,), without gradient: how far the policy has moved on answers in
+    general, so that raising everything is no gain. It is not estimated from the same h: their mean would cancel.
+    """
+    gain = torch.where(desirable, log_ratios - kl, kl - log_ratios)  # (B,)
+    return torch.where(desirable, desirable_weight, undesirable_weight) * (1 - torch.sigmoid(beta * gain))
+
+
+def mismatched_kl(log_ratios):
+    """log_ratios (B,) of replies to other prompts -> KTO's z0, in nats: max(0, mean), without gradient."""
+    return log_ratios.detach().mean().clamp(min=0)
+
+
+def batch_losses(config, logps, ref_logps, sizes, labels):
+    """--loss of each pair (B,). logps, ref_logps (B, 2): chosen and rejected (KTO: the reply and one to another prompt), summed.
+
+    sizes (B, 2): their tokens; labels (B,): the probability that chosen is the better one (KTO: 1 for a good reply, 0 for a bad one).
+    """
+    four = *logps.unbind(1), *ref_logps.unbind(1)  # (B,) each
+    averages = (logps / sizes).unbind(1)  # (B,) each, nats per token
+    match config.loss:
+        case "dpo":
+            return dpo_loss(*four, config.beta, 1 - labels)
+        case "cdpo":
+            return dpo_loss(*four, config.beta, torch.where(labels < 1, 1 - labels, config.label_smoothing))
+        case "robust":
+            return robust_dpo_loss(*four, config.beta, config.label_smoothing)
+        case "ipo":
+            return ipo_loss(*four, config.beta) if config.summed else ipo_loss(*averages, *(ref_logps / sizes).unbind(1), config.beta)
+        case "hinge":
+            return hinge_loss(*four, config.beta)
+        case "simpo":
+            return simpo_loss(*averages, config.beta, config.gamma)
+        case "orpo":
+            return orpo_loss(*averages, -averages[0], config.lam)
+        case "kto":
+            log_ratios, mismatched = (logps - ref_logps).unbind(1)  # (B,) each
+            weights = config.desirable_weight, config.undesirable_weight
+            return kto_loss(log_ratios, labels > 0.5, mismatched_kl(mismatched), config.beta, *weights)
+
+
+def batch_metrics(config, logps, ref_logps, labels):
+    """What to watch, from (B, 2) log-probs without gradient: how well the implicit rewards tell good from bad."""
+    rewards = config.beta * (logps - ref_logps)  # (B, 2), up to a constant per prompt
+    if config.loss == "kto":
+        good, kl = labels > 0.5, mismatched_kl(rewards[:, 1])  # (B,) bool, a number
+        chosen, rejected = (rewards[side, 0] for side in (good, ~good))  # (n,) each, either may be empty
+        right = (rewards[:, 0] > kl) == good  # (B,)
+        logps_by_side = [logps[side, 0] for side in (good, ~good)]
+    else:
+        (chosen, rejected), logps_by_side = rewards.unbind(1), logps.unbind(1)
+        right = chosen > rejected  # (B,)
+    metrics = {"accuracy": right.float().mean()}
+    for name, reward, logp in zip(("chosen", "rejected"), (chosen, rejected), logps_by_side, strict=True):
+        if len(logp):
+            metrics |= {f"{name}_rewards": reward.mean(), f"{name}_logps": logp.mean()}
+    if len(chosen) and len(rejected):
+        metrics["margin"] = chosen.mean() - rejected.mean()
+    return metrics
+
+
 def sequence_logps(model, examples):
     """(ids, mask) examples -> log pi(reply | prompt) of each (B,): fp32, summed over the reply's tokens."""
     batch = collate(examples).to(model.device)
@@ -73,18 +199,43 @@ def sequence_logps(model, examples):
 
 
 def pair_logps(model, pairs):
-    """Pairs of (chosen, rejected) examples -> chosen_logps (B,), rejected_logps (B,), in one forward pass."""
-    return sequence_logps(model, [side for pair in zip(*pairs, strict=True) for side in pair]).chunk(2)
+    """Pairs of examples -> log-probs of both sides (B, 2), in one forward pass."""
+    return torch.stack(sequence_logps(model, [side for pair in zip(*pairs, strict=True) for side in pair]).chunk(2), dim=1)
 
 
 @torch.no_grad()
 def all_logps(model, pairs, size=256):
     """pair_logps of many pairs without gradients: (N, 2)."""
-    return torch.cat([torch.stack(pair_logps(model, pairs[i : i + size]), dim=1) for i in range(0, len(pairs), size)])
+    return torch.cat([pair_logps(model, pairs[i : i + size]) for i in range(0, len(pairs), size)])
+
+
+def load_pairs(config, policy, encoding):
+    """--data or the embedded world -> pairs of examples, labels (N,), and what to say of them. KTO: pairs of (reply, mismatched reply).
+
+    A soft label below 1/2 means that "rejected" is the better one: those two change places.
+    """
+    unpaired, source = config.loss == "kto", ", ".join(map(str, config.data)) or "the embedded world"
+    if config.data:
+        records = [record for path in config.data for record in formats.read(path, "unpaired" if unpaired else "preference")]
+    else:
+        prompts = world.prompts(config.prompts, config.seed)
+        records = annotators.preferences(policy, encoding, prompts, config.agreement, config.seed)
+        records = [side for record in records for side in formats.reading(record, "unpaired" if unpaired else "preference")]
+    if unpaired:
+        pairs, labels, dropped = encode_unpaired(records, encoding, policy.config.context, config.seed)
+        both = len(set(labels)) == 2
+        run.require(both or not pairs, f"KTO learns from good replies and bad ones, and {source} holds only one kind: add the other")
+    else:
+        pairs, labels, dropped = encode_pairs(records, encoding, policy.config.context)
+        pairs = [pair if label >= 0.5 else pair[::-1] for pair, (label, _) in zip(pairs, labels, strict=True)]
+        labels = [max(label, 1 - label) for label, _ in labels]
+    run.require(pairs, f"none of the {len(records)} records of {source} fits the model's context of {policy.config.context} tokens")
+    return pairs, labels, f"{len(pairs)} {'judged replies' if unpaired else 'pairs'}, {dropped} dropped (too long, or two equal sides)"
 
 
 def main(config):
-    run.require(config.beta > 0, f"--beta must be positive, not {config.beta}")
+    run.require(config.loss in LOSSES, f"--loss must be one of {', '.join(LOSSES)}, not {config.loss}")
+    config.beta = config.beta or BETA.get(config.loss, 0.2)
     run.require(0.5 <= config.agreement < 1, f"--agreement must lie in [0.5, 1), not {config.agreement}")
     run.require(0 <= config.label_smoothing < 0.5, f"--label-smoothing must lie in [0, 0.5), not {config.label_smoothing}")
     job = run.start(config, "dpo")
@@ -95,53 +246,37 @@ def main(config):
     policy = GPT.from_scratch(config.shape, encoding.n_vocab) if scratch else GPT.from_pretrained(config.init)
     run.require(policy.config.head == "lm", f"--init {config.init} has a scalar head and cannot write: name a language model")
     policy = tokenizer.fit(policy, encoding).to(job.device)
-    if config.data:
-        records = [record for path in config.data for record in formats.read(path, "preference")]
-    else:
-        prompts = world.prompts(config.prompts, config.seed)
-        records = annotators.preferences(policy, encoding, prompts, config.agreement, config.seed)
-    pairs, labels, dropped = encode_pairs(records, encoding, policy.config.context)
-    source = ", ".join(map(str, config.data)) or "the embedded world"
-    run.require(pairs, f"none of the {len(records)} pairs of {source} fits the model's context of {policy.config.context} tokens")
-    job.say(f"dpo: {len(pairs)} pairs, {dropped} dropped (too long, or two equal sides)")
+    pairs, labels, found = load_pairs(config, policy, encoding)
+    job.say(f"{config.loss}: {found}")
     order = list(range(len(pairs)))
     random.Random(config.seed).shuffle(order)
-    labels = torch.tensor([labels[i][0] for i in order], device=job.device)  # (N,) 1 for a plain choice, less for a soft label
-    pairs = [pairs[i] for i in order]
     kept_back = min(300, len(pairs) // 10, 8 * config.batch_size)
     used = config.steps * config.batch_size or len(pairs)  # no reference log-probs for pairs that no step will see
-    held_out, pairs, labels = pairs[:kept_back], pairs[kept_back:][:used], labels[kept_back:][:used]
+    order = order[: kept_back + used]
+    pairs = [pairs[i] for i in order]
+    labels = torch.tensor([labels[i] for i in order], dtype=torch.float32, device=job.device)  # (N,)
+    sizes = torch.tensor([[sum(mask) for _, mask in pair] for pair in pairs], device=job.device)  # (N, 2) tokens
+    held_out, training = torch.arange(len(pairs)).split([kept_back, len(pairs) - kept_back])
 
     # --- the reference: all that is ever needed of it is two numbers per pair, computed once; no second model is kept
-    ref_logps, ref_held_out = all_logps(policy, pairs), all_logps(policy, held_out) if held_out else None  # (N, 2)
+    ref_logps = torch.zeros_like(sizes, dtype=torch.float32) if config.loss in ("simpo", "orpo") else all_logps(policy, pairs)  # (N, 2)
 
     # --- training
-    steps = config.steps or math.ceil(1.5 * len(pairs) / config.batch_size)
+    steps = config.steps or math.ceil(1.5 * len(training) / config.batch_size)
     optimizer = run.optimizer(policy, config.lr)
-    batches = epochs([max(len(side[0]) for side in pair) for pair in pairs], config.batch_size, config.seed)
+    batches = epochs([max(len(side[0]) for side in pairs[i]) for i in training], config.batch_size, config.seed)
     for step in job.steps(steps):
-        chosen_ones = next(batches)
+        rows = training[next(batches)]  # (B,)
         with job.autocast():
-            chosen_logps, rejected_logps = pair_logps(policy, [pairs[i] for i in chosen_ones])  # (B,) each
-        ref_chosen_logps, ref_rejected_logps = ref_logps[chosen_ones].unbind(1)  # (B,) each
-        smoothing = torch.where(labels[chosen_ones] < 1, 1 - labels[chosen_ones], config.label_smoothing)  # (B,)
-        losses = dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, config.beta, smoothing)
+            logps = pair_logps(policy, [pairs[i] for i in rows])  # (B, 2)
+        losses = batch_losses(config, logps, ref_logps[rows], sizes[rows], labels[rows])
         losses.mean().backward()
         lr, grad_norm = run.update(optimizer, policy, step, steps, config.lr, warmup=steps // 10)
-        chosen_rewards = config.beta * (chosen_logps - ref_chosen_logps).detach()  # (B,) the implicit reward, up to a constant
-        rejected_rewards = config.beta * (rejected_logps - ref_rejected_logps).detach()
-        metrics = {
-            "loss": losses.detach().mean(),
-            "accuracy": (chosen_rewards > rejected_rewards).float().mean(),
-            "margin": (chosen_rewards - rejected_rewards).mean(),
-            "chosen_logps": chosen_logps.detach().mean(),
-            "rejected_logps": rejected_logps.detach().mean(),
-            "grad_norm": grad_norm,
-            "lr": lr,
-        }
-        if held_out and ((step + 1) % max(1, steps // 5) == 0 or step + 1 == steps):
-            now = all_logps(policy, held_out)  # (N, 2)
-            metrics["held_out_loss"] = dpo_loss(*now.unbind(1), *ref_held_out.unbind(1), config.beta).mean()
+        metrics = {"loss": losses.detach().mean(), **batch_metrics(config, logps.detach(), ref_logps[rows], labels[rows])}
+        metrics |= {"grad_norm": grad_norm, "lr": lr}
+        if kept_back and ((step + 1) % max(1, steps // 5) == 0 or step + 1 == steps):
+            now = all_logps(policy, [pairs[i] for i in held_out])  # (N, 2)
+            metrics["held_out_loss"] = batch_losses(config, now, ref_logps[held_out], sizes[held_out], labels[held_out]).mean()
         job.log(step, **metrics)
 
     def save(directory):

@@ -91,3 +91,22 @@ def encode_pairs(records, encoding, context):
             pairs.append((chosen, rejected))
             labels.append((record.label, record.margin))
     return pairs, labels, len(records) - len(pairs)
+
+
+def encode_unpaired(records, encoding, context, seed=0):
+    """Single judged replies -> pairs of examples, 1.0 (good) or 0.0 (bad) for each, and how many were dropped for their length.
+
+    The second example of a pair holds the same prompt and another record's reply, drawn at random once and for all: what a policy
+    makes of answers that do not belong says how far it has moved in general (KTO's z0), and its reference log-prob, too, is then
+    a number that can be computed beforehand.
+    """
+    others = list(range(len(records)))
+    random.Random(f"mismatched {seed}").shuffle(others)
+    following = dict(zip(others, others[1:] + others[:1], strict=True))  # one cycle: nobody meets themselves
+    pairs, labels = [], []
+    for i, record in enumerate(records):
+        pair = tuple(chat.example(record.prompt, records[j].completion, encoding) for j in (i, following[i]))
+        if max(len(ids) for ids, _ in pair) <= context:
+            pairs.append(pair)
+            labels.append(float(record.desirable))
+    return pairs, labels, len(records) - len(pairs)

@@ -286,11 +286,52 @@ def test_the_first_dpo_loss_is_ln_2(world_model, world_encoding, preferences, ar
     pairs, _, _ = encode_pairs(preferences, world_encoding, 128)
     ref_logps = dpo.all_logps(policy, pairs, size=7)  # in other batches, with other padding, than training will use
     for rows in ([3], [0, 9, 4, 17], list(range(24))):
-        chosen, rejected = dpo.pair_logps(policy, [pairs[i] for i in rows])
+        chosen, rejected = dpo.pair_logps(policy, [pairs[i] for i in rows]).unbind(1)
         losses = dpo.dpo_loss(chosen, rejected, *ref_logps[rows].unbind(1), beta=0.1)
         assert losses.shape == (len(rows),)
         assert float((losses - math.log(2)).abs().max()) < 1e-6
         assert torch.isfinite(chosen).all() and float(chosen.detach().min()) < -1 and not torch.equal(chosen, rejected)
+
+
+@pytest.mark.parametrize("loss", dpo.LOSSES)
+def test_every_preference_loss_is_lowered_by_its_own_run(run_stage, jsonl, checkpoint, preferences, loss):
+    path = jsonl([{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in preferences])
+    _, metrics = run_stage(dpo, init=checkpoint(), data=[path], steps=8, batch_size=48, lr=1e-3, loss=loss)
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    assert metrics[-1]["margin"] > metrics[0]["margin"] and metrics[-1]["held_out_loss"] == metrics[-1]["held_out_loss"]
+    assert {"accuracy", "chosen_rewards", "rejected_rewards", "chosen_logps", "rejected_logps"} <= set(metrics[0])
+
+
+def test_soft_labels_below_a_half_change_the_sides(jsonl, preferences, world_model, world_encoding):
+    records = [{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected, "label": 0.2} for r in preferences]
+    pairs, labels, _ = dpo.load_pairs(dpo.Config(data=[jsonl(records)]), world_model(), world_encoding)
+    plain, _, _ = encode_pairs(preferences, world_encoding, 128)
+    assert pairs == [pair[::-1] for pair in plain] and labels == [0.8] * len(pairs)
+
+
+def test_kto_s_mismatched_replies_belong_to_other_prompts(jsonl, preferences, world_model, world_encoding):
+    records = [{"prompt": r.prompt, "completion": r.chosen, "label": i % 2 == 0} for i, r in enumerate(preferences)]
+    config = dpo.Config(loss="kto", data=[jsonl(records)])
+    pairs, labels, _ = dpo.load_pairs(config, world_model(), world_encoding)
+    assert labels == [float(i % 2 == 0) for i in range(len(pairs))]
+
+    def reply(example):
+        return [i for i, counts in zip(*example, strict=True) if counts]
+
+    def question(example):
+        return [i for i, counts in zip(*example, strict=True) if not counts]
+
+    own, others = ([reply(pair[side]) for pair in pairs] for side in (0, 1))
+    assert all(question(a) == question(b) for a, b in pairs)
+    assert sorted(own) == sorted(others) and sum(a == b for a, b in zip(own, others, strict=True)) < len(own) / 4
+
+
+def test_kto_refuses_replies_of_one_kind_and_the_others_refuse_replies_without_a_partner(jsonl, preferences, world_model, world_encoding):
+    path = jsonl([{"prompt": r.prompt, "completion": r.chosen, "label": True} for r in preferences])
+    with pytest.raises(ValueError, match="only one kind"):
+        dpo.load_pairs(dpo.Config(loss="kto", data=[path]), world_model(), world_encoding)
+    with pytest.raises(ValueError, match="preference"):
+        dpo.load_pairs(dpo.Config(loss="ipo", data=[path]), world_model(), world_encoding)
 
 
 def test_dpo_s_run_starts_at_ln_2_and_lowers_its_own_loss(run_stage, jsonl, checkpoint, preferences):

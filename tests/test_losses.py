@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from dpo import dpo_loss
+from dpo import dpo_loss, hinge_loss, ipo_loss, kto_loss, mismatched_kl, orpo_loss, robust_dpo_loss, simpo_loss
 from ppo import gae, policy_loss, value_loss, whiten
 from reward import bradley_terry_loss
 
@@ -131,6 +131,98 @@ def test_losses_per_pair_do_not_mix_pairs(randn):
     alone = torch.cat([dpo_loss(*(x[i : i + 1] for x in four), 0.1) for i in range(8)])
     assert torch.equal(dpo_loss(*four, 0.1), alone) and alone.shape == (8,)
     assert bradley_terry_loss(*four[:2]).shape == (8,)
+
+
+# ----------------------------------------------------------------------------------------------------------- DPO's relatives
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def test_every_relative_by_hand():
+    four = numbers(-10.0, -25.0), numbers(-25.0, -10.0), numbers(-20.0, -20.0), numbers(-20.0, -20.0)  # h_w - h_l = 15, then -15
+    plus, minus = 0.201413277, 1.701413277  # softplus(-1.5), softplus(1.5)
+    robust = numbers(0.9 * plus - 0.1 * minus, 0.9 * minus - 0.1 * plus) / 0.8
+    torch.testing.assert_close(robust_dpo_loss(*four, 0.1, 0.1), robust, rtol=0, atol=1e-8)
+    torch.testing.assert_close(ipo_loss(*four, 0.1), numbers((15 - 5) ** 2, (-15 - 5) ** 2))
+    torch.testing.assert_close(hinge_loss(*four, 0.1), numbers(0.0, 2.5))
+    # beta (a_w - a_l) - gamma = 2 * (-.5 + 1.5) - .5 = 1.5
+    torch.testing.assert_close(simpo_loss(numbers(-0.5), numbers(-1.5), 2.0, 0.5), numbers(plus), rtol=0, atol=1e-8)
+    # p = 1/2 and 1/5: odds 1 and 1/4, log-odds difference ln 4, -log sigmoid(ln 4) = ln(5/4)
+    orpo = orpo_loss(numbers(0.5).log(), numbers(0.2).log(), numbers(0.7), 0.1)
+    torch.testing.assert_close(orpo, numbers(0.7 + 0.1 * math.log(1.25)))
+    kto = kto_loss(numbers(3.0, 3.0), torch.tensor([True, False]), 1.0, 0.5, 1.0, 2.0)
+    torch.testing.assert_close(kto, numbers(1 - sigmoid(1.0), 2 * (1 - sigmoid(-1.0))))
+
+
+def test_relatives_are_slow_loops_at_random_points(randn):
+    four, desirable = [5 * randn(16) for _ in range(4)], randn(16) > 0
+    robust, ipo, hinge = robust_dpo_loss(*four, 0.3, 0.2), ipo_loss(*four, 0.3), hinge_loss(*four, 0.3)
+    kto = kto_loss(four[0], desirable, 0.7, 0.3, 1.1, 0.9)
+    for i, (w, lost, ref_w, ref_lost) in enumerate(zip(*(x.tolist() for x in four), strict=True)):
+        x = (w - ref_w) - (lost - ref_lost)
+        assert float(robust[i]) == pytest.approx((0.8 * softplus(-0.3 * x) - 0.2 * softplus(0.3 * x)) / 0.6, rel=1e-9)
+        assert float(ipo[i]) == pytest.approx((x - 1 / 0.6) ** 2)
+        assert float(hinge[i]) == pytest.approx(max(0.0, 1 - 0.3 * x))
+        assert float(kto[i]) == pytest.approx(1.1 * sigmoid(-0.3 * (w - 0.7)) if desirable[i] else 0.9 * sigmoid(-0.3 * (0.7 - w)))
+
+
+def test_robust_dpo_undoes_flipped_labels_in_the_mean(randn):
+    w, lost, ref_w, ref_lost = (5 * randn(8) for _ in range(4))
+    clean = dpo_loss(w, lost, ref_w, ref_lost, 0.2)
+    for e in (0.1, 0.3, 0.45):
+        kept, flipped = robust_dpo_loss(w, lost, ref_w, ref_lost, 0.2, e), robust_dpo_loss(lost, w, ref_lost, ref_w, 0.2, e)
+        torch.testing.assert_close((1 - e) * kept + e * flipped, clean)
+
+
+def test_ipo_rests_at_its_distance_and_the_hinge_beyond_its_margin():
+    zero = numbers(0.0)
+    w = numbers(1 / (2 * 0.1)).requires_grad_()
+    ipo_loss(w, zero, zero, zero, 0.1).sum().backward()
+    assert abs(float(w.grad)) < 1e-12
+    w = numbers(10.1).requires_grad_()
+    hinge_loss(w, zero, zero, zero, 0.1).sum().backward()
+    assert float(w.grad) == 0
+
+
+def test_kto_raises_good_replies_lowers_bad_ones_and_z0_takes_no_gradient(randn):
+    h, kl = randn(6).requires_grad_(), randn(6).requires_grad_()
+    desirable = torch.tensor([True, False] * 3)
+    kto_loss(h, desirable, mismatched_kl(kl), 0.5).sum().backward()
+    assert (h.grad[desirable] < 0).all() and (h.grad[~desirable] > 0).all() and kl.grad is None
+    assert float(mismatched_kl(numbers(-3.0, 1.0))) == 0 and float(mismatched_kl(numbers(-1.0, 3.0))) == 1
+
+
+def test_relatives_pass_gradcheck(randn):
+    four = [randn(5).requires_grad_() for _ in range(4)]
+    averages = [(-randn(5).abs() - 0.1).requires_grad_() for _ in range(2)]
+    desirable = torch.tensor([True, False, True, False, True])
+    assert torch.autograd.gradcheck(lambda *x: robust_dpo_loss(*x, 0.7, 0.15), four)
+    assert torch.autograd.gradcheck(lambda *x: ipo_loss(*x, 0.7), four)
+    assert torch.autograd.gradcheck(lambda *x: hinge_loss(*x, 0.1), four)
+    assert torch.autograd.gradcheck(lambda *x: simpo_loss(*x, 2.0, 0.5), averages)
+    assert torch.autograd.gradcheck(lambda w, lost: orpo_loss(w, lost, -w, 0.3), averages)
+    assert torch.autograd.gradcheck(lambda h: kto_loss(h, desirable, 0.2, 0.5, 1.2, 0.8), four[:1])
+
+
+@pytest.mark.parametrize("size", [1e4, -1e4, 0.0])
+def test_relatives_stay_finite_at_log_ratios_of_ten_thousand_and_log_probs_of_zero(size):
+    zero, good = torch.zeros(1), torch.tensor([True])
+    for loss in (
+        lambda w: robust_dpo_loss(w, zero, zero, zero, 1.0, 0.2),
+        lambda w: ipo_loss(w, zero, zero, zero, 0.1),
+        lambda w: hinge_loss(w, zero, zero, zero, 1.0),
+        lambda w: simpo_loss(w, zero, 2.0, 0.5),
+        lambda w: orpo_loss(-w.abs(), zero, w.abs(), 0.5),
+        lambda w: orpo_loss(zero, -w.abs(), zero, 0.5),
+        lambda w: kto_loss(w, good, 0.0, 1.0),
+        lambda w: kto_loss(w, ~good, 0.0, 1.0),
+    ):
+        w = torch.tensor([size], requires_grad=True)
+        value = loss(w)
+        (gradient,) = torch.autograd.grad(value.sum(), w)
+        assert torch.isfinite(value).all() and torch.isfinite(gradient).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------- advantages
