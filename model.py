@@ -254,10 +254,12 @@ class GPT(nn.Module):
         stop_id=None,
         generator=None,
         return_logprobs=False,
+        samples=1,
     ):
         """Continues each prompt (ragged lists of ids) by up to `max_new_tokens` tokens, cut short by the context.
 
-        Returns only the new tokens, one list per prompt, the stop token included. temperature 0 is greedy. top_k / top_p
+        Returns only the new tokens, the stop token included: one list per prompt, or with samples=K the K continuations of the
+        first prompt, then those of the second, ...; the prompt itself is read once for all of them. temperature 0 is greedy. top_k / top_p
         restrict sampling (0 / 1.0: off). stop_id: one id or several. With return_logprobs=True a second value holds the
         log-prob (nats, fp32) of each new token under the model's own distribution at this temperature (at 1 when greedy),
         before top-k / top-p: in RL those two stay off, or the ratio pi / pi_old would not be 1 on the first step.
@@ -269,7 +271,7 @@ class GPT(nn.Module):
                     f"fewer than the context of {self.config.context}"
                 )
         stops = torch.tensor([] if stop_id is None else stop_id, dtype=torch.long, device=self.device).reshape(-1)
-        replies, logprobs = [[] for _ in prompts], [[] for _ in prompts]
+        replies, logprobs = ([[] for _ in range(len(prompts) * samples)] for _ in range(2))
         if not prompts or max_new_tokens < 1:
             return (replies, logprobs) if return_logprobs else replies
 
@@ -284,10 +286,14 @@ class GPT(nn.Module):
         cache.begin(longest, longest)
         hidden = self(ids, cache)[torch.arange(len(prompts)), lengths - 1]  # (B, D): each row's last real token
         cache.lengths = lengths
+        if samples > 1:
+            rows = torch.arange(len(prompts), device=self.device).repeat_interleave(samples)  # (B K,)
+            cache.select(rows)
+            hidden = hidden[rows]
 
-        alive = torch.arange(len(prompts), device=self.device)  # which prompt each row of the cache belongs to
-        budget = (self.config.context - lengths).clamp(max=max_new_tokens)  # (B,) tokens each row may still write
-        steps = []  # (prompt index, token, log-prob) of every step, moved to lists once at the end
+        alive = torch.arange(len(replies), device=self.device)  # which reply each row of the cache belongs to
+        budget = (self.config.context - cache.lengths).clamp(max=max_new_tokens)  # (B,) tokens each row may still write
+        steps = []  # (reply index, token, log-prob) of every step, moved to lists once at the end
         for step in range(max_new_tokens):
             logits = self.logits(hidden).float()  # (B, V)
             token = sample(logits, temperature, top_k, top_p, generator)  # (B,)

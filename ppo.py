@@ -10,7 +10,15 @@ Each iteration samples a reply to every prompt of a batch and turns it into a sm
     policy      minimise  - min(ratio A, clip(ratio, 1-eps, 1+eps) A),  ratio = pi / pi_old     (Schulman et al. 2017, eq. 7)
     critic      minimise  1/2 max((V - R)^2, (clip(V, V_old-eps, V_old+eps) - R)^2),  R = A + V_old
 
+The critic is one way to know what to expect of a prompt. Another is to sample it K times and compare (`--advantage`), one
+advantage for all tokens of a reply, with R the score minus the KL penalty of the whole reply, and no critic at all:
+
+    rloo        A_i = R_i - mean of the others' R                                     (Ahmadian et al. 2024, sec. 2.3)
+    grpo        A_i = (R_i - mean) / (std + 1e-4), each reply's loss over its length  (Shao et al. 2024, eq. 3)
+    dr-grpo     A_i = R_i - mean, over a constant length                              (Liu et al. 2025, sec. 3.2)
+
     python ppo.py                                          out/sft against out/reward on the embedded world -> out/ppo
+    python ppo.py --advantage rloo --out out/rloo          the same without a critic
     python ppo.py --init DIR --reward DIR --data prompts.jsonl
 
 Watch: score (the reward model's opinion: rises), kl (nats per reply to the reference: rises slowly; if it runs away, raise beta),
@@ -24,14 +32,17 @@ score sits on it, not one position later; a reply that never ends gets a fixed l
 import copy
 import random
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 import kernels
 import run
 from data import chat, formats, tokenizer, world
-from data.collate import collate, score
+from data.collate import Batch, collate, score
 from model import GPT
+
+ADVANTAGES = ["gae", "rloo", "grpo", "dr-grpo"]
 
 
 @dataclass
@@ -43,19 +54,22 @@ class Config:
     out: str = ""  # run directory (default: out/ppo, replaced when complete)
     overwrite: bool = False  # replace a run that --out already holds
     steps: int = 32  # iterations: one batch of prompts sampled, scored and learnt from
-    batch_size: int = 256  # prompts per iteration
+    batch_size: int = 256  # replies per iteration
+    advantage: str = "gae"  # gae (with a critic), rloo, grpo or dr-grpo (by comparison within a group)
+    group_size: int = 4  # rloo, grpo, dr-grpo: replies to one prompt
     minibatches: int = 2  # optimiser steps per epoch over the batch
     ppo_epochs: int = 1  # passes over each batch
-    critic_warmup: int = 3  # first iterations, in which only the critic learns
+    critic_warmup: int = 3  # gae: first iterations, in which only the critic learns
     max_new_tokens: int = 24  # longest reply
     temperature: float = 1.0  # of sampling, and of every log-prob
-    beta: float = 0.2  # KL strength
-    gamma: float = 1.0  # discount per token
-    lam: float = 0.95  # of generalised advantage estimation: 1 trusts returns, 0 trusts the critic
+    beta: float = 0.2  # KL strength, or where it starts
+    kl_target: float = 0.0  # nats per reply that beta is steered towards (0: beta stays)
+    gamma: float = 1.0  # gae: discount per token
+    lam: float = 0.95  # gae: 1 trusts returns, 0 trusts the critic
     clip_eps: float = 0.2  # how far the ratio, and the value, may move per batch
     no_end_score: float = -2.0  # of a reply without an end-of-turn token, instead of the reward model's
     lr: float = 5e-4  # peak learning rate of the policy (for real models 1e-6)
-    critic_lr: float = 1e-3  # peak learning rate of the critic
+    critic_lr: float = 1e-3  # gae: peak learning rate of the critic
     shape: str = "llama:4x96x128"  # of a policy from scratch: architecture:layers x width x context
     seed: int = 0  # of prompts and samples
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -107,7 +121,39 @@ def value_loss(values, old_values, returns, mask, clip_eps):
     return 0.5 * errors.sum() / mask.sum().clamp(min=1)
 
 
+def rloo_advantages(scores):
+    """REINFORCE leave-one-out. scores (N prompts, K samples) -> each minus the mean of the K - 1 others, same shape."""
+    K = scores.shape[1]
+    return (scores - scores.mean(1, keepdim=True)) * K / (K - 1)
+
+
+def grpo_advantages(scores, scale=True):
+    """scores (N prompts, K samples) -> each minus its group's mean, over the group's standard deviation + 1e-4 if `scale`."""
+    centred = scores - scores.mean(1, keepdim=True)
+    return centred / (scores.std(1, keepdim=True) + 1e-4) if scale else centred
+
+
+def adapted(beta, kl, target, replies):
+    """The KL coefficient after a batch of so many replies that strayed `kl` nats each on average (Ziegler et al. 2019, sec. 2.2)."""
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return beta * (1 + error * replies / 10000)
+
+
 # ---------------------------------------------------------------------------------------------------------------- rollout
+
+
+class Rollout(NamedTuple):
+    """What an iteration knows of its replies before it learns from them."""
+
+    replies: list  # ids of each
+    batch: Batch
+    old_logprobs: torch.Tensor  # (B, T) the sampling policy's
+    values: torch.Tensor | None  # (B, T) the critic's, before each token
+    returns: torch.Tensor | None  # (B, T)
+    advantages: torch.Tensor  # (B, T)
+    scores: torch.Tensor  # (B,)
+    kl: torch.Tensor  # (B, T) k1, whose mean over samples is the KL
+    ended: torch.Tensor  # (B,) bool
 
 
 def token_logprobs(model, batch, temperature):
@@ -119,26 +165,36 @@ def token_logprobs(model, batch, temperature):
 
 
 @torch.no_grad()
-def rollout(config, policy, ref, critic, reward_model, prompts, stops, generator):
-    """Samples a reply per prompt (ids) and computes all that the update needs, once: the old policy's view of its own replies."""
+def rollout(config, beta, policy, ref, critic, reward_model, prompts, stops, generator):
+    """Samples replies to the prompts (ids) and computes all that the update needs, once: the old policy's view of its own replies."""
+    samples = 1 if critic else config.group_size
     replies, sampled = policy.generate(
-        prompts, config.max_new_tokens, config.temperature, stop_id=stops, generator=generator, return_logprobs=True
+        prompts, config.max_new_tokens, config.temperature, stop_id=stops, generator=generator, return_logprobs=True, samples=samples
     )
+    prompts = [prompt for prompt in prompts for _ in range(samples)]
     batch = collate([(p + r, [False] * len(p) + [True] * len(r)) for p, r in zip(prompts, replies, strict=True)])
     batch = batch.to(policy.device)
     old_logprobs = torch.zeros_like(batch.weights)  # (B, T)
     old_logprobs[batch.mask] = torch.tensor([x for row in sampled for x in row], device=policy.device)  # row by row, as the mask runs
     ref_logprobs = token_logprobs(ref, batch, config.temperature)  # (B, T)
-    values = critic.score(critic(batch.inputs))  # (B, T): the value of the state *before* each target token
     ended = torch.tensor([r[-1] in stops for r in replies], device=policy.device)  # (B,)
     scores = score(reward_model, [p + r for p, r in zip(prompts, replies, strict=True)])  # (B,)
     scores = torch.where(ended, scores, config.no_end_score)
-    kl = (old_logprobs - ref_logprobs).masked_fill(~batch.mask, 0.0)  # (B, T): k1, whose mean over samples is the KL
-    rewards = -config.beta * kl  # (B, T)
-    rewards[torch.arange(len(prompts)), batch.lengths - 1] += scores  # the last target: the end-of-turn token itself
-    advantages, returns = gae(rewards, values, batch.mask, config.gamma, config.lam)
-    advantages = whiten(advantages, batch.mask)
-    return replies, batch, old_logprobs, values, advantages, returns, scores, kl, ended
+    kl = (old_logprobs - ref_logprobs).masked_fill(~batch.mask, 0.0)  # (B, T)
+    values = returns = None
+    if critic:
+        values = critic.score(critic(batch.inputs))  # (B, T): the value of the state *before* each target token
+        rewards = -beta * kl  # (B, T)
+        rewards[torch.arange(len(prompts)), batch.lengths - 1] += scores  # the last target: the end-of-turn token itself
+        advantages, returns = gae(rewards, values, batch.mask, config.gamma, config.lam)
+        advantages = whiten(advantages, batch.mask)
+    else:
+        total = (scores - beta * kl.sum(1)).view(-1, samples)  # (N, K)
+        total = rloo_advantages(total) if config.advantage == "rloo" else grpo_advantages(total, config.advantage == "grpo")
+        advantages = torch.where(batch.mask, total.view(-1, 1), 0.0)  # (B, T)
+        if config.advantage == "grpo":
+            advantages = advantages / batch.mask.sum(1, keepdim=True)
+    return Rollout(replies, batch, old_logprobs, values, returns, advantages, scores, kl, ended)
 
 
 def main(config):
@@ -148,9 +204,14 @@ def main(config):
         run.require(getattr(config, name) <= 1, f"--{name} must lie in [0, 1], not {getattr(config, name)}")
     run.require(config.steps >= 1, f"--steps must be at least 1, not {config.steps}")
     run.require(1 <= config.minibatches <= config.batch_size, f"--minibatches must lie in 1 .. batch size, not {config.minibatches}")
+    run.require(config.advantage in ADVANTAGES, f"--advantage must be one of {', '.join(ADVANTAGES)}, not {config.advantage}")
+    groups = config.advantage != "gae"
+    K = config.group_size if groups else 1
+    run.require(K > 1 or not groups, f"--group-size must be at least 2, to compare, not {K}")
+    run.require(config.batch_size % K == 0, f"--batch-size {config.batch_size} is no multiple of --group-size {K}")
     job = run.start(config, "ppo")
 
-    # --- four models: two that learn, two that judge
+    # --- four models: two that learn, two that judge (three without a critic)
     scratch = config.init == "scratch"
     encoding = chat.extend(tokenizer.choose(config.tokenizer, config.init, config.reward))
     policy = GPT.from_scratch(config.shape, encoding.n_vocab) if scratch else GPT.from_pretrained(config.init)
@@ -162,14 +223,14 @@ def main(config):
     same = (theirs._mergeable_ranks, theirs._special_tokens) == (encoding._mergeable_ranks, encoding._special_tokens)
     run.require(same, f"--reward {config.reward} has another vocabulary than the policy: train it from the same checkpoint")
     ref = copy.deepcopy(policy).requires_grad_(False)
-    critic = copy.deepcopy(reward_model)
+    critic = None if groups else copy.deepcopy(reward_model)
     reward_model.requires_grad_(False)
 
     # --- prompts
     if config.data:
         records = [record for path in config.data for record in formats.read(path, "prompt")]
     else:
-        records = world.prompts(max(1, config.steps) * config.batch_size, config.seed)
+        records = world.prompts(config.steps * config.batch_size // K, config.seed)
     room = min(policy.config.context, reward_model.config.context) - config.max_new_tokens
     prompts = [(chat.prompt(record.messages, encoding), record.messages) for record in records]
     fitting = [prompt for prompt in prompts if len(prompt[0]) <= room]
@@ -180,46 +241,52 @@ def main(config):
     # --- training
     stops, generator = chat.stop_ids(encoding), torch.Generator(job.device).manual_seed(config.seed)
     optimizer = run.optimizer(policy, config.lr, eps=1e-5)
-    critic_optimizer = run.optimizer(critic, config.critic_lr, eps=1e-5)
+    critic_optimizer = run.optimizer(critic, config.critic_lr, eps=1e-5) if critic else None
+    beta = config.beta
     for step in job.steps(config.steps):
-        while len(queue) < config.batch_size:
+        while len(queue) < config.batch_size // K:
             queue += shuffle.sample(fitting, len(fitting))
-        asked, queue = queue[: config.batch_size], queue[config.batch_size :]
-        replies, batch, old_logprobs, old_values, advantages, returns, scores, kl, ended = rollout(
-            config, policy, ref, critic, reward_model, [ids for ids, _ in asked], stops, generator
-        )
-        learning, losses = step >= config.critic_warmup, []
+        asked, queue = queue[: config.batch_size // K], queue[config.batch_size // K :]
+        old = rollout(config, beta, policy, ref, critic, reward_model, [ids for ids, _ in asked], stops, generator)
+        learning, losses = not critic or step >= config.critic_warmup, []
         for _ in range(config.ppo_epochs):
             order = torch.randperm(config.batch_size, generator=torch.Generator().manual_seed(config.seed + step))
             for rows in order.to(job.device).chunk(config.minibatches):
-                part = type(batch)(*(tensor[rows] for tensor in batch))
+                part = Batch(*(tensor[rows] for tensor in old.batch))
                 mask = part.mask
-                with job.autocast():
-                    values = critic.score(critic(part.inputs))  # (b, T)
-                v_loss = value_loss(values, old_values[rows], returns[rows], mask, config.clip_eps)
-                v_loss.backward()
-                run.update(critic_optimizer, critic, step, config.steps, config.critic_lr)
+                if critic:
+                    with job.autocast():
+                        values = critic.score(critic(part.inputs))  # (b, T)
+                    v_loss = value_loss(values, old.values[rows], old.returns[rows], mask, config.clip_eps)
+                    v_loss.backward()
+                    run.update(critic_optimizer, critic, step, config.steps, config.critic_lr)
                 if not learning:
                     continue
                 with job.autocast():
                     logprobs = token_logprobs(policy, part, config.temperature)  # (b, T)
-                p_loss = policy_loss(logprobs, old_logprobs[rows], advantages[rows], mask, config.clip_eps)
+                divisor = {"gae": None, "dr-grpo": len(rows) * config.max_new_tokens}.get(config.advantage, len(rows))
+                p_loss = policy_loss(logprobs, old.old_logprobs[rows], old.advantages[rows], mask, config.clip_eps, divisor)
                 p_loss.backward()
                 lr, grad_norm = run.update(optimizer, policy, step, config.steps, config.lr)
-                ratio = (logprobs - old_logprobs[rows]).detach().exp()[mask]  # (tokens,)
-                losses.append((p_loss.detach(), v_loss.detach(), ratio, grad_norm))
+                ratio = (logprobs - old.old_logprobs[rows]).detach().exp()[mask]  # (tokens,)
+                losses.append((p_loss.detach(), ratio, grad_norm))
 
-        metrics = {"score": scores.mean(), "kl": kl.sum(1).mean(), "ended": ended.float().mean()}
-        metrics["length"] = batch.mask.sum(1).float().mean()
-        metrics["value_loss"] = v_loss.detach()
+        metrics = {"score": old.scores.mean(), "kl": old.kl.sum(1).mean(), "ended": old.ended.float().mean(), "beta": beta}
+        metrics["length"] = old.batch.mask.sum(1).float().mean()
+        if critic:
+            metrics["value_loss"] = v_loss.detach()
         if losses:
-            first, last = losses[0][2], losses[-1][2]
-            metrics |= {"policy_loss": losses[-1][0], "grad_norm": losses[-1][3]}
+            first, last = losses[0][1], losses[-1][1]
+            metrics |= {"policy_loss": losses[-1][0], "grad_norm": losses[-1][2]}
             metrics["ratio_first"] = first[(first - 1).abs().argmax()]  # of all its tokens, the one farthest from 1
             metrics["clipped"] = ((last - 1).abs() > config.clip_eps).float().mean()
+        if config.kl_target:
+            beta = adapted(beta, float(metrics["kl"]), config.kl_target, config.batch_size)
         if not config.data:
-            texts = [encoding.decode(reply[:-1] if end else reply) for reply, end in zip(replies, ended.tolist(), strict=True)]
-            golds = [world.judge(m, text, end)["gold"] for (_, m), text, end in zip(asked, texts, ended.tolist(), strict=True)]
+            ended = old.ended.tolist()
+            texts = [encoding.decode(reply[:-1] if end else reply) for reply, end in zip(old.replies, ended, strict=True)]
+            messages = [m for _, m in asked for _ in range(K)]
+            golds = [world.judge(m, text, end)["gold"] for m, text, end in zip(messages, texts, ended, strict=True)]
             metrics["gold"] = sum(golds) / len(golds)
         job.log(step, **metrics)
 

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-COUNTS = {"batch_size", "minibatches", "ppo_epochs", "prompts", "max_new_tokens"}  # flags of which 0 means nothing
+COUNTS = {"batch_size", "minibatches", "ppo_epochs", "prompts", "group_size", "max_new_tokens"}  # flags of which 0 means nothing
 
 
 # ----------------------------------------------------------------------------------------------------------------- flags

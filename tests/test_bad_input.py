@@ -422,6 +422,8 @@ BAD_FLAGS = [  # script, flag, value, what the sentence says
     *[("ppo", name, "0", "at least 1") for name in ("ppo-epochs", "max-new-tokens")],
     *[("ppo", name, "-1", "at least 0") for name in ("critic-warmup", "critic-lr")],
     ("ppo", "no-end-score", "nan", "finite"),
+    *[("ppo", "advantage", "reinforce", "gae, rloo, grpo, dr-grpo"), ("ppo", "kl-target", "-1", "at least 0")],
+    *[("ppo", "group-size", "0", "at least 1"), ("sft", "micro-batch-size", "x", "invalid int value")],
 ]
 
 

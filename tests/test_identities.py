@@ -363,17 +363,17 @@ def rolled(world_model, world_encoding):
     """rolled(**flags): a rollout of tiny random models on world prompts, with all that it was made of."""
 
     def roll(arch="llama", n=24, **flags):
-        defaults = dict(max_new_tokens=12, temperature=1.0, beta=0.2, gamma=1.0, lam=0.95, no_end_score=-2.0)
+        defaults = dict(max_new_tokens=12, temperature=1.0, beta=0.2, gamma=1.0, lam=0.95, no_end_score=-2.0, advantage="gae", group_size=4)
         config = SimpleNamespace(**(defaults | flags))
         policy, ref = world_model(seed=0, arch=arch), world_model(seed=1, arch=arch)
-        reward_model, critic = world_model("score", 2), world_model("score", 3)
+        reward_model, critic = world_model("score", 2), world_model("score", 3) if config.advantage == "gae" else None
         prompts = [chat.prompt(record.messages, world_encoding) for record in world.prompts(n)]
         # random models seldom say <|im_end|>: every eighth token ends a reply here, so that replies of every length do
         stops = list(range(0, world_encoding.n_vocab, 8))
-        out = ppo.rollout(config, policy, ref, critic, reward_model, prompts, stops, torch.Generator().manual_seed(0))
-        names = ["replies", "batch", "old_logprobs", "values", "advantages", "returns", "scores", "kl", "ended"]
+        generator = torch.Generator().manual_seed(0)
+        out = ppo.rollout(config, config.beta, policy, ref, critic, reward_model, prompts, stops, generator)
         models = dict(policy=policy, ref=ref, reward_model=reward_model, critic=critic)
-        return SimpleNamespace(config=config, prompts=prompts, stops=stops, **models, **dict(zip(names, out, strict=True)))
+        return SimpleNamespace(config=config, prompts=prompts, stops=stops, **models, **out._asdict())
 
     return roll
 
@@ -449,6 +449,36 @@ def test_values_are_those_of_the_state_before_each_token_whatever_the_padding(ro
             for t in range(len(reply)):
                 value = r.critic.score(r.critic(torch.tensor([prompt + reply[:t]])))[0, -1]
                 torch.testing.assert_close(r.values[row, len(prompt) - 1 + t], value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "grpo", "dr-grpo"])
+def test_without_a_critic_a_reply_is_compared_with_the_others_to_its_prompt(rolled, advantage):
+    r = rolled(n=6, advantage=advantage, group_size=4, beta=0.3)
+    assert len(r.replies) == 24 and r.values is None and r.returns is None
+    for row, reply in enumerate(r.replies):
+        prompt = r.prompts[row // 4]
+        assert r.batch.inputs[row, : r.batch.lengths[row]].tolist() == (prompt + reply)[:-1]
+    worth = r.scores - 0.3 * r.kl.sum(1)  # (B,)
+    for start in range(0, 24, 4):
+        group = worth[start : start + 4]
+        for i in range(4):
+            others = torch.cat([group[:i], group[i + 1 :]])
+            expected = {"rloo": group[i] - others.mean(), "grpo": (group[i] - group.mean()) / (group.std() + 1e-4)}
+            expected = expected.get(advantage, group[i] - group.mean())
+            got, mask = r.advantages[start + i], r.batch.mask[start + i]
+            if advantage == "grpo":
+                expected = expected / mask.sum()
+            torch.testing.assert_close(got[mask], expected.expand(int(mask.sum())), rtol=1e-4, atol=1e-5)
+            assert (got[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "grpo", "dr-grpo"])
+def test_a_run_without_a_critic_starts_at_a_ratio_of_1(run_stage, checkpoint, advantage):
+    flags = dict(steps=2, batch_size=16, minibatches=2, max_new_tokens=8, lr=1e-3, advantage=advantage, kl_target=0.1)
+    out, metrics = run_stage(ppo, init=checkpoint(), reward=checkpoint("score"), **flags)
+    assert all(line["ratio_first"] == pytest.approx(1, abs=1e-5) and "value_loss" not in line for line in metrics)
+    assert metrics[1]["beta"] == pytest.approx(0.2 * (1 - 0.2 * 16 / 10000))  # no KL yet: beta falls as fast as it may
+    assert GPT.from_pretrained(out).config.head == "lm"
 
 
 # --------------------------------------------------------------------------------------------------------------- reward model

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dpo import dpo_loss, hinge_loss, ipo_loss, kto_loss, mismatched_kl, orpo_loss, robust_dpo_loss, simpo_loss
-from ppo import gae, policy_loss, value_loss, whiten
+from ppo import adapted, gae, grpo_advantages, policy_loss, rloo_advantages, value_loss, whiten
 from reward import bradley_terry_loss
 
 F64 = torch.float64
@@ -396,3 +396,18 @@ def test_policy_loss_stays_finite_at_log_ratios_of_ten_thousand(size, advantage)
     loss = policy_loss(logprobs, torch.zeros(1, 2), torch.full((1, 2), advantage), mask, 0.2)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(logprobs.grad).all()
+
+
+def test_group_advantages_by_hand():
+    scores = numbers(1.0, 2.0, 6.0)[None]
+    torch.testing.assert_close(rloo_advantages(scores), numbers(1 - 4, 2 - 3.5, 6 - 1.5)[None])
+    torch.testing.assert_close(grpo_advantages(scores, scale=False), numbers(-2.0, -1.0, 3.0)[None])
+    torch.testing.assert_close(grpo_advantages(scores), numbers(-2.0, -1.0, 3.0)[None] / (math.sqrt(7) + 1e-4))
+    equal = torch.full((2, 4), 3.0)
+    assert (rloo_advantages(equal) == 0).all() and (grpo_advantages(equal) == 0).all()
+
+
+def test_the_kl_coefficient_moves_by_at_most_a_fifth_per_ten_thousand_replies():
+    assert adapted(0.2, 6.0, 6.0, 256) == pytest.approx(0.2)
+    assert adapted(0.2, 6.6, 6.0, 10000) == pytest.approx(0.2 * 1.1)
+    assert adapted(0.2, 60.0, 6.0, 10000) == pytest.approx(0.2 * 1.2) and adapted(0.2, 0.0, 6.0, 5000) == pytest.approx(0.2 * 0.9)

@@ -420,13 +420,15 @@ def test_ragged_prompts_continue_as_they_would_alone(writer, ragged):
     assert len({len(reply) for reply in stopped}) > 2
 
 
+@pytest.mark.parametrize("samples", [1, 3])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @torch.no_grad()
-def test_sampled_logprobs_are_the_recomputed_ones(writer, ragged, temperature):
-    generator = torch.Generator().manual_seed(1)
-    replies, logprobs = writer.generate(ragged, 20, temperature, stop_id=list(range(0, 60, 8)), generator=generator, return_logprobs=True)
-    assert len(set(map(len, replies))) > 2
-    for prompt, reply, sampled in zip(ragged, replies, logprobs, strict=True):
+def test_sampled_logprobs_are_the_recomputed_ones(writer, ragged, temperature, samples):
+    options = dict(stop_id=list(range(0, 60, 8)), return_logprobs=True, samples=samples)
+    replies, logprobs = writer.generate(ragged, 20, temperature, generator=torch.Generator().manual_seed(1), **options)
+    assert len(set(map(len, replies))) > 2 and len(replies) == len(ragged) * samples
+    prompts = [prompt for prompt in ragged for _ in range(samples)]  # the samples of one prompt stand together
+    for prompt, reply, sampled in zip(prompts, replies, logprobs, strict=True):
         logits = all_logits(writer, prompt + reply)[len(prompt) - 1 : -1] / temperature
         again = F.log_softmax(logits, -1).gather(1, torch.tensor(reply)[:, None]).squeeze(1)
         torch.testing.assert_close(torch.tensor(sampled), again, rtol=0, atol=1e-5)

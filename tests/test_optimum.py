@@ -1,0 +1,235 @@
+"""Claims about what each objective converges to, in a world small enough to enumerate: expectations are sums, optima are formulas.
+
+Two prompts; a reply is up to three tokens of {a, b}, the last of which is the end token where it is shorter: 15 replies. A policy
+is a table of next-token logits per prompt and prefix, so that every distribution over replies can be reached. The losses are the
+real ones of the stage scripts, minimised over all replies (or pairs of them) at once, in fp64.
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+import kernels
+from dpo import dpo_loss, hinge_loss, ipo_loss, robust_dpo_loss
+from ppo import gae, policy_loss, rloo_advantages
+
+F64 = torch.float64
+PROMPTS, LENGTH, END = 2, 3, 2  # tokens 0 and 1 are words, 2 ends a reply
+REPLIES = [words + (END,) for n in range(LENGTH) for words in itertools.product((0, 1), repeat=n)]
+REPLIES += list(itertools.product((0, 1), repeat=LENGTH))  # cut off at three words
+PREFIXES = [words for n in range(LENGTH) for words in itertools.product((0, 1), repeat=n)]
+STATE = torch.zeros(len(REPLIES), LENGTH, dtype=torch.long)  # (R, T) the prefix before each token
+TOKEN = torch.zeros(len(REPLIES), LENGTH, dtype=torch.long)  # (R, T)
+MASK = torch.zeros(len(REPLIES), LENGTH, dtype=torch.bool)  # (R, T)
+for row, reply in enumerate(REPLIES):
+    for t, token in enumerate(reply):
+        STATE[row, t], TOKEN[row, t], MASK[row, t] = PREFIXES.index(reply[:t]), token, True
+
+
+def token_logprobs(table):
+    """table (P, prefixes, 3) logits -> log-prob of each token of each reply (P, R, T), zero outside the mask."""
+    return table.log_softmax(-1)[:, STATE, TOKEN].masked_fill(~MASK, 0.0)
+
+
+def logps(table):
+    """-> log pi(reply | prompt) (P, R)."""
+    return token_logprobs(table).sum(-1)
+
+
+def minimise(objective, table, steps=300):
+    """L-BFGS over a table of logits, to convergence -> the policy's probabilities (P, R)."""
+    table = table.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([table], max_iter=steps, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        value = objective(table)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return logps(table).detach().exp()
+
+
+def climb(surrogate, table, steps=4000, lr=0.05):
+    """Gradient steps on a surrogate that is remade at every step (a policy gradient is the gradient of no fixed function)."""
+    table = table.clone().requires_grad_()
+    optimizer = torch.optim.Adam([table], lr=lr)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+        optimizer.zero_grad()
+        surrogate(table).backward()
+        optimizer.step()
+    return logps(table).detach().exp()
+
+
+def tilted(ref, exponent):
+    """ref exp(exponent) / Z, (P, R)."""
+    return (ref.log() + exponent).softmax(-1)
+
+
+def total_variation(p, q):
+    return float(0.5 * (p - q).abs().sum(-1).max())
+
+
+@pytest.fixture(scope="module")
+def laboratory():
+    """A reference policy's table and probabilities, and rewards (P, R)."""
+    generator = torch.Generator().manual_seed(3)
+    table = torch.randn(PROMPTS, len(PREFIXES), 3, generator=generator, dtype=F64)
+    return table, logps(table).exp(), torch.randn(PROMPTS, len(REPLIES), generator=generator, dtype=F64)
+
+
+BETA = 0.5
+FIRST, SECOND = torch.triu_indices(len(REPLIES), len(REPLIES), offset=1)  # every pair of replies once
+
+
+def population(loss, table, ref_table, preference, *arguments):
+    """Mean of a pairwise loss over pairs drawn from the reference; preference (P, pairs): how often the first is chosen."""
+    now, ref = logps(table), logps(ref_table)
+    weight = ref.exp()[:, FIRST] * ref.exp()[:, SECOND]  # (P, pairs)
+    first, second, ref_first, ref_second = now[:, FIRST], now[:, SECOND], ref[:, FIRST], ref[:, SECOND]
+    won = loss(first, second, ref_first, ref_second, *arguments)
+    lost = loss(second, first, ref_second, ref_first, *arguments)
+    return (weight * (preference * won + (1 - preference) * lost)).sum()
+
+
+def bradley_terry(rewards):
+    return torch.sigmoid(rewards[:, FIRST] - rewards[:, SECOND])  # (P, pairs)
+
+
+def test_the_world_is_enumerated(laboratory):
+    table, ref, _ = laboratory
+    assert len(REPLIES) == 15 and len(set(REPLIES)) == 15
+    torch.testing.assert_close(ref.sum(-1), torch.ones(PROMPTS, dtype=F64))
+
+
+def test_dpo_on_a_population_reaches_the_kl_regularised_optimum(laboratory):
+    table, ref, rewards = laboratory
+    got = minimise(lambda t: population(dpo_loss, t, table, bradley_terry(rewards), BETA), table)
+    assert total_variation(got, tilted(ref, rewards / BETA)) < 1e-4
+    assert total_variation(got, ref) > 0.3  # and that is far from where it began
+
+
+def test_ipo_reaches_its_own_optimum_and_not_dpo_s(laboratory):
+    table, ref, rewards = laboratory
+    got = minimise(lambda t: population(ipo_loss, t, table, bradley_terry(rewards), BETA), table)
+    beaten = torch.sigmoid(rewards[:, :, None] - rewards[:, None, :])  # (P, R, R)
+    win_rate = (beaten * ref[:, None, :]).sum(-1)  # (P, R) against a reply of the reference
+    assert total_variation(got, tilted(ref, win_rate / BETA)) < 1e-4
+    assert total_variation(got, tilted(ref, rewards / BETA)) > 0.1
+
+
+def two_replies(loss, preference, *arguments):
+    """Odds log pi_w - log pi_l that a loss settles on, for two replies that the reference finds equally likely."""
+    logit = torch.zeros(1, dtype=F64, requires_grad=True)
+    zero = torch.zeros(1, dtype=F64)
+    optimizer = torch.optim.LBFGS([logit], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        value = (
+            preference * loss(logit, zero, zero, zero, *arguments) + (1 - preference) * loss(zero, logit, zero, zero, *arguments)
+        ).sum()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return float(logit.detach())
+
+
+@pytest.mark.parametrize("flipped", [0.1, 0.2, 0.4])
+def test_flipped_labels_move_dpo_by_a_formula_and_robust_dpo_not_at_all(flipped):
+    p = 0.9
+    observed = (1 - 2 * flipped) * p + flipped
+    assert two_replies(dpo_loss, observed, 1.0) == pytest.approx(math.log(observed / (1 - observed)), abs=1e-4)
+    assert two_replies(robust_dpo_loss, observed, 1.0, flipped) == pytest.approx(math.log(p / (1 - p)), abs=1e-4)
+
+
+def test_the_hinge_forgets_by_how_much_a_reply_is_better():
+    """Its optimum is the margin for every preference above 1/2: the probabilities themselves are lost."""
+    assert two_replies(hinge_loss, 0.6, 1.0) == pytest.approx(1, abs=1e-3)
+    assert two_replies(hinge_loss, 0.95, 1.0) == pytest.approx(1, abs=1e-3)
+
+
+def ppo_surrogate(table, ref_table, rewards, lam=1.0):
+    """PPO's loss at its first minibatch (ratio 1), exactly: every reply, weighted by its probability; KL in the token rewards."""
+    logprobs, ref_logprobs = token_logprobs(table), token_logprobs(ref_table)  # (P, R, T)
+    old = logprobs.detach()
+    token_rewards = -BETA * (old - ref_logprobs)  # (P, R, T)
+    token_rewards.scatter_add_(2, MASK.sum(1)[None, :, None].expand(PROMPTS, -1, 1) - 1, rewards[:, :, None])  # at the last token
+    mask = MASK.expand(PROMPTS, -1, -1).flatten(0, 1)  # (P R, T)
+    advantages, _ = gae(token_rewards.flatten(0, 1), torch.zeros_like(mask, dtype=F64), mask, 1.0, lam)
+    weighted = advantages * old.sum(-1).exp().flatten()[:, None]  # exact expectation instead of samples
+    return policy_loss(logprobs.flatten(0, 1), old.flatten(0, 1), weighted, mask, 0.2, divisor=1)
+
+
+def test_ppo_with_the_kl_in_its_rewards_reaches_the_kl_regularised_optimum(laboratory):
+    table, ref, rewards = laboratory
+    got = climb(lambda t: ppo_surrogate(t, table, rewards), table)
+    assert total_variation(got, tilted(ref, rewards / BETA)) < 0.01
+
+
+def rloo_surrogate(table, ref_table, rewards):
+    """Leave-one-out with two samples, exactly: every pair of replies, weighted by its probability."""
+    now = logps(table)  # (P, R)
+    old = now.detach()
+    worth = rewards - BETA * (old - logps(ref_table))  # (P, R)
+    n = len(REPLIES)
+    pairs = torch.stack([worth[:, :, None].expand(-1, -1, n), worth[:, None, :].expand(-1, n, -1)], -1)  # (P, R, R, K = 2)
+    advantages = rloo_advantages(pairs.reshape(-1, 2)).view_as(pairs)
+    weight = (old[:, :, None] + old[:, None, :]).exp()  # (P, R, R)
+    return -(weight * (advantages[..., 0] * now[:, :, None] + advantages[..., 1] * now[:, None, :])).sum() / 2
+
+
+def test_rloo_reaches_the_kl_regularised_optimum(laboratory):
+    table, ref, rewards = laboratory
+    got = climb(lambda t: rloo_surrogate(t, table, rewards), table)
+    assert total_variation(got, tilted(ref, rewards / BETA)) < 0.01
+
+
+def reward_and_estimate(table, ref_table, rewards, kind):
+    """The loss of those who differentiate an estimate of the KL on samples of the policy, without an importance weight."""
+    now, ref = logps(table), logps(ref_table)  # (P, R)
+    weight = now.detach().exp()
+    return -(weight * (rewards * now - BETA * kernels.kl_estimate(now, ref, kind))).sum()
+
+
+def test_k3_as_a_loss_reaches_another_policy(laboratory):
+    """beta pi_ref / (lambda - r): grad E[k3] = grad KL(pi_ref || pi), the other direction."""
+    table, ref, rewards = laboratory
+    got = climb(lambda t: reward_and_estimate(t, table, rewards, "k3"), table)
+    low, high = rewards.max(-1).values, rewards.max(-1).values + BETA  # lambda by bisection: the probabilities sum to 1
+    for _ in range(100):
+        middle = (low + high) / 2
+        excess = (BETA * ref / (middle[:, None] - rewards)).sum(-1) > 1
+        low, high = torch.where(excess, middle, low), torch.where(excess, high, middle)
+    expected = BETA * ref / (high[:, None] - rewards)
+    assert total_variation(got, expected) < 0.02
+    assert total_variation(expected, tilted(ref, rewards / BETA)) > 0.05
+
+
+def test_k1_as_a_loss_restrains_nothing(laboratory):
+    table, ref, rewards = laboratory
+    got = climb(lambda t: reward_and_estimate(t, table, rewards, "k1"), table)
+    best = torch.nn.functional.one_hot(rewards.argmax(-1), len(REPLIES)).to(F64)
+    assert total_variation(got, best) < 0.02
+
+
+def test_k2_as_a_loss_is_the_kl(laboratory):
+    table, ref, rewards = laboratory
+    got = climb(lambda t: reward_and_estimate(t, table, rewards, "k2"), table)
+    assert total_variation(got, tilted(ref, rewards / BETA)) < 0.01
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 16, 64])
+def test_best_of_n_stays_under_its_kl_bound(laboratory, n):
+    _, ref, rewards = laboratory
+    for p, r in zip(ref, rewards, strict=True):
+        order = r.argsort()
+        below = torch.cat([torch.zeros(1, dtype=F64), p[order].cumsum(0)])  # P(a reply is no better than the k-th)
+        best = below[1:] ** n - below[:-1] ** n  # P(the best of n is the k-th)
+        kl = float(torch.special.xlogy(best, best / p[order]).sum())
+        assert -1e-12 <= kl <= math.log(n) - (n - 1) / n + 1e-12
