@@ -34,7 +34,7 @@ import torch.nn.functional as F
 import kernels
 import run
 from data import annotators, chat, formats, tokenizer, world
-from data.collate import collate, encode_pairs, encode_unpaired, epochs
+from data.collate import collate, encode_pairs, encode_unpaired, epochs, in_batches, longest_side
 from model import GPT
 
 LOSSES = ["dpo", "cdpo", "robust", "ipo", "hinge", "simpo", "orpo", "kto"]
@@ -206,7 +206,7 @@ def pair_logps(model, pairs):
 @torch.no_grad()
 def all_logps(model, pairs, size=256):
     """pair_logps of many pairs without gradients: (N, 2)."""
-    return torch.cat([pair_logps(model, pairs[i : i + size]) for i in range(0, len(pairs), size)])
+    return in_batches(lambda batch: pair_logps(model, batch), pairs, longest_side, size)
 
 
 def load_pairs(config, policy, encoding):
@@ -264,7 +264,7 @@ def main(config):
     # --- training
     steps = config.steps or math.ceil(1.5 * len(training) / config.batch_size)
     optimizer = run.optimizer(policy, config.lr)
-    batches = epochs([max(len(side[0]) for side in pairs[i]) for i in training], config.batch_size, config.seed)
+    batches = epochs([longest_side(pairs[i]) for i in training], config.batch_size, config.seed)
     for step in job.steps(steps):
         rows = training[next(batches)]  # (B,)
         with job.autocast():

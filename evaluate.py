@@ -34,7 +34,7 @@ import torch
 import kernels
 import run
 from data import annotators, chat, formats, tokenizer, world
-from data.collate import collate, score
+from data.collate import collate, in_batches, score
 from model import GPT
 
 MAX_NEW_TOKENS = 24  # of the embedded world's replies; the longest right answer has 20
@@ -69,15 +69,16 @@ def reply_kl(model, ref, encoding, conversations, replies, size=256):
 
     Summed over a sample of the model it is an unbiased estimate of the replies' KL, with far less noise than log pi - log ref.
     """
-    parts = []
-    for i in range(0, len(replies), size):
-        prompts = [chat.prompt(messages, encoding) for messages in conversations[i : i + size]]
-        rows = [(p + r[0], [False] * len(p) + [True] * len(r[0])) for p, r in zip(prompts, replies[i : i + size], strict=True)]
+
+    def kl_of(rows):
         batch = collate(rows).to(model.device)
         hidden, ref_hidden = model(batch.inputs).flatten(0, 1), ref(batch.inputs).flatten(0, 1)
         kl = kernels.linear_kl(hidden, model.head_weight, ref_hidden, ref.head_weight, mask=batch.mask.flatten())
-        parts.append(kl.view(batch.mask.shape).sum(1))
-    return torch.cat(parts)
+        return kl.view(batch.mask.shape).sum(1)
+
+    prompts = [chat.prompt(messages, encoding) for messages in conversations]
+    rows = [(p + ids, [False] * len(p) + [True] * len(ids)) for p, (ids, _, _) in zip(prompts, replies, strict=True)]
+    return in_batches(kl_of, rows, lambda row: len(row[0]), size)
 
 
 def mean(values):
@@ -94,7 +95,7 @@ def interval(values):
 def reward_scores(model, encoding, conversations, texts, size=256):
     """A reward model's score of each reply (N,), read at its end-of-turn token."""
     rows = [chat.example(m, [{"role": "assistant", "content": text}], encoding)[0] for m, text in zip(conversations, texts, strict=True)]
-    return torch.cat([score(model, rows[i : i + size]) for i in range(0, len(rows), size)])
+    return in_batches(lambda batch: score(model, batch), rows, len, size)
 
 
 def measure(model, encoding, chats, prompts, judged=True, reward_model=None, sft=None, max_new_tokens=MAX_NEW_TOKENS, seed=0):

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 import run
 from data import annotators, chat, formats, tokenizer, world
-from data.collate import encode_pairs, epochs, score
+from data.collate import encode_pairs, epochs, in_batches, longest_side, score
 from model import GPT
 
 
@@ -67,8 +67,7 @@ def score_pairs(model, pairs):
 @torch.no_grad()
 def score_all(model, pairs, size=256):
     """(chosen_scores, rejected_scores), each (N,), without gradients."""
-    parts = [score_pairs(model, pairs[i : i + size]) for i in range(0, len(pairs), size)]
-    return (torch.cat(side) for side in zip(*parts, strict=True))
+    return in_batches(lambda batch: torch.stack(score_pairs(model, batch), dim=1), pairs, longest_side, size).unbind(1)
 
 
 @torch.no_grad()
@@ -118,7 +117,7 @@ def main(config):
     # --- training
     steps = config.steps or math.ceil(1.5 * len(kept) / config.batch_size)
     optimizer = run.optimizer(model, config.lr, config.weight_decay)
-    batches = epochs([max(len(side[0]) for side in pairs[i]) for i in kept], config.batch_size, config.seed)
+    batches = epochs([longest_side(pairs[i]) for i in kept], config.batch_size, config.seed)
     for step in job.steps(steps):
         chosen_ones = [kept[i] for i in next(batches)]
         with job.autocast():

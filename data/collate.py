@@ -78,6 +78,21 @@ def epochs(lengths, batch_size, seed):
         yield from batches
 
 
+def in_batches(function, rows, length, size=256):
+    """function(list of up to `size` rows) -> tensor (b, ...), called for all rows -> (N, ...), in the order of the rows.
+
+    length(row): what it is padded by; rows of like length go together, so little is.
+    """
+    order = sorted(range(len(rows)), key=lambda i: length(rows[i]))
+    found = torch.cat([function([rows[i] for i in order[start : start + size]]) for start in range(0, len(rows), size)])
+    return torch.empty_like(found).index_copy_(0, torch.tensor(order, device=found.device), found)
+
+
+def longest_side(pair):
+    """Of a pair of examples: what it is padded by."""
+    return max(len(ids) for ids, _ in pair)
+
+
 def encode_pairs(records, encoding, context):
     """Preference records -> pairs of (chosen, rejected) examples, their (label, margin), and how many were dropped.
 
