@@ -14,7 +14,11 @@ never read. `logits_budget` (bytes, any number >= 0) bounds the logits that an o
 passing (16 rows or columns are the least); results do not depend on it beyond rounding. Every wrong argument is a
 ValueError that names it. Under torch.no_grad(), or when nothing requires a gradient, nothing is saved.
 
-Dispatch: one place, each public function below. CPU and CUDA tensors both run the chunked torch path.
+Dispatch, in dispatch.py: CUDA tensors run the Triton kernels between a library's matrix products, CPU tensors torch;
+TRITON_INTERPRET=1 runs the Triton source on the CPU, for tests.
+
+Reading order: rows.py (the mathematics), rows_triton.py (the kernels), linear_logprob.py (the memory regimes),
+token_loss.py, linear_kl.py, linear_triton.py (logits that are never written).
 """
 
 import math
@@ -100,12 +104,16 @@ def linear_kl(hidden, weight, ref_hidden, ref_weight, *, mask=None, reverse=True
     return scatter(kl, index, n)
 
 
-def logprob_rows(logits, targets, *, temperature=1.0, entropy=False, ignore_index=-100) -> LogProbs:
-    """linear_logprob for logits (N, V) that exist already; gradient for the logits. The logits are not changed."""
+def logprob_rows(logits, targets, *, temperature=1.0, entropy=False, ignore_index=-100, overwrite=False) -> LogProbs:
+    """linear_logprob for logits (N, V) that exist already; gradient for the logits. The logits are not changed, unless
+    `overwrite`: then the backward writes their gradient into their memory, which saves an array of their size. Nothing
+    else may need them by then: autograd raises where a saved tensor was one of them."""
     check_matrix("logits", logits, "(N, V)")
     check_temperature(temperature)
     _, targets_kept, index = check_targets("logits", logits, logits.shape[1], targets, ignore_index)
-    return LogProbs(*rows.logprob_rows(logits, targets_kept, index, temperature, entropy))
+    if overwrite and not (logits.stride(1) == 1 and logits.stride(0) >= logits.shape[1]):
+        raise ValueError(f"overwrite: got logits of {describe(logits)} with strides {logits.stride()}, expected rows one after another")
+    return LogProbs(*rows.logprob_rows(logits, targets_kept, index, temperature, entropy, overwrite))
 
 
 def kl_rows(logits, ref_logits, *, mask=None, reverse=True, temperature=1.0) -> torch.Tensor:
@@ -137,7 +145,7 @@ def wants_grad(*tensors):
 
 
 def half_as_single(hidden, weight):
-    """fp16 is computed in fp32 here: CPUs have no fast fp16 product, and small probabilities underflow in it."""
+    """fp16 is computed in fp32: small probabilities underflow in it, and CPUs have no fast fp16 product. Use bf16."""
     return (hidden.float(), weight.float()) if hidden.dtype == torch.float16 else (hidden, weight)
 
 
