@@ -204,7 +204,7 @@ def check_targets(name, like, V, targets, ignore_index):
     if targets.device != like.device:
         raise ValueError(f"targets: got {describe(targets)}, expected it on {like.device} like {name}")
     index = supervised(targets != ignore_index)
-    targets = gather(targets, index).long()  # (n,)
+    targets = gather(targets, index).long().contiguous()  # (n,)
     if targets.numel():
         low, high = (int(x) for x in torch.aminmax(targets))
         if low < 0 or high >= V:

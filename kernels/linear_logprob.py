@@ -113,7 +113,8 @@ def unit_backward(hidden, weight, targets, unit, unit_hidden, needs, scale, g_lo
     if needs[1]:
         d_weight = unit.T @ (hidden * g).to(hidden.dtype)  # (V, D)
         if g_lse is not None:
-            d_weight.index_add_(0, targets, (hidden * g_lse).to(hidden.dtype))
+            # several tokens may share a target: this adds them in a fixed order on every device, index_add_ only on a CPU
+            d_weight.index_put_((targets,), (hidden * g_lse).to(hidden.dtype), accumulate=True)
     return d_hidden, d_weight
 
 

@@ -11,6 +11,7 @@ This computes no gradient: a backward in this style would redo these products wh
 for scoring, and for the forward of a backward that recomputes (linear_logprob.py); dispatch.py says when it runs.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -19,7 +20,7 @@ from .rows_triton import added, raised
 
 PROGRAMS = 528  # how many to aim for: four for each of an H100's multiprocessors. Fixed, so that the sums on every GPU
 # are taken in the same order
-WARPS, STAGES = 8, 3
+WARPS, STAGES = 8, 4
 
 
 @triton.jit
@@ -110,6 +111,6 @@ def statistics(hidden, weight, targets, scale, stats, entropy):
     parts = stats.new_empty(splits, 4, n)
     partial_kernel[(triton.cdiv(n, BN), splits)](
         hidden, weight, targets, parts, stats.new_full((1,), scale), n, V, D, *hidden.stride(), *weight.stride(), tiles,
-        ENTROPY=entropy, UPCAST=interpreting(), BN=BN, BV=BV, BD=BD, num_warps=WARPS, num_stages=STAGES,
+        ENTROPY=entropy, UPCAST=interpreting() and hidden.dtype == torch.bfloat16, BN=BN, BV=BV, BD=BD, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     combine_kernel[(triton.cdiv(n, 256),)](parts, stats, splits, n, stats.stride(0), ENTROPY=entropy, B=256, num_warps=4)

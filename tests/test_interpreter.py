@@ -1,0 +1,21 @@
+"""The Triton source on this machine: test_triton.py in a process of its own, because Triton decides when it is imported
+whether its functions are compiled or interpreted."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_every_claim_about_the_triton_path_holds_in_the_interpreter():
+    pytest.importorskip("triton", reason="Triton is not installed: nothing to interpret")
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_triton.py"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    summary = done.stdout.strip().splitlines()[-1]
+    print(summary)
+    assert "passed" in summary and "skipped" not in summary and "failed" not in summary, summary
