@@ -34,9 +34,7 @@ class LinearLogprob(Function):
                 product(unit, weight, out=unit_hidden[a:b])
         else:
             kept_dtype = stats.dtype if entropy else dtype  # S goes into products only: bf16 will do for bf16 inputs
-            working = chunk_rows(hidden, P, budget, entropy) * P * stats.itemsize
-            working *= 2 * entropy if kept_dtype == stats.dtype else 1.5  # fp32 (fp64) is worked on where it is kept
-            if train and n * P * kept_dtype.itemsize + working <= budget:
+            if train and fits(hidden, P, budget, kept_dtype, entropy):
                 kept = hidden.new_empty(n, P, dtype=kept_dtype)
             fill(hidden, weight, targets, scale, budget, stats, kept, entropy)
         if train:
@@ -68,6 +66,14 @@ def chunk_rows(hidden, P, budget, entropy=False):
     """Tokens whose logits are worked on at once. Narrow inputs: half as many, since S in their dtype stands beside."""
     size = wide(hidden.dtype)
     return pieces(len(hidden), P * size.itemsize * (1 + entropy), budget if hidden.dtype == size else budget / 2, hidden.device)
+
+
+def fits(hidden, P, budget, kept_dtype, entropy=False):
+    """Whether (n, P) of kept_dtype can be kept within the budget, and a chunk worked on beside it."""
+    size = wide(hidden.dtype)
+    beside = 2 * entropy if kept_dtype == size else 1.5  # of a chunk's logits; fp32 (fp64) is worked on where it is kept
+    working = chunk_rows(hidden, P, budget, entropy) * P * size.itemsize * beside
+    return len(hidden) * P * kept_dtype.itemsize + working <= budget
 
 
 def fill(hidden, weight, targets, scale, budget, stats, kept=None, entropy=False):
