@@ -175,12 +175,12 @@ def errors(function, twin, leaves, others, upstream):
     ]
 
 
-def all_cases(sizes, tokens, dtypes):
+def all_cases(sizes, tokens, dtypes, fractions):
     for dtype in dtypes:
         for V, D in sizes:
             for N in tokens:
                 for op in ("mean", "per token", "KL", "rows"):
-                    for valid in (1.0, 0.5) if op != "rows" else (1.0,):
+                    for valid in fractions if op != "rows" else (1.0,):
                         # a forward does not know whether the head is trainable; rows have none
                         for frozen, backward in ((False, False), (False, True), (True, True))[: 2 if op == "rows" else 3]:
                             yield dict(op=op, dtype=dtype, V=V, D=D, N=N, valid=valid, frozen=frozen, backward=backward)
@@ -252,12 +252,12 @@ def bench_case(case, device, clock, rounds, tflops):
     return found
 
 
-def bench(device, sizes, tokens, dtypes, rounds):
+def bench(device, sizes, tokens, dtypes, fractions, rounds):
     clock, tflops, rows = Clock(device), None, []
     if device == "cuda":  # what this GPU does at best, measured here: the floor that fractions refer to
         square = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
         tflops = 2 * 8192**3 / statistics.median(clock(lambda: square @ square) for _ in range(20)) / 1e9
-    for case in all_cases(sizes, tokens, dtypes):
+    for case in all_cases(sizes, tokens, dtypes, fractions):
         torch.compiler.reset()  # each case is compiled for its own shapes
         head = "frozen head" if case["frozen"] else ""
         print("{op}, {dtype}, V {V}, D {D}, N {N}, valid {valid}".format(**case), "forward" + " + backward" * case["backward"], head)
@@ -325,6 +325,7 @@ def main():
     parser.add_argument("--sizes", nargs="+", metavar="VxD", help=f"vocabulary x width; cuda {SIZES['cuda']}, cpu {SIZES['cpu']}")
     parser.add_argument("--tokens", nargs="+", type=int, help=f"cuda {TOKENS['cuda']}, cpu {TOKENS['cpu']}")
     parser.add_argument("--dtypes", nargs="+", help=f"cuda {DTYPES['cuda']}, cpu {DTYPES['cpu']}")
+    parser.add_argument("--valid", nargs="+", type=float, default=[1.0, 0.5], help="fractions of the tokens that are supervised")
     parser.add_argument("--rounds", type=int, help="runs of each implementation; cuda 20, cpu 5")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--out", default=RESULTS, type=Path, help="directory of the results")
@@ -337,7 +338,7 @@ def main():
     sizes = [tuple(int(x) for x in size.split("x")) for size in options.sizes or SIZES[device].split()]
     tokens = options.tokens or [int(x) for x in TOKENS[device].split()]
     rounds = options.rounds or (20 if device == "cuda" else 5)
-    tflops, rows = bench(device, sizes, tokens, options.dtypes or DTYPES[device].split(), rounds)
+    tflops, rows = bench(device, sizes, tokens, options.dtypes or DTYPES[device].split(), options.valid, rounds)
     name = torch.cuda.get_device_name() if device == "cuda" else processor()
     versions = dict(torch=torch.__version__, python=platform.python_version())
     if device == "cuda":

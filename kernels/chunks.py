@@ -78,14 +78,18 @@ def add_product_(total, left, right):
     return total.add_(left @ right)
 
 
-def project_(out, hidden, weight, column=None):
-    """out (n, v or more) <- hidden (n, D) @ weight (v, D)^T in fp32 (fp64), -inf beyond v -> out.
+def project_(out, hidden, weight, column=None, rounded=None):
+    """out (n, v or more) <- hidden (n, D) @ weight (v, D)^T in fp32 (fp64), -inf beyond v -> out. rounded (n, v): that
+    product as the library stored it, if there is one already.
 
     column (n,) int64: where among the v a token's target stands. A bf16 logit has 8 bits, and where the product is
     stored rounded (on a CPU), the rounding of this one is nearly all of a log-prob's error: that of the others averages
     out in the sum. So it is computed again in fp32. Outside [0, v) the target stands elsewhere."""
     v = weight.shape[0]
-    product(hidden, weight.T, out=out[:, :v])
+    if rounded is None:
+        product(hidden, weight.T, out=out[:, :v])
+    else:
+        out[:, :v] = rounded
     if v < out.shape[1]:
         out[:, v:] = -torch.inf
     if column is not None and hidden.dtype != out.dtype and not hidden.is_cuda:

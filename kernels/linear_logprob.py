@@ -15,7 +15,7 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .chunks import add_product_, padded, pieces, product, project_, spans, wide
+from .chunks import CPU_PIECE, FLOOR, add_product_, padded, pieces, product, project_, spans, wide
 from .dispatch import fused_forward, row_ops
 from .rows import logprob_coefficients
 
@@ -83,11 +83,14 @@ def fill(hidden, weight, targets, scale, budget, stats, kept=None, entropy=False
     if kept is None and fused is not None:
         return fused(hidden, weight, targets, scale, stats, entropy)
     in_place = kept is not None and kept.dtype == stats.dtype
-    step = chunk_rows(hidden, P, budget, entropy)
+    step, rounded = chunk_rows(hidden, P, budget, entropy), None
+    if kept is not None and not in_place and not hidden.is_cuda:  # bf16 on a CPU: the product is stored rounded anyway, so
+        rounded = torch.mm(hidden, weight.T, out=kept[:, : len(weight)])  # store it where S will stand, and then take as
+        step = min(step, max(FLOOR, CPU_PIECE // (P * stats.itemsize)))  # many rows at a time as fit the cache
     room = None if in_place else stats.new_empty(step, P)
     for a, b in spans(n, step):
         z = kept[a:b] if in_place else room[: b - a]  # (rows, P)
-        project_(z, hidden[a:b], weight, targets[a:b])
+        project_(z, hidden[a:b], weight, targets[a:b], None if rounded is None else rounded[a:b])
         unit = None if kept is None or entropy else kept[a:b]
         keep_logits = kept is not None and entropy
         ops.statistics(z, targets[a:b], scale, stats[:, a:b], entropy=entropy, unit=unit, scratch=not keep_logits)
