@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from . import linear_cross_entropy, linear_kl, linear_logprob, logprob_rows, reference
+from . import dispatch, linear_cross_entropy, linear_kl, linear_logprob, logprob_rows, reference
 from .chunks import padded
 from .linear_logprob import fits
 
@@ -54,6 +54,17 @@ def eager_compacted(hidden, weight, targets, reduction="mean"):
 
 def ours_per_token(hidden, weight, targets):
     return -linear_logprob(hidden, weight, targets).logprob
+
+
+def at_fused_width(width):
+    def per_token(*arguments):
+        before, dispatch.FUSED_WIDTH = dispatch.FUSED_WIDTH, width
+        try:
+            return ours_per_token(*arguments)
+        finally:
+            dispatch.FUSED_WIDTH = before
+
+    return per_token
 
 
 def peers(reduction):
@@ -176,13 +187,13 @@ def errors(function, twin, leaves, others, upstream):
 
 
 def all_cases(sizes, tokens, dtypes, fractions):
-    for dtype in dtypes:
-        for V, D in sizes:
-            for N in tokens:
-                for op in ("mean", "per token", "KL", "rows"):
-                    for valid in fractions if op != "rows" else (1.0,):
-                        # a forward does not know whether the head is trainable; rows have none
-                        for frozen, backward in ((False, False), (False, True), (True, True))[: 2 if op == "rows" else 3]:
+    for V, D in sizes:
+        for N in tokens:
+            for op in ("mean", "per token", "KL", "rows"):
+                for valid in fractions if op != "rows" else (1.0,):
+                    # a forward does not know whether the head is trainable; rows have none
+                    for frozen, backward in ((False, True), (False, False), (True, True))[: 2 if op == "rows" else 3]:
+                        for dtype in dtypes:
                             yield dict(op=op, dtype=dtype, V=V, D=D, N=N, valid=valid, frozen=frozen, backward=backward)
 
 
@@ -194,7 +205,10 @@ def implementations(op):
         return {"ours": ours_kl, "torch eager": eager_kl}, eager_kl
     if op == "mean":
         return {"ours": linear_cross_entropy} | peers("mean"), reference.linear_cross_entropy
-    return {"ours": ours_per_token} | peers("none"), lambda *a: -reference.linear_logprob(*a)[0]
+    ours = {"ours": ours_per_token}
+    if torch.cuda.is_available():  # both sides of dispatch.FUSED_WIDTH; they differ in a forward only
+        ours |= {"ours, fused forward": at_fused_width(10**9), "ours, product + row kernel": at_fused_width(0)}
+    return ours | peers("none"), lambda *a: -reference.linear_logprob(*a)[0]
 
 
 def units_needed(case, n, hidden):
@@ -252,7 +266,8 @@ def bench_case(case, device, clock, rounds, tflops):
     return found
 
 
-def bench(device, sizes, tokens, dtypes, fractions, rounds):
+def bench(device, sizes, tokens, dtypes, fractions, rounds, write):
+    """Run all cases; write(tflops, rows so far) after each, so that a run that is stopped leaves what it measured."""
     clock, tflops, rows = Clock(device), None, []
     if device == "cuda":  # what this GPU does at best, measured here: the floor that fractions refer to
         square = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
@@ -269,13 +284,13 @@ def bench(device, sizes, tokens, dtypes, fractions, rounds):
             print(f"  {row['implementation']:30} {row['ms']:10.2f} ms {row['peak_gb']:7.3f} GB  {against}", end="")
             print(f"of yardstick {row['of_yardstick']:4.0%}  {floor}{error}", flush=True)
         rows += found
+        write(tflops, rows)
     for name, reason in MISSING.items():
         print(f"not compared with {name}: {reason}")
-    return tflops, rows
 
 
 def best_peer(rows):
-    return min((row for row in rows if row["implementation"] != "ours"), key=lambda row: row["ms"], default=rows[0])
+    return min((row for row in rows if not row["implementation"].startswith("ours")), key=lambda row: row["ms"], default=rows[0])
 
 
 # ---- writing down ----
@@ -338,17 +353,20 @@ def main():
     sizes = [tuple(int(x) for x in size.split("x")) for size in options.sizes or SIZES[device].split()]
     tokens = options.tokens or [int(x) for x in TOKENS[device].split()]
     rounds = options.rounds or (20 if device == "cuda" else 5)
-    tflops, rows = bench(device, sizes, tokens, options.dtypes or DTYPES[device].split(), options.valid, rounds)
     name = torch.cuda.get_device_name() if device == "cuda" else processor()
     versions = dict(torch=torch.__version__, python=platform.python_version())
     if device == "cuda":
         versions |= dict(triton=importlib.import_module("triton").__version__, cuda=torch.version.cuda)
-    result = dict(device=name, cuda=device == "cuda", date=datetime.date.today().isoformat(), versions=versions)
-    result |= dict(threads=torch.get_num_threads(), clock="own CPU time" if Clock(device).host is time.process_time else "wall time")
-    result |= dict(rounds=rounds, tflops=tflops, rows=rows)
+    about = dict(device=name, cuda=device == "cuda", date=datetime.date.today().isoformat(), versions=versions, rounds=rounds)
+    about |= dict(threads=torch.get_num_threads(), clock="own CPU time" if Clock(device).host is time.process_time else "wall time")
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / ("-".join(name.lower().split()) + ".json")
-    path.write_text(json.dumps(result, indent=1) + "\n")
+
+    def write(tflops, rows):
+        path.write_text(json.dumps(about | dict(tflops=tflops, rows=rows), indent=1) + "\n")
+
+    dtypes = options.dtypes or DTYPES[device].split()
+    bench(device, sizes, tokens, dtypes, options.valid, rounds, write)
     print(f"written to {path}")
 
 

@@ -122,8 +122,11 @@ def unit_backward(hidden, weight, targets, unit, unit_hidden, needs, scale, g_lo
     if needs[1]:
         d_weight = unit.T @ (hidden * g).to(hidden.dtype)  # (V, D)
         if g_lse is not None:
-            # several tokens may share a target: this adds them in a fixed order on every device, index_add_ only on a CPU
-            d_weight.index_put_((targets,), (hidden * g_lse).to(hidden.dtype), accumulate=True)
+            rows = (hidden * g_lse).to(hidden.dtype)  # (n, D)
+            if d_weight.is_cuda:  # tokens that share a target: sorted and added in order; index_add_ would add in any order
+                d_weight.index_put_((targets,), rows, accumulate=True)
+            else:
+                d_weight.index_add_(0, targets, rows)
     return d_hidden, d_weight
 
 

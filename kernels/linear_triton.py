@@ -21,6 +21,7 @@ from .rows_triton import added, raised
 PROGRAMS = 528  # how many to aim for: four for each of an H100's multiprocessors. Fixed, so that the sums on every GPU
 # are taken in the same order
 WARPS, STAGES = 8, 4
+TILE = 128, 128, 64  # tokens, vocabulary, width. With 256 of the vocabulary the accumulator spills (tests/test_hopper.py)
 
 
 @triton.jit
@@ -39,7 +40,7 @@ def partial_kernel(
     m = tl.full((BN,), -float("inf"), scale.dtype)
     s = tl.zeros((BN,), scale.dtype)
     h, logit = s, s
-    for tile in range(part * tiles, min(part * tiles + tiles, tl.cdiv(V, BV))):
+    for tile in range(part * tiles, tl.minimum(part * tiles + tiles, tl.cdiv(V, BV))):
         column = tile * BV + tl.arange(0, BV)  # (BV,)
         weight = weight_ptr + column[None, :].to(tl.int64) * weight_row  # (1, BV)
         z = tl.zeros((BN, BV), scale.dtype)
@@ -95,7 +96,7 @@ def combine_kernel(parts_ptr, stats_ptr, splits, n, stats_stride, ENTROPY: tl.co
 
 def blocks(n, V, D):
     """-> tile sizes (tokens, vocabulary, width), and how many tiles of the vocabulary a program takes."""
-    sizes = [min(most, max(16, triton.next_power_of_2(x))) for most, x in ((128, n), (128, V), (64, D))]
+    sizes = [min(most, max(16, triton.next_power_of_2(x))) for most, x in zip(TILE, (n, V, D), strict=True)]
     vocabulary_tiles = triton.cdiv(V, sizes[1])
     splits = min(vocabulary_tiles, triton.cdiv(PROGRAMS, triton.cdiv(n, sizes[0])))
     return *sizes, triton.cdiv(vocabulary_tiles, splits)

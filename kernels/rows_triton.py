@@ -6,6 +6,9 @@ up so far was relative to the old one; with alpha = exp(m - m') and delta = (m -
     s = sum exp(u)            becomes  alpha s                  u = z - m
     h = sum exp(u) (u - v)    becomes  alpha (h + delta s)      v = z_ref - m_ref, or 0 where there is no reference
 At the end   H = log s - h / s   or   KL = h / s - log s + log s_ref:   one pass for either, in any order of blocks.
+
+Loads are 16 bytes wide where rows start at multiples of 16 bytes (the linear ops' own always do) and no mask cuts through
+the 16 bytes: so whole blocks are read without the mask `column < V`, and only the last, partial one with it.
 """
 
 import triton
@@ -60,32 +63,33 @@ def statistics_kernel(
     ref_m = m
     s = tl.zeros((R,), scale.dtype)
     h, ref_s = s, s
-    for start in range(0, V, B):
-        column = start + tl.arange(0, B)  # (B,)
-        inside = here[:, None] & (column < V)[None, :]  # (R, B)
-        z = tile_of(z_ptr, row, z_stride, column, inside, scale)
-        m, base, drop = raised(m, z)
-        u = z - base[:, None]
-        e = tl.exp(u)
-        if ref_ptr is not None:
-            ref = tile_of(ref_ptr, row, ref_stride, column, inside, scale)
-            ref_m, ref_base, ref_drop = raised(ref_m, ref)
-            v = ref - ref_base[:, None]
-            s, h = added(s, h, drop, drop - ref_drop, e, u - v)
-            ref_s = tl.exp(ref_drop) * ref_s + tl.sum(tl.exp(v), 1)
-        elif ENTROPY:
-            s, h = added(s, h, drop, drop, e, u)
-        else:
-            s = tl.exp(drop) * s + tl.sum(e, 1)
+    for last in tl.static_range(2):  # whole blocks; then the partial one, if V is no multiple of B
+        for start in range(V // B * B * last, V // B * B + V % B * last, B):
+            column = start + tl.arange(0, B)  # (B,)
+            inside = here[:, None] & ((column < V)[None, :] if last else True)  # (R, B) or (R, 1)
+            z = tile_of(z_ptr, row, z_stride, column, inside, scale)
+            m, base, drop = raised(m, z)
+            u = z - base[:, None]
+            e = tl.exp(u)
+            if ref_ptr is not None:
+                ref = tile_of(ref_ptr, row, ref_stride, column, inside, scale)
+                ref_m, ref_base, ref_drop = raised(ref_m, ref)
+                v = ref - ref_base[:, None]
+                s, h = added(s, h, drop, drop - ref_drop, e, u - v)
+                ref_s = tl.exp(ref_drop) * ref_s + tl.sum(tl.exp(v), 1)
+            elif ENTROPY:
+                s, h = added(s, h, drop, drop, e, u)
+            else:
+                s = tl.exp(drop) * s + tl.sum(e, 1)
     out = stats_ptr + i
     mean = h / s  # E[u - v]
     if ref_ptr is not None:
         tl.store(out, mean - tl.log(s) + tl.log(ref_s), here)
-        ours, theirs = (1, 3) if REVERSE else (3, 1)
-        tl.store(out + ours * stats_stride, m, here)
-        tl.store(out + (ours + 1) * stats_stride, tl.log(s), here)
-        tl.store(out + theirs * stats_stride, ref_m, here)
-        tl.store(out + (theirs + 1) * stats_stride, tl.log(ref_s), here)
+        first = 1 if REVERSE else 3  # where z's m and s go; the other two places are the reference's
+        tl.store(out + first * stats_stride, m, here)
+        tl.store(out + (first + 1) * stats_stride, tl.log(s), here)
+        tl.store(out + (4 - first) * stats_stride, ref_m, here)
+        tl.store(out + (5 - first) * stats_stride, tl.log(ref_s), here)
     else:
         tl.store(out, logit - m - tl.log(s), here)
         tl.store(out + stats_stride, m, here)
@@ -120,25 +124,28 @@ def gradient_kernel(
     here = i < n
     row = tl.load(rows_ptr + i, here, other=0) if rows_ptr is not None else i
     row = row.to(tl.int64)
-    column = tl.program_id(1) * B + tl.arange(0, B)  # (B,)
-    inside = here[:, None] & (column < V)[None, :]  # (R, B)
+    start = tl.program_id(1) * B
+    column = start + tl.arange(0, B)  # (B,)
     scale = tl.load(scale_ptr)
-    u = tile_of(z_ptr, row, z_stride, column, inside, scale) - tl.load(m_ptr + i, here, other=0.0)[:, None]
-    difference = u
-    if ref_ptr is not None:
-        v = tile_of(ref_ptr, row, ref_stride, column, inside, scale) - tl.load(ref_m_ptr + i, here, other=0.0)[:, None]
-        difference = u - v
-    e = tl.exp(u)
-    factor = tl.load(a_ptr + i, here, other=0.0)[:, None]
-    if b_ptr is not None:
-        factor += tl.load(b_ptr + i, here, other=0.0)[:, None] * difference
-    dz = tl.where(e > 0, e * factor, 0.0)
-    if d_ptr is not None:
-        dz -= tl.exp(v) * tl.load(d_ptr + i, here, other=0.0)[:, None]
-    if c_ptr is not None:
-        target = tl.load(column_ptr + i, here, other=-1)[:, None]
-        dz += tl.where(column[None, :] == target, tl.load(c_ptr + i, here, other=0.0)[:, None], 0.0)
-    tl.store(out_ptr + row[:, None] * out_stride + column[None, :], dz.to(out_ptr.dtype.element_ty), inside)
+    m = tl.load(m_ptr + i, here, other=0.0)[:, None]
+    a = tl.load(a_ptr + i, here, other=0.0)[:, None]
+    for last in tl.static_range(2):
+        if (start + B > V) == (last == 1):  # a whole block, or the partial one
+            inside = here[:, None] & ((column < V)[None, :] if last else True)  # (R, B) or (R, 1)
+            u = tile_of(z_ptr, row, z_stride, column, inside, scale) - m
+            if ref_ptr is not None:
+                v = tile_of(ref_ptr, row, ref_stride, column, inside, scale) - tl.load(ref_m_ptr + i, here, other=0.0)[:, None]
+            e = tl.exp(u)
+            factor = a
+            if b_ptr is not None:
+                factor += tl.load(b_ptr + i, here, other=0.0)[:, None] * (u - v if ref_ptr is not None else u)
+            dz = tl.where(e > 0, e * factor, 0.0)
+            if d_ptr is not None:
+                dz -= tl.exp(v) * tl.load(d_ptr + i, here, other=0.0)[:, None]
+            if c_ptr is not None:
+                target = tl.load(column_ptr + i, here, other=-1)[:, None]
+                dz += tl.where(column[None, :] == target, tl.load(c_ptr + i, here, other=0.0)[:, None], 0.0)
+            tl.store(out_ptr + row[:, None] * out_stride + column[None, :], dz.to(out_ptr.dtype.element_ty), inside)
 
 
 # ---- launchers: the interface of rows_torch.py. `scratch` is of no use here: nothing is ever copied ----

@@ -21,7 +21,7 @@ POINTERS = {"fp32": "*fp32", "bf16": "*bf16", "i64": "*i64"}
 
 
 def resources(kernel, arguments, num_warps, num_stages=3, tmp_path=None):
-    """arguments: name -> "fp32" / "bf16" / "i64" pointers, "i32" an integer divisible by 16, None, or a constexpr's value.
+    """arguments: name -> "fp32" / "bf16" / "i64" pointers, "i32" an integer divisible by 16 ("odd i32": not), None, or a constexpr's value.
     -> registers, stack and spilled bytes, shared bytes."""
     signature, constants, attributes = {}, {}, {}
     for place, name in enumerate(kernel.arg_names):
@@ -29,8 +29,9 @@ def resources(kernel, arguments, num_warps, num_stages=3, tmp_path=None):
         if value is None or not isinstance(value, str):
             signature[name], constants[name] = "constexpr", value
         else:
-            signature[name] = POINTERS.get(value, value)
-            attributes[(place,)] = [["tt.divisibility", 16]]
+            signature[name] = POINTERS.get(value, value.removeprefix("odd "))
+            if not value.startswith("odd"):
+                attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=num_warps, num_stages=num_stages))
     cubin = tmp_path / "kernel.cubin"
@@ -52,6 +53,7 @@ TARGET = dict(column_ptr="i64", c_ptr="fp32")
 REFERENCE = dict(ref_ptr="bf16", ref_m_ptr="fp32")
 ROW_CASES = {
     "statistics of bf16 logits": (rows_triton.statistics_kernel, STATS | dict(z_ptr="bf16")),
+    "statistics of bf16 logits, V odd": (rows_triton.statistics_kernel, STATS | dict(z_ptr="bf16", V="odd i32")),
     "statistics of chosen rows": (rows_triton.statistics_kernel, STATS | dict(z_ptr="bf16", rows_ptr="i64")),
     "statistics, short rows": (rows_triton.statistics_kernel, STATS | dict(z_ptr="bf16", R=SHORT_R, B=SHORT_B)),
     "statistics with entropy": (rows_triton.statistics_kernel, STATS | dict(z_ptr="fp32", ENTROPY=True)),
@@ -67,6 +69,7 @@ ROW_CASES = {
         STATS | dict(z_ptr="fp32", ref_ptr="fp32", targets_ptr=None, unit_ptr="bf16", REVERSE=False),
     ),
     "gradient of log-probs": (rows_triton.gradient_kernel, GRADIENT | TARGET | dict(z_ptr="bf16")),
+    "gradient of bf16 logits, V odd": (rows_triton.gradient_kernel, GRADIENT | TARGET | dict(z_ptr="bf16", V="odd i32")),
     "gradient of log-probs, fp32 logits": (rows_triton.gradient_kernel, GRADIENT | TARGET | dict(z_ptr="fp32")),
     "gradient with entropy": (rows_triton.gradient_kernel, GRADIENT | TARGET | dict(z_ptr="fp32", b_ptr="fp32")),
     "gradient of the reverse KL": (rows_triton.gradient_kernel, GRADIENT | REFERENCE | dict(z_ptr="bf16", b_ptr="fp32")),
@@ -100,6 +103,8 @@ def test_kernel_compiles_for_hopper_without_spills_and_within_shared_memory(name
         assert "wgmma" in asm, "the product does not run on Hopper's own matrix instructions"
     if "bf16 logits" in name:
         assert re.search(r"ld\.global[.\w]*\.v4\.b32", asm), "bf16 logits are not read 16 bytes at a time"
+    if "gradient of bf16" in name:
+        assert re.search(r"st\.global[.\w]*\.v4\.b32", asm), "their gradient is not written 16 bytes at a time"
 
 
 def test_every_kernel_is_covered():
