@@ -74,7 +74,10 @@ def add_product_(total, left, right):
     if left.dtype == total.dtype:
         return total.addmm_(left, right)
     if left.is_cuda:
-        return torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+        try:
+            return torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+        except RuntimeError:  # some versions of torch refuse an fp32 total beside bf16 factors
+            return total.add_(product(left, right))
     return total.add_(left @ right)
 
 
