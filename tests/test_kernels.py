@@ -182,6 +182,26 @@ def test_results_of_narrow_inputs_are_fp32_and_gradients_have_the_inputs_dtype(d
         assert grad.dtype == dtype and grad.isfinite().all()
 
 
+def test_autocast_gives_what_tensors_of_its_dtype_give_and_gradients_in_the_tensors_own():
+    hidden, weight, ref_hidden, ref_weight, targets, mask = linear_case(N=40, V=300, dtype=torch.float32)
+    narrow = [x.detach().bfloat16().requires_grad_() for x in (hidden, weight)]
+    device = hidden.device.type
+    for op in (
+        lambda h, w: kernels.linear_logprob(h, w, targets).logprob,
+        lambda h, w: kernels.linear_token_loss(h, w, targets, lambda logprob, index: -logprob, logits_budget=30_000),
+        lambda h, w: kernels.linear_cross_entropy(h, w, targets, reduction="none"),
+        lambda h, w: kernels.linear_kl(h, w, ref_hidden.to(h.dtype), ref_weight.to(h.dtype), mask=mask),
+    ):
+        expected = op(*narrow)
+        for leaves in ([hidden, weight], [narrow[0], weight]):  # a model may hand over hidden states of either dtype
+            with torch.autocast(device, torch.bfloat16):
+                result = op(*leaves)
+            assert torch.equal(result, expected) and result.dtype == torch.float32
+            grads = torch.autograd.grad(result.sum(), leaves)
+            for grad, leaf, same in zip(grads, leaves, torch.autograd.grad(expected.sum(), narrow, retain_graph=True)):
+                assert grad.dtype == leaf.dtype and torch.equal(grad, same.to(grad.dtype))
+
+
 def test_targets_may_be_int32():
     hidden, weight, *_, targets, _ = linear_case()
     assert_same(*(kernels.linear_logprob(hidden, weight, t, entropy=True) for t in (targets.int(), targets)), [hidden, weight])

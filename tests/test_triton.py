@@ -15,6 +15,7 @@ from test_kernels import (  # noqa: F401  collected once more, for another devic
     seeded,
     test_all_rows_ignored_gives_zeros_and_zero_gradients,
     test_any_mixture_of_upstream_gradients_gives_the_twins_gradient,
+    test_autocast_gives_what_tensors_of_its_dtype_give_and_gradients_in_the_tensors_own,
     test_bf16_error_is_at_most_1_1_times_that_of_plain_torch_in_bf16,
     test_every_op_matches_its_twin_at_every_shape,
     test_extreme_logits_keep_fp32_precision,
