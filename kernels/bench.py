@@ -27,6 +27,7 @@ import torch.nn.functional as F
 
 from . import dispatch, linear_cross_entropy, linear_kl, linear_logprob, logprob_rows, reference
 from .chunks import padded
+from .linear_kl import chunking
 from .linear_logprob import fits
 
 RESULTS = Path(__file__).parent / "results"
@@ -35,7 +36,6 @@ SIZES = {"cuda": "50257x768 151936x896 151936x2048 256000x2304 128256x4096", "cp
 TOKENS = {"cuda": "8192 32768", "cpu": "1024"}
 DTYPES = {"cuda": "bfloat16", "cpu": "float32 bfloat16"}
 BUDGET = 2 << 30  # bytes, the ops' default
-KL_BUDGET = 512 << 20  # no (tokens x vocabulary) array for the KL
 MISSING = {}  # peers that could not be imported: why
 
 
@@ -102,7 +102,7 @@ def eager_kl(hidden, weight, targets, ref_hidden, ref_weight):
 
 
 def ours_kl(hidden, weight, targets, ref_hidden, ref_weight):
-    return linear_kl(hidden, weight, ref_hidden, ref_weight, mask=targets != -100, logits_budget=KL_BUDGET)
+    return linear_kl(hidden, weight, ref_hidden, ref_weight, mask=targets != -100)
 
 
 def rows_ours(logits, targets):
@@ -214,7 +214,8 @@ def units_needed(case, n, hidden):
     if case["op"] == "rows":  # a copy is a reading and a writing
         return 1.5 if backward else 0.5
     if case["op"] == "KL":
-        return 2 if not backward else 3 if frozen else 6
+        kept = chunking(hidden[:n], padded(case["V"]), True, BUDGET)[1]
+        return 2 if not backward else 3 if frozen else 4 if kept else 6
     if not backward or frozen:
         return 1 + backward
     return 3 if case["op"] == "mean" or fits(hidden[:n], padded(case["V"]), BUDGET, hidden.dtype) else 4

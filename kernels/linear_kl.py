@@ -17,6 +17,15 @@ from .dispatch import row_ops
 from .rows import kl_coefficients
 
 
+def chunking(hidden, P, reverse, budget):
+    """-> how many tokens to take at once, and whether G of all of them can be kept within the budget beside that chunk."""
+    size = wide(hidden.dtype)
+    in_place = hidden.dtype == size
+    arrays = (2 if reverse else 3) + 0.25 + (not in_place) / 2  # of a chunk: z, ref, a third, a mask, G in bf16
+    step = pieces(len(hidden), P * size.itemsize * arrays, budget, hidden.device)
+    return step, len(hidden) * P * hidden.itemsize + step * P * size.itemsize * (arrays - in_place) <= budget
+
+
 class LinearKL(Function):
     """hidden (n, D), weight (V, D), ref_hidden (n, D'), ref_weight (V, D') -> kl (n,)."""
 
@@ -24,10 +33,9 @@ class LinearKL(Function):
     def forward(ctx, hidden, weight, ref_hidden, ref_weight, reverse, temperature, budget, train):
         n, V, P, ops, scale = len(hidden), len(weight), padded(len(weight)), row_ops(hidden), 1 / temperature
         size, frozen = wide(hidden.dtype), train and not ctx.needs_input_grad[1]
-        in_place = hidden.dtype == size  # G is made where it is kept; the room for anything else counts as well
-        arrays = (2 if reverse else 3) + 0.25 + (not in_place) / 2  # of a chunk: z, ref, a third, a mask, G in bf16
-        step = pieces(n, P * size.itemsize * arrays, budget, hidden.device)
-        keep = train and not frozen and n * P * hidden.itemsize + step * P * size.itemsize * (arrays - in_place) <= budget
+        in_place = hidden.dtype == size  # G is made where it is kept
+        step, room_to_keep = chunking(hidden, P, reverse, budget)
+        keep = train and not frozen and room_to_keep
         stats = hidden.new_empty(5, n, dtype=size)  # kl, m and s of the policy, m and s of the reference
         kept = hidden.new_empty(n, P) if keep else None  # G
         unit_hidden = torch.empty_like(hidden, dtype=size) if frozen else None  # G W (n, D)
