@@ -32,7 +32,7 @@ def raised(m, z):
 def added(s, h, drop, delta, e, difference):
     """s, h (R,) <- the sums over the blocks so far and one more, e = exp(u) and difference = u - v (R, B)."""
     alpha = tl.exp(drop)
-    h = tl.where(alpha > 0, alpha * (h + delta * s), 0.0) + tl.sum(tl.where(e > 0, e * difference, 0.0), 1)  # never 0 * inf
+    h = tl.where(alpha > 0, alpha * (h + delta * s), 0.0) + tl.sum(tl.where(e == 0, 0.0, e * difference), 1)  # never 0 * inf
     return alpha * s + tl.sum(e, 1), h
 
 
@@ -107,7 +107,7 @@ def statistics_kernel(
             else:
                 v = tile_of(ref_ptr, row, ref_stride, column, inside, scale) - ref_m[:, None]
                 if REVERSE:  # log p - log q - KL = (u - v) - E[u - v]
-                    unit = tl.where(p > 0, p * (u - v - mean[:, None]), 0.0)
+                    unit = tl.where(p == 0, 0.0, p * (u - v - mean[:, None]))
                 else:  # z is the reference here: p - q
                     unit = tl.exp(v) / ref_s[:, None] - p
             place = unit_ptr + row[:, None] * unit_stride + column[None, :]
@@ -139,7 +139,7 @@ def gradient_kernel(
             factor = a
             if b_ptr is not None:
                 factor += tl.load(b_ptr + i, here, other=0.0)[:, None] * (u - v if ref_ptr is not None else u)
-            dz = tl.where(e > 0, e * factor, 0.0)
+            dz = tl.where(e == 0, 0.0, e * factor)  # 0, not 0 * -inf; NaN stays NaN
             if d_ptr is not None:
                 dz -= tl.exp(v) * tl.load(d_ptr + i, here, other=0.0)[:, None]
             if c_ptr is not None:

@@ -504,6 +504,17 @@ def test_forbidden_tokens_with_logit_minus_infinity_contribute_nothing():
         assert all(x.isfinite().all() for x in tensors_of_twin)
 
 
+def test_a_nan_among_the_logits_shows_in_its_own_row_and_no_other():
+    logits, ref_logits = torch.randn(2, 3, 12, dtype=torch.float64)
+    logits[1, 4] = math.nan
+    logits.requires_grad_()
+    out = kernels.logprob_rows(logits, torch.tensor([0, 1, 2]), entropy=True)
+    for result in (*out, *(kernels.kl_rows(logits, ref_logits, reverse=reverse) for reverse in (True, False))):
+        (grad,) = torch.autograd.grad(result.sum(), logits, retain_graph=True)
+        assert result.isnan().tolist() == [False, True, False]
+        assert grad.isnan().any(1).tolist() == [False, True, False]
+
+
 def test_kl_of_a_model_with_itself_is_exactly_zero():
     hidden, weight, *_ = linear_case(N=40, V=1003, dtype=torch.float32)
     logits = (hidden @ weight.T * 100).detach().requires_grad_()

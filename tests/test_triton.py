@@ -13,6 +13,7 @@ import torch
 from test_kernels import (  # noqa: F401  collected once more, for another device
     INTERPRETED,
     seeded,
+    test_a_nan_among_the_logits_shows_in_its_own_row_and_no_other,
     test_all_rows_ignored_gives_zeros_and_zero_gradients,
     test_any_mixture_of_upstream_gradients_gives_the_twins_gradient,
     test_autocast_gives_what_tensors_of_its_dtype_give_and_gradients_in_the_tensors_own,
