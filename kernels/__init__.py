@@ -8,13 +8,18 @@
     kl_estimate          k1, k2, k3 from sampled tokens' log-probs
 
 `kernels/reference.py` says what each computes in plain torch. Shapes: N tokens, V vocabulary, D width; `hidden` (N, D)
-and `weight` (V, D) share one of float64, float32, bfloat16, float16. Results are (N,), in nats, fp32 (fp64 for fp64
-inputs), zero where `targets == ignore_index` or `mask` is False; those tokens cost nothing and their hidden states are
-never read. `logits_budget` (bytes, any number >= 0) bounds the logits that an op holds at once, for the backward or in
-passing (16 rows or columns are the least); results do not depend on it beyond rounding. Every wrong argument is a
-ValueError that names it. Under torch.no_grad(), or when nothing requires a gradient, nothing is saved.
+and `weight` (V, D) share one of float64, float32, bfloat16, float16 (under torch.autocast both are cast to its dtype).
+Results are (N,), in nats, fp32 (fp64 for fp64 inputs), zero where `targets == ignore_index` or `mask` is False; those
+tokens cost nothing and their hidden states are never read. `logits_budget` (bytes, any number >= 0) bounds the logits that
+an op holds at once, for the backward or in passing (16 rows or columns are the least); results do not depend on it beyond
+rounding. Every wrong argument is a ValueError that names it. Under torch.no_grad(), or when nothing requires a gradient,
+nothing is saved.
 
-Dispatch: one place, each public function below. CPU and CUDA tensors both run the chunked torch path.
+Dispatch, in dispatch.py: CUDA tensors run the Triton kernels between a library's matrix products, CPU tensors torch;
+TRITON_INTERPRET=1 runs the Triton source on the CPU, for tests.
+
+Reading order: rows.py (the mathematics), rows_triton.py (the kernels), linear_logprob.py (the memory regimes),
+token_loss.py, linear_kl.py, linear_triton.py (logits that are never written).
 """
 
 import math
@@ -44,10 +49,12 @@ def linear_logprob(hidden, weight, targets, *, temperature=1.0, ignore_index=-10
     three results, whatever the upstream gradients. hidden (N, D), weight (V, D), targets (N,) int32 or int64, in [0, V)
     or ignore_index. Within `logits_budget` the backward costs two products, beyond it three; what needs no gradient
     (weight.requires_grad False, say) skips its product."""
+    hidden, weight = autocast(hidden, weight)
     check_linear(hidden, weight, temperature, logits_budget)
     n, targets, index = check_targets("hidden", hidden, weight.shape[0], targets, ignore_index)
     hidden, weight = half_as_single(gather(hidden, index), weight)
-    out = LinearLogprob.apply(hidden, weight, targets, temperature, entropy, logits_budget, wants_grad(hidden, weight))
+    train = wants_grad(hidden, weight)
+    out = apply(LinearLogprob, hidden, weight, targets, temperature, entropy, logits_budget, train)
     return LogProbs(*(scatter(x, index, n) for x in out))
 
 
@@ -60,6 +67,7 @@ def linear_token_loss(hidden, weight, targets, token_loss, *, temperature=1.0, i
 
         losses = linear_token_loss(hidden, weight, targets, lambda logprob, index: -advantages[index] * logprob)
         (losses.sum() / count).backward()"""
+    hidden, weight = autocast(hidden, weight)
     check_linear(hidden, weight, temperature, logits_budget)
     if not callable(token_loss):
         raise ValueError(f"token_loss: got {type(token_loss).__name__}, expected a function (logprob, index) -> losses")
@@ -67,7 +75,7 @@ def linear_token_loss(hidden, weight, targets, token_loss, *, temperature=1.0, i
     hidden, weight = half_as_single(gather(hidden, index), weight)
     places = torch.arange(n, device=hidden.device) if index is None else index  # (n,)
     train = wants_grad(hidden, weight)
-    losses = LinearTokenLoss.apply(hidden, weight, targets, places, token_loss, temperature, logits_budget, train)
+    losses = apply(LinearTokenLoss, hidden, weight, targets, places, token_loss, temperature, logits_budget, train)
     return scatter(losses, index, n)
 
 
@@ -87,6 +95,7 @@ def linear_kl(hidden, weight, ref_hidden, ref_weight, *, mask=None, reverse=True
     """kl (N,): KL(policy || ref) = sum p (log p - log q) when reverse, else KL(ref || policy), over the vocabulary.
     hidden (N, D), weight (V, D), ref_hidden (N, D'), ref_weight (V, D'): the reference may have its own width, dtype,
     and gets no gradient. mask (N,) bool: which tokens count, None for all."""
+    hidden, weight, ref_hidden, ref_weight = autocast(hidden, weight, ref_hidden, ref_weight)
     check_linear(hidden, weight, temperature, logits_budget)
     check_linear(ref_hidden, ref_weight, temperature, logits_budget, "ref_")
     check_like("ref_hidden", ref_hidden, hidden, 1)
@@ -96,16 +105,20 @@ def linear_kl(hidden, weight, ref_hidden, ref_weight, *, mask=None, reverse=True
     hidden, weight = half_as_single(gather(hidden, index), weight)
     ref_hidden, ref_weight = half_as_single(gather(ref_hidden.detach(), index), ref_weight.detach())
     train = wants_grad(hidden, weight)
-    kl = LinearKL.apply(hidden, weight, ref_hidden, ref_weight, reverse, temperature, logits_budget, train)
+    kl = apply(LinearKL, hidden, weight, ref_hidden, ref_weight, reverse, temperature, logits_budget, train)
     return scatter(kl, index, n)
 
 
-def logprob_rows(logits, targets, *, temperature=1.0, entropy=False, ignore_index=-100) -> LogProbs:
-    """linear_logprob for logits (N, V) that exist already; gradient for the logits. The logits are not changed."""
+def logprob_rows(logits, targets, *, temperature=1.0, entropy=False, ignore_index=-100, overwrite=False) -> LogProbs:
+    """linear_logprob for logits (N, V) that exist already; gradient for the logits. The logits are not changed, unless
+    `overwrite`: then the backward writes their gradient into their memory, which saves an array of their size. Nothing
+    else may need them by then: autograd raises where a saved tensor was one of them."""
     check_matrix("logits", logits, "(N, V)")
     check_temperature(temperature)
     _, targets_kept, index = check_targets("logits", logits, logits.shape[1], targets, ignore_index)
-    return LogProbs(*rows.logprob_rows(logits, targets_kept, index, temperature, entropy))
+    if overwrite and not (logits.stride(1) == 1 and logits.stride(0) >= logits.shape[1]):
+        raise ValueError(f"overwrite: got logits of {describe(logits)} with strides {logits.stride()}, expected rows one after another")
+    return LogProbs(*rows.logprob_rows(logits, targets_kept, index, temperature, entropy, overwrite))
 
 
 def kl_rows(logits, ref_logits, *, mask=None, reverse=True, temperature=1.0) -> torch.Tensor:
@@ -136,8 +149,23 @@ def wants_grad(*tensors):
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
+def autocast(*tensors):
+    """Under torch.autocast the linear ops take its dtype, as any product does: gradients come back in the tensors' own."""
+    device = getattr(getattr(tensors[0], "device", None), "type", None)
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    narrow = (torch.float32, torch.bfloat16, torch.float16)  # fp64 stays: whoever uses it wants its digits
+    return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype in narrow else x for x in tensors)
+
+
+def apply(function, hidden, *arguments):
+    with torch.autocast(hidden.device.type, enabled=False):  # the dtype of each product is chosen inside
+        return function.apply(hidden, *arguments)
+
+
 def half_as_single(hidden, weight):
-    """fp16 is computed in fp32 here: CPUs have no fast fp16 product, and small probabilities underflow in it."""
+    """fp16 is computed in fp32: small probabilities underflow in it, and CPUs have no fast fp16 product. Use bf16."""
     return (hidden.float(), weight.float()) if hidden.dtype == torch.float16 else (hidden, weight)
 
 
@@ -196,7 +224,7 @@ def check_targets(name, like, V, targets, ignore_index):
     if targets.device != like.device:
         raise ValueError(f"targets: got {describe(targets)}, expected it on {like.device} like {name}")
     index = supervised(targets != ignore_index)
-    targets = gather(targets, index).long()  # (n,)
+    targets = gather(targets, index).long().contiguous()  # (n,)
     if targets.numel():
         low, high = (int(x) for x in torch.aminmax(targets))
         if low < 0 or high >= V:

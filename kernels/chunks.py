@@ -8,9 +8,10 @@ Two ways to cut the n x V logits so that only a piece exists at a time:
 
 import torch
 
-CHUNK_BYTES = 4 << 20  # a piece that stays in the cache: several elementwise passes follow each product
+CPU_PIECE = 4 << 20  # bytes that stay in the cache: several elementwise passes follow each product
 FLOOR = 16  # rows or columns in the smallest piece; below this a product runs at the speed of memory
-ALIGN = 16  # rows of logits start at multiples of 64 bytes: an odd V (50257) costs a third of the product's speed otherwise
+ALIGN = 64  # rows of logits start at multiples of 64 elements: an odd V (50257) would cost a CPU a third of the
+# product's speed, and a GPU its 16-byte loads and stores
 
 
 def wide(dtype):
@@ -18,14 +19,15 @@ def wide(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def pieces(length, one, budget):
-    """How many rows (columns) of `one` bytes each to take at once: 256 or more, so that the products run at full speed
-    and the weight is not read too often; as many as fit the cache if that is more; at most half the budget (the rest is
-    for temporaries), but never less than FLOOR."""
+def pieces(length, one, budget, device="cpu"):
+    """How many rows (columns) of `one` bytes each to take at once: at most half the budget (the rest is for
+    temporaries), but never less than FLOOR. A CPU takes 256 or more, so that the products run at full speed and the
+    weight is not read too often, and as many as fit the cache if that is more; a GPU takes all that it may: each piece
+    reads the weight, and often reads and writes dW."""
     one = max(1, one)
-    wanted = max(256, CHUNK_BYTES // one)
-    allowed = max(FLOOR, min(budget, 1 << 62) // (2 * one))
-    count = max(1, -(-length // min(wanted, allowed)))
+    allowed = max(FLOOR, int(min(budget, 1 << 62)) // (2 * one))
+    wanted = max(256, CPU_PIECE // one) if torch.device(device).type == "cpu" else length
+    count = max(1, -(-length // max(1, min(wanted, allowed))))
     even = -(-length // count)  # the last piece as large as the others
     return int(max(1, min(length, -(-even // FLOOR) * FLOOR, max(FLOOR, allowed // FLOOR * FLOOR))))
 
@@ -54,32 +56,47 @@ def scatter(values, index, length):
     return values if index is None or values is None else values.new_zeros(length).index_copy(0, index, values)
 
 
-def project_(out, hidden, weight, scale):
-    """out (n, v or more) <- scale * hidden (n, D) @ weight (v, D)^T in fp32 (fp64), -inf beyond v -> out."""
-    v = weight.shape[0]
-    logits = out[:, :v]  # (n, v)
-    if hidden.dtype == out.dtype:
-        logits.addmm_(hidden, weight.T, beta=0, alpha=scale)  # beta=0: what stood there is never read
-    else:  # bf16: the product accumulates in fp32, but torch on a CPU rounds what it stores; see sharpen_
-        logits.copy_(hidden @ weight.T)
-        if scale != 1:
-            logits.mul_(scale)
-    if v < out.shape[1]:
-        out[:, v:] = -torch.inf
-    return out
+# ---- products: bf16 operands, fp32 accumulation, and the result in fp32 wherever the library can store it ----
 
 
-def sharpen_(logits, hidden, weight, targets, scale):
-    """Put the target's logit, computed in full precision, back into rounded logits (n, V). A bf16 logit has 8 bits, and
-    the rounding of this one is nearly all of a log-prob's error: that of the others averages out in the sum."""
-    if hidden.dtype != logits.dtype:
-        exact = hidden.to(logits.dtype) * weight.index_select(0, targets).to(logits.dtype)  # (n, D)
-        logits.scatter_(1, targets[:, None], exact.sum(1, keepdim=True) * scale)
-    return logits
+def product(left, right, out=None):
+    """left (a, k) @ right (k, b) -> (a, b) in fp32 (fp64). bf16 on a CPU: accumulated in fp32, but rounded when stored."""
+    dtype = wide(left.dtype)
+    if left.dtype == dtype:
+        return torch.mm(left, right, out=out)
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=dtype, out=out)
+    return (left @ right).to(dtype) if out is None else out.copy_(left @ right)
 
 
 def add_product_(total, left, right):
-    """total (a, b), fp32 (fp64) <- total + left (a, k) @ right (k, b), the product in right's dtype."""
-    if total.dtype == right.dtype:
+    """total (a, b), fp32 (fp64) <- total + left (a, k) @ right (k, b)."""
+    if left.dtype == total.dtype:
         return total.addmm_(left, right)
+    if left.is_cuda:
+        try:
+            return torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+        except RuntimeError:  # some versions of torch refuse an fp32 total beside bf16 factors
+            return total.add_(product(left, right))
     return total.add_(left @ right)
+
+
+def project_(out, hidden, weight, column=None, rounded=None):
+    """out (n, v or more) <- hidden (n, D) @ weight (v, D)^T in fp32 (fp64), -inf beyond v -> out. rounded (n, v): that
+    product as the library stored it, if there is one already.
+
+    column (n,) int64: where among the v a token's target stands. A bf16 logit has 8 bits, and where the product is
+    stored rounded (on a CPU), the rounding of this one is nearly all of a log-prob's error: that of the others averages
+    out in the sum. So it is computed again in fp32. Outside [0, v) the target stands elsewhere."""
+    v = weight.shape[0]
+    if rounded is None:
+        product(hidden, weight.T, out=out[:, :v])
+    else:
+        out[:, :v] = rounded
+    if v < out.shape[1]:
+        out[:, v:] = -torch.inf
+    if column is not None and hidden.dtype != out.dtype and not hidden.is_cuda:
+        here = ((column >= 0) & (column < v)).nonzero()[:, 0]  # (tokens whose target is among the v,)
+        place = column[here]
+        out[here, place] = (hidden[here].to(out.dtype) * weight[place].to(out.dtype)).sum(1)
+    return out

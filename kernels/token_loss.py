@@ -11,9 +11,8 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .chunks import padded, pieces, project_, sharpen_, spans, wide
-from .linear_logprob import forward, slices_backward, unit_backward
-from .rows import softmax_
+from .chunks import add_product_, product, wide
+from .linear_logprob import fill, unit_chunks
 
 
 def losses_of(token_loss, logprob, index, train):
@@ -34,35 +33,29 @@ class LinearTokenLoss(Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, index, token_loss, temperature, budget, train):
-        n, V, P, size, scale = len(hidden), len(weight), padded(len(weight)), wide(hidden.dtype), 1 / temperature
-        ctx.dtype, needs = hidden.dtype, [train and need for need in ctx.needs_input_grad[:2]]
-        if train and hidden.dtype != size:
-            # A bf16 product comes out rounded, and adding up chunks would round dW again and again. So S is kept or
-            # formed again for all tokens, as in linear_logprob: each row of dW comes out of one product.
-            stats, unit = forward(hidden, weight, targets, scale, False, budget, True)
-            losses, g = losses_of(token_loss, stats[0].clone(), index, True)
-            backward = slices_backward if unit is None else unit_backward
-            ctx.grads = backward(hidden, weight, targets, stats, unit, needs, scale, budget, g, None)
-            return losses.to(size)
-        step = pieces(n, P * size.itemsize, budget)
-        room = hidden.new_empty(step, P, dtype=size)
+        n, size, scale = len(hidden), wide(hidden.dtype), 1 / temperature
+        stats = hidden.new_empty(4, n, dtype=size)
+        if not train:
+            fill(hidden, weight, targets, scale, budget, stats)
+            return losses_of(token_loss, stats[0].clone(), index, False)[0].to(size)
+        needs = ctx.needs_input_grad
         losses = hidden.new_empty(n, dtype=size)
-        d_hidden = torch.empty_like(hidden) if needs[0] else None  # (n, D)
-        d_weight = torch.zeros_like(weight) if needs[1] else None  # (V, D)
-        for a, b in spans(n, step):
-            x, target = hidden[a:b], targets[a:b]  # (rows, D), (rows,)
-            z = sharpen_(project_(room[: b - a], x, weight, scale), x, weight, target, scale)  # (rows, P)
-            logprob = softmax_(z, target)[0]  # (rows,); z is p now
-            losses[a:b], g = losses_of(token_loss, logprob, index[a:b], train)
-            if train:
-                g = (g * -scale)[:, None]  # (rows, 1)
-                z.scatter_add_(1, target[:, None], z.new_full((b - a, 1), -1.0))  # p becomes S
-                unit = z[:, :V]  # (rows, V)
-                if needs[0]:
-                    torch.mm(unit, weight, out=d_hidden[a:b]).mul_(g)
-                if needs[1]:
-                    d_weight.addmm_(unit.T, x * g)
-        ctx.grads = d_hidden, d_weight
+        d_hidden = torch.zeros_like(hidden) if needs[0] else None  # (n, D)
+        d_weight = torch.zeros_like(weight) if needs[1] and n == 0 else None  # (V, D)
+        for a, b, unit in unit_chunks(hidden, weight, targets, scale, budget, stats):  # S (rows, V)
+            losses[a:b], g = losses_of(token_loss, stats[0, a:b].clone(), index[a:b], True)
+            g = (g * -scale)[:, None]  # (rows, 1)
+            if needs[0]:
+                d_hidden[a:b] = product(unit, weight).mul_(g)
+            if needs[1]:
+                scaled = (hidden[a:b] * g).to(hidden.dtype)  # (rows, D)
+                if a == 0 and b == n:
+                    d_weight = unit.T @ scaled  # one product, rounded once
+                elif a == 0:
+                    d_weight = product(unit.T, scaled)  # fp32 (fp64): chunks are added up without rounding
+                else:
+                    add_product_(d_weight, unit.T, scaled)
+        ctx.grads, ctx.dtype = (d_hidden, d_weight), hidden.dtype
         return losses
 
     @staticmethod
@@ -82,9 +75,9 @@ class LinearTokenLoss(Function):
                     "token_loss"
                 )
             scale = low
-        # Scaled where they stand and handed over, unless the graph is kept for another backward (the engine knows; the
-        # backward of torch.compile asks it the same way). A copy of dW can be larger than all the chunks.
-        again = torch._C._autograd._get_current_graph_task_keep_graph()
+        # Scaled where they stand and handed over, unless the graph is kept for another backward (the engine knows; where
+        # it cannot be asked, copies are safe). A copy of dW can be larger than all the chunks.
+        again = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
         grads = [None if d is None else d * scale if again else d.mul_(scale) for d in ctx.grads]
         if not again:
             ctx.grads = None
