@@ -14,9 +14,10 @@ modelling and policy optimisation in one step. `--loss` names a relative; each i
 
     python dpo.py                               the embedded world's noisy comparisons of out/sft -> out/dpo
     python dpo.py --loss kto --out out/kto      another member of the family
+    python dpo.py --loss orpo --init out/base --data out/pairs.jsonl --out out/orpo        from the base model in one stage
     python dpo.py --init DIR --data pairs.jsonl any checkpoint, any file of preferences (KTO: or of single judged replies)
 
-Watch: loss (for dpo ln 2 = .693 at step 0, exactly, because policy and reference are the same then; down to .6 or so), accuracy
+Watch: loss (for dpo ln 2 = .693 at step 0 because policy and reference are the same then, exactly in float32; down to .6), accuracy
 (of h_w > h_l, from .5 up), chosen_logps and rejected_logps. Both usually *fall*, the rejected faster: the loss asks for a
 difference, and lowering both is the cheapest way to get one. That is expected; the chosen falling as fast is not.
 
@@ -38,7 +39,7 @@ from data.collate import collate, encode_pairs, encode_unpaired, epochs, in_batc
 from model import GPT
 
 LOSSES = ["dpo", "cdpo", "robust", "ipo", "hinge", "simpo", "orpo", "kto"]
-BETA = {"ipo": 0.5, "simpo": 2.0, "hinge": 0.2}  # the embedded world's defaults, where not .2
+BETA = {"ipo": 0.5, "simpo": 2.0}  # the embedded world's defaults, where not .2
 
 
 @dataclass
@@ -145,7 +146,8 @@ def mismatched_kl(log_ratios):
 def batch_losses(config, logps, ref_logps, sizes, labels):
     """--loss of each pair (B,). logps, ref_logps (B, 2): chosen and rejected (KTO: the reply and one to another prompt), summed.
 
-    sizes (B, 2): their tokens; labels (B,): the probability that chosen is the better one (KTO: 1 for a good reply, 0 for a bad one).
+    sizes (B, 2): their tokens; labels (B,): the probability that chosen is the better one, which dpo and cdpo read and the others
+    take for certain (KTO: 1 for a good reply, 0 for a bad one).
     """
     four = *logps.unbind(1), *ref_logps.unbind(1)  # (B,) each
     averages = (logps / sizes).unbind(1)  # (B,) each, nats per token
@@ -170,9 +172,10 @@ def batch_losses(config, logps, ref_logps, sizes, labels):
             return kto_loss(log_ratios, labels > 0.5, mismatched_kl(mismatched), config.beta, *weights)
 
 
-def batch_metrics(config, logps, ref_logps, labels):
+def batch_metrics(config, logps, ref_logps, sizes, labels):
     """What to watch, from (B, 2) log-probs without gradient: how well the implicit rewards tell good from bad."""
-    rewards = config.beta * (logps - ref_logps)  # (B, 2), up to a constant per prompt
+    averaged = config.loss in ("simpo", "orpo") or (config.loss == "ipo" and not config.summed)
+    rewards = config.beta * (logps - ref_logps) / (sizes if averaged else 1)  # (B, 2), up to a constant per prompt
     if config.loss == "kto":
         good, kl = labels > 0.5, mismatched_kl(rewards[:, 1])  # (B,) bool, a number
         chosen, rejected = (rewards[side, 0] for side in (good, ~good))  # (n,) each, either may be empty
@@ -198,9 +201,14 @@ def sequence_logps(model, examples):
     return logprobs.view(batch.mask.shape).sum(1)  # zero outside the mask
 
 
-def pair_logps(model, pairs):
-    """Pairs of examples -> log-probs of both sides (B, 2), in one forward pass."""
-    return torch.stack(sequence_logps(model, [side for pair in zip(*pairs, strict=True) for side in pair]).chunk(2), dim=1)
+def pair_logps(model, pairs, second=True):
+    """Pairs of examples -> log-probs of both sides (B, 2), in one forward pass; unless `second`, no gradient for the second side."""
+    first_ones, second_ones = zip(*pairs, strict=True)
+    if second:
+        return torch.stack(sequence_logps(model, first_ones + second_ones).chunk(2), dim=1)
+    with torch.no_grad():
+        others = sequence_logps(model, second_ones)
+    return torch.stack([sequence_logps(model, first_ones), others], dim=1)
 
 
 @torch.no_grad()
@@ -210,14 +218,12 @@ def all_logps(model, pairs, size=256):
 
 
 def load_pairs(config, policy, encoding):
-    """--data or the embedded world -> pairs of examples, labels (N,), and what to say of them. KTO: pairs of (reply, mismatched reply).
-
-    A soft label below 1/2 means that "rejected" is the better one: those two change places.
-    """
+    """--data or the embedded world -> pairs of examples, labels, and what to say of them. KTO: pairs of (reply, mismatched reply)."""
     unpaired, source = config.loss == "kto", ", ".join(map(str, config.data)) or "the embedded world"
     if config.data:
         records = [record for path in config.data for record in formats.read(path, "unpaired" if unpaired else "preference")]
     else:
+        run.require(config.init != "scratch", "--init scratch has no replies to compare: name files with --data")
         prompts = world.prompts(config.prompts, config.seed)
         records = annotators.preferences(policy, encoding, prompts, config.agreement, config.seed)
         records = [side for record in records for side in formats.reading(record, "unpaired" if unpaired else "preference")]
@@ -227,10 +233,10 @@ def load_pairs(config, policy, encoding):
         run.require(both or not pairs, f"KTO learns from good replies and bad ones, and {source} holds only one kind: add the other")
     else:
         pairs, labels, dropped = encode_pairs(records, encoding, policy.config.context)
-        pairs = [pair if label >= 0.5 else pair[::-1] for pair, (label, _) in zip(pairs, labels, strict=True)]
-        labels = [max(label, 1 - label) for label, _ in labels]
+        labels = [label for label, _ in labels]
     run.require(pairs, f"none of the {len(records)} records of {source} fits the model's context of {policy.config.context} tokens")
-    return pairs, labels, f"{len(pairs)} {'judged replies' if unpaired else 'pairs'}, {dropped} dropped (too long, or two equal sides)"
+    kind, why = ("judged replies", "too long") if unpaired else ("pairs", "too long, or two equal sides")
+    return pairs, labels, f"{len(pairs)} {kind}, {dropped} dropped ({why})"
 
 
 def main(config):
@@ -259,7 +265,8 @@ def main(config):
     held_out, training = torch.arange(len(pairs)).split([kept_back, len(pairs) - kept_back])
 
     # --- the reference: all that is ever needed of it is two numbers per pair, computed once; no second model is kept
-    ref_logps = torch.zeros_like(sizes, dtype=torch.float32) if config.loss in ("simpo", "orpo") else all_logps(policy, pairs)  # (N, 2)
+    with job.autocast():  # at the precision of training, or the first loss is not ln 2
+        ref_logps = torch.zeros_like(sizes, dtype=torch.float32) if config.loss in ("simpo", "orpo") else all_logps(policy, pairs)  # (N, 2)
 
     # --- training
     steps = config.steps or math.ceil(1.5 * len(training) / config.batch_size)
@@ -268,14 +275,15 @@ def main(config):
     for step in job.steps(steps):
         rows = training[next(batches)]  # (B,)
         with job.autocast():
-            logps = pair_logps(policy, [pairs[i] for i in rows])  # (B, 2)
+            logps = pair_logps(policy, [pairs[i] for i in rows], second=config.loss != "kto")  # (B, 2)
         losses = batch_losses(config, logps, ref_logps[rows], sizes[rows], labels[rows])
         losses.mean().backward()
         lr, grad_norm = run.update(optimizer, policy, step, steps, config.lr, warmup=steps // 10)
-        metrics = {"loss": losses.detach().mean(), **batch_metrics(config, logps.detach(), ref_logps[rows], labels[rows])}
+        metrics = {"loss": losses.detach().mean(), **batch_metrics(config, logps.detach(), ref_logps[rows], sizes[rows], labels[rows])}
         metrics |= {"grad_norm": grad_norm, "lr": lr}
         if kept_back and ((step + 1) % max(1, steps // 5) == 0 or step + 1 == steps):
-            now = all_logps(policy, [pairs[i] for i in held_out])  # (N, 2)
+            with job.autocast():
+                now = all_logps(policy, [pairs[i] for i in held_out])  # (N, 2)
             metrics["held_out_loss"] = batch_losses(config, now, ref_logps[held_out], sizes[held_out], labels[held_out]).mean()
         job.log(step, **metrics)
 

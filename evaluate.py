@@ -2,7 +2,7 @@
 
     python evaluate.py recipe                            pretrain, SFT, reward model, DPO, PPO on the embedded world; scoreboard
     python evaluate.py recipe --seeds 1 2 3 --out DIR    the same once per seed; means, intervals and the worst seed
-    python evaluate.py scoreboard --runs out/*           measure run directories: table, JSON and an HTML report
+    python evaluate.py scoreboard --runs out/*/          measure run directories: table, JSON and an HTML report
     python evaluate.py chat out/dpo                      talk to any of them in the terminal
 
 On the embedded world every reply has a true score, which no training ever saw. Per model, on held-out prompts, sampling at
@@ -56,7 +56,7 @@ def answer(model, encoding, conversations, chats, max_new_tokens=MAX_NEW_TOKENS,
     """One reply each: (its ids, whether it ended by itself, its text). A base model is asked in raw text, line by line."""
     if chats:
         return annotators.sample(model, encoding, conversations, max_new_tokens, temperature, seed)
-    stops = encoding.encode_ordinary("\n") + [encoding._special_tokens[chat.END_OF_TEXT]]
+    stops = encoding.encode_ordinary("\n") + chat.stop_ids(encoding)[1:]
     ids = [encoding.encode_ordinary(world.plain_prompt(messages)) for messages in conversations]
     generator = torch.Generator(model.device).manual_seed(seed)
     replies = model.generate(ids, max_new_tokens, temperature, stop_id=stops, generator=generator)
@@ -180,6 +180,9 @@ def scoreboard(directories, sft_directory, n=1300, device="cpu", data=(), max_ne
     judges = [model for model, _, _ in opened.values() if model.config.head == "score"]
     sft, encoding, _ = open_run(sft_directory, device)
     run.require(sft.config.head == "lm", f"--sft {sft_directory} is a reward model: name the language model that others are compared with")
+    for directory, (_, other, _) in opened.items():  # the reference reads their ids
+        same = other._mergeable_ranks == encoding._mergeable_ranks
+        run.require(same, f"{directory} has another vocabulary than --sft {sft_directory}: measure models of one family")
     prompts = [record for path in data for record in formats.read(path, "prompt")] if data else world.prompts(n, seed=0, held=True)
     room = min(model.config.context for model, _, _ in [(sft, 0, 0), *opened.values()]) - max_new_tokens - 1
     prompts = [record for record in prompts if len(chat.prompt(record.messages, encoding)) <= room][:n]
@@ -258,29 +261,29 @@ def report(path, board, skills, samples, prompts, directories):
 
 @dataclass
 class Scoreboard:
-    runs: list = field(default_factory=list)  # run directories to measure (default: those under out/)
+    runs: list = field(default_factory=list)  # run directories to measure (default: all under out/)
     sft: str = "out/sft"  # the SFT run that kl and win_rate refer to
     data: list = field(default_factory=list)  # files whose prompts are asked; none: held-out prompts of the embedded world
     out: str = "out"  # directory for scoreboard.json and report.html
     prompts: int = 1300  # how many prompts at most; the world's have every skill equally often
     max_new_tokens: int = MAX_NEW_TOKENS  # longest reply
-    device: str = "cpu"  # cpu, cuda, ...
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
 
 
 def scoreboard_main(config):
-    runs = config.runs or [f"out/{stage}" for stage in STAGES if Path(f"out/{stage}").exists()]
+    found = sorted(path.parent for path in Path("out").glob("*/run.json") if path.parent.suffix != ".partial")
+    runs = config.runs or sorted(found, key=lambda path: (STAGES + [path.name]).index(path.name))
     run.require(runs, "there is no run under out/: name run directories to measure")
     names = [Path(directory).name for directory in runs]
     run.require(len(set(names)) == len(names), f"two of the runs have the same name ({', '.join(names)}), and rows go by it: rename one")
-    options = dict(n=config.prompts, device=config.device, data=config.data, max_new_tokens=config.max_new_tokens)
+    options = dict(n=config.prompts, device=run.device(config.device), data=config.data, max_new_tokens=config.max_new_tokens)
     write_scoreboard(runs, config.sft, Path(config.out), **options)
 
 
 def write_scoreboard(runs, sft, out, **options):
     """Measures as `scoreboard` does, prints the table, and writes scoreboard.json, skills.json and report.html into `out`."""
     board, golds, texts, prompts = scoreboard(runs, sft, **options)
-    judged = "gold" in next((row for row in board.values() if "length" in row), {})
-    skills = {name: by_skill(prompts, values) for name, values in golds.items()} if judged else {}
+    skills = {} if options.get("data") else {name: by_skill(prompts, values) for name, values in golds.items()}
     out.mkdir(parents=True, exist_ok=True)
     run.write_json(out / "scoreboard.json", board)
     run.write_json(out / "skills.json", skills)
@@ -300,7 +303,10 @@ def recipe_main(config):
     if not config.seeds:
         recipe(Path(config.out), 0)
         return
-    seeds = [int(seed) for seed in config.seeds]
+    run.require(
+        all(seed.isdigit() for seed in map(str, config.seeds)), f"--seeds must be whole numbers, not {' '.join(map(str, config.seeds))}"
+    )
+    seeds = sorted({int(seed) for seed in config.seeds})
     results = {seed: recipe(Path(config.out) / f"seed-{seed}", seed, keep=True) for seed in seeds}
     boards = {seed: board for seed, (board, _) in results.items()}
     rows = summary(list(boards.values()))
@@ -311,7 +317,7 @@ def recipe_main(config):
 
 def recipe(out, seed, keep=False):
     """The whole chain for one seed. After SFT the two halves do not need each other: reward model and PPO beside DPO."""
-    cores = len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def stage(name, threads, *command):

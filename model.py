@@ -230,7 +230,8 @@ class GPT(nn.Module):
         """hidden (B, T, D) -> one scalar per position (B, T), fp32; for models with a scalar head."""
         if self.config.head != "score":
             raise ValueError("this checkpoint has a vocabulary head and no scalar head: train one with reward.py")
-        return F.linear(hidden.float(), self.score_head.weight.float(), self.score_head.bias.float()).squeeze(-1)
+        with torch.autocast(hidden.device.type, enabled=False):  # a bf16 score would have three digits
+            return F.linear(hidden.float(), self.score_head.weight.float(), self.score_head.bias.float()).squeeze(-1)
 
     def grow(self, vocab_size):
         """Adds rows to the vocabulary (new special tokens), drawn around the mean embedding so that they start unremarkable."""

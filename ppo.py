@@ -13,22 +13,26 @@ Each iteration samples a reply to every prompt of a batch and turns it into a sm
 The critic is one way to know what to expect of a prompt. Another is to sample it K times and compare (`--advantage`), one
 advantage for all tokens of a reply, with R the score minus the KL penalty of the whole reply, and no critic at all:
 
-    rloo        A_i = R_i - mean of the others' R                                     (Ahmadian et al. 2024, sec. 2.3)
+    rloo        A_i = R_i - mean of the others' R                                     (Ahmadian et al. 2024)
     grpo        A_i = (R_i - mean) / (std + 1e-4), each reply's loss over its length  (Shao et al. 2024, eq. 3)
-    dr-grpo     A_i = R_i - mean, over a constant length                              (Liu et al. 2025, sec. 3.2)
+    dr-grpo     A_i = R_i - mean, over a constant length                              (Liu et al. 2025)
+
+DEVIATION: all of them keep PPO's clipped ratio and the KL in the reward. RLOO's paper takes one plain step per batch, which is the
+same at --minibatches 1; GRPO's adds k3 to the loss, whose gradient is not that of KL(pi || pi_ref) (tests/test_optimum.py).
 
     python ppo.py                                          out/sft against out/reward on the embedded world -> out/ppo
     python ppo.py --advantage rloo --out out/rloo          the same without a critic
     python ppo.py --init DIR --reward DIR --data prompts.jsonl
 
 Watch: score (the reward model's opinion: rises), kl (nats per reply to the reference: rises slowly; if it runs away, raise beta),
-ratio_first (exactly 1 on the first minibatch: sampling and training agree on every log-prob), ended (replies that stopped by
+ratio_first (1 on the first minibatch: sampling and training agree on every log-prob; in float32 to 1e-5), ended (replies that stopped by
 themselves: near 1). On the embedded world `gold` is the truth, logged and never trained on: score up and gold down is reward hacking.
 
 What everybody gets wrong: the end-of-turn token is an action too. It gets a log-prob, a KL penalty and an advantage, and the
 score sits on it, not one position later; a reply that never ends gets a fixed low score instead.
 """
 
+import contextlib
 import copy
 import random
 from dataclasses import dataclass, field
@@ -49,7 +53,7 @@ ADVANTAGES = ["gae", "rloo", "grpo", "dr-grpo"]
 class Config:
     init: str = "out/sft"  # checkpoint directory of the policy, and of its reference; "scratch": random weights
     reward: str = "out/reward"  # checkpoint directory of the reward model; the critic starts from it too
-    tokenizer: str = ""  # vocabulary directory (default: the one of --init)
+    tokenizer: str = ""  # vocabulary directory (default: the one of --init; from scratch: the reward model's)
     data: list = field(default_factory=list)  # files whose prompts are asked; none: the embedded world
     out: str = ""  # run directory (default: out/ppo, replaced when complete)
     overwrite: bool = False  # replace a run that --out already holds
@@ -59,7 +63,7 @@ class Config:
     group_size: int = 4  # rloo, grpo, dr-grpo: replies to one prompt
     minibatches: int = 2  # optimiser steps per epoch over the batch
     ppo_epochs: int = 1  # passes over each batch
-    critic_warmup: int = 3  # gae: first iterations, in which only the critic learns
+    critic_warmup: int = 3  # gae: first iterations, a tenth of all at most, in which only the critic learns
     max_new_tokens: int = 24  # longest reply
     temperature: float = 1.0  # of sampling, and of every log-prob
     beta: float = 0.2  # KL strength, or where it starts
@@ -122,8 +126,12 @@ def value_loss(values, old_values, returns, mask, clip_eps):
 
 
 def rloo_advantages(scores):
-    """REINFORCE leave-one-out. scores (N prompts, K samples) -> each minus the mean of the K - 1 others, same shape."""
+    """REINFORCE leave-one-out. scores (N prompts, K samples) -> each minus the mean of the K - 1 others, same shape.
+
+    Raises ValueError for K < 2: one sample has no others.
+    """
     K = scores.shape[1]
+    run.require(K > 1, f"scores: shape {tuple(scores.shape)}, expected (N, K) with K at least 2: one sample has no others")
     return (scores - scores.mean(1, keepdim=True)) * K / (K - 1)
 
 
@@ -134,7 +142,8 @@ def grpo_advantages(scores, scale=True):
 
 
 def adapted(beta, kl, target, replies):
-    """The KL coefficient after a batch of so many replies that strayed `kl` nats each on average (Ziegler et al. 2019, sec. 2.2)."""
+    """The KL coefficient after a batch of so many replies that strayed `kl` nats each on average: Ziegler et al. 2019, sec. 2.2, with
+    the gain of their code."""
     error = min(max(kl / target - 1, -0.2), 0.2)
     return beta * (1 + error * replies / 10000)
 
@@ -165,8 +174,11 @@ def token_logprobs(model, batch, temperature):
 
 
 @torch.no_grad()
-def rollout(config, beta, policy, ref, critic, reward_model, prompts, stops, generator):
-    """Samples replies to the prompts (ids) and computes all that the update needs, once: the old policy's view of its own replies."""
+def rollout(config, beta, policy, ref, critic, reward_model, prompts, stops, generator, autocast=contextlib.nullcontext):
+    """Samples replies to the prompts (ids) and computes all that the update needs, once: the old policy's view of its own replies.
+
+    autocast: the precision of training, for every log-prob that will be compared with training's.
+    """
     samples = 1 if critic else config.group_size
     replies, sampled = policy.generate(
         prompts, config.max_new_tokens, config.temperature, stop_id=stops, generator=generator, return_logprobs=True, samples=samples
@@ -176,7 +188,10 @@ def rollout(config, beta, policy, ref, critic, reward_model, prompts, stops, gen
     batch = batch.to(policy.device)
     old_logprobs = torch.zeros_like(batch.weights)  # (B, T)
     old_logprobs[batch.mask] = torch.tensor([x for row in sampled for x in row], device=policy.device)  # row by row, as the mask runs
-    ref_logprobs = token_logprobs(ref, batch, config.temperature)  # (B, T)
+    with autocast():
+        ref_logprobs = token_logprobs(ref, batch, config.temperature)  # (B, T)
+        if torch.is_autocast_enabled(batch.inputs.device.type):  # what was sampled in float32 is read again as training will read it
+            old_logprobs = token_logprobs(policy, batch, config.temperature)
     ended = torch.tensor([r[-1] in stops for r in replies], device=policy.device)  # (B,)
     scores = score(reward_model, [p + r for p, r in zip(prompts, replies, strict=True)])  # (B,)
     scores = torch.where(ended, scores, config.no_end_score)
@@ -240,6 +255,7 @@ def main(config):
 
     # --- training
     stops, generator = chat.stop_ids(encoding), torch.Generator(job.device).manual_seed(config.seed)
+    shuffler = torch.Generator().manual_seed(config.seed)  # of the minibatches
     optimizer = run.optimizer(policy, config.lr, eps=1e-5)
     critic_optimizer = run.optimizer(critic, config.critic_lr, eps=1e-5) if critic else None
     beta = config.beta
@@ -247,11 +263,12 @@ def main(config):
         while len(queue) < config.batch_size // K:
             queue += shuffle.sample(fitting, len(fitting))
         asked, queue = queue[: config.batch_size // K], queue[config.batch_size // K :]
-        old = rollout(config, beta, policy, ref, critic, reward_model, [ids for ids, _ in asked], stops, generator)
-        learning, losses = not critic or step >= config.critic_warmup, []
+        ids = [prompt for prompt, _ in asked]
+        old = rollout(config, beta, policy, ref, critic, reward_model, ids, stops, generator, job.autocast)
+        learning, losses = not critic or step >= min(config.critic_warmup, config.steps // 10), []
         for _ in range(config.ppo_epochs):
-            order = torch.randperm(config.batch_size, generator=torch.Generator().manual_seed(config.seed + step))
-            for rows in order.to(job.device).chunk(config.minibatches):
+            order = torch.randperm(config.batch_size, generator=shuffler).to(job.device)
+            for rows in order.tensor_split(config.minibatches):
                 part = Batch(*(tensor[rows] for tensor in old.batch))
                 mask = part.mask
                 if critic:
@@ -272,6 +289,7 @@ def main(config):
                 losses.append((p_loss.detach(), ratio, grad_norm))
 
         metrics = {"score": old.scores.mean(), "kl": old.kl.sum(1).mean(), "ended": old.ended.float().mean(), "beta": beta}
+        metrics["kl_k3"] = kernels.kl_estimate(old.kl, torch.zeros_like(old.kl), "k3").sum(1).mean()  # the same with less noise
         metrics["length"] = old.batch.mask.sum(1).float().mean()
         if critic:
             metrics["value_loss"] = v_loss.detach()

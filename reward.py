@@ -112,7 +112,8 @@ def main(config):
     order = list(range(len(pairs)))
     random.Random(config.seed).shuffle(order)
     kept_back = min(500, len(order) // 10, 8 * config.batch_size)
-    held_out, kept = [pairs[i] for i in order[:kept_back]], order[kept_back:]
+    held_out, kept = order[:kept_back], order[kept_back:]
+    labels = torch.tensor(labels, device=job.device)  # (N, 2) label, margin
 
     # --- training
     steps = config.steps or math.ceil(1.5 * len(kept) / config.batch_size)
@@ -122,8 +123,7 @@ def main(config):
         chosen_ones = [kept[i] for i in next(batches)]
         with job.autocast():
             chosen_scores, rejected_scores = score_pairs(model, [pairs[i] for i in chosen_ones])  # (B,) each
-        label = torch.tensor([labels[i][0] for i in chosen_ones], device=job.device)
-        margin = torch.tensor([labels[i][1] for i in chosen_ones], device=job.device)
+        label, margin = labels[chosen_ones].unbind(1)  # (B,) each
         loss = bradley_terry_loss(chosen_scores, rejected_scores, margin, label).mean()
         loss.backward()
         lr, grad_norm = run.update(optimizer, model, step, steps, config.lr, warmup=steps // 20)
@@ -131,9 +131,10 @@ def main(config):
         metrics = {"loss": loss.detach(), "accuracy": (difference > 0).float().mean(), "margin": difference.mean(), "lr": lr}
         metrics["grad_norm"] = grad_norm
         if held_out and ((step + 1) % max(1, steps // 5) == 0 or step + 1 == steps):
-            chosen_scores, rejected_scores = score_all(model, held_out)
+            label, margin = labels[held_out].unbind(1)
+            chosen_scores, rejected_scores = score_all(model, [pairs[i] for i in held_out])
             metrics["held_out_accuracy"] = (chosen_scores > rejected_scores).float().mean()
-            metrics["held_out_loss"] = bradley_terry_loss(chosen_scores, rejected_scores).mean()
+            metrics["held_out_loss"] = bradley_terry_loss(chosen_scores, rejected_scores, margin, label).mean()
         job.log(step, **metrics)
 
     normalise(model, [pairs[i] for i in order[:1000]])

@@ -132,7 +132,7 @@ def main(config):
             loss += micro_loss.detach()
         lr, grad_norm = run.update(optimizer, model, step, config.steps, config.lr, warmup=config.steps // 20)
         metrics = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": supervised}
-        if held_out and (step + 1) % max(1, config.steps // 10) == 0:
+        if held_out and ((step + 1) % max(1, config.steps // 10) == 0 or step + 1 == config.steps):
             metrics["held_out_loss"] = held_out_loss(model, held_out)
         job.log(step, **metrics)
 

@@ -50,19 +50,20 @@ def strength(differences, agreement):
     return low
 
 
-def sample(model, encoding, prompts, max_new_tokens, temperature=1.0, seed=0, batch=512):
-    """One reply per conversation: (ids, whether it ended by itself, its text) for each."""
+def sample(model, encoding, prompts, max_new_tokens, temperature=1.0, seed=0, samples=1, batch=512):
+    """Replies to each conversation: (ids, whether it ended by itself, its text) of each; those to the same one stand together."""
     stops, generator = chat.stop_ids(encoding), torch.Generator(model.device).manual_seed(seed)
     ids = [chat.prompt(messages, encoding) for messages in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # prompts of like length together: less padding to read
-    replies = [None] * len(ids)
-    for start in range(0, len(ids), batch):
-        rows = order[start : start + batch]
-        sampled = model.generate([ids[i] for i in rows], max_new_tokens, temperature, stop_id=stops, generator=generator)
-        for i, reply in zip(rows, sampled, strict=True):
+    replies = [[] for _ in ids]
+    for start in range(0, len(ids), batch // samples):
+        rows = order[start : start + batch // samples]
+        options = dict(stop_id=stops, generator=generator, samples=samples)
+        sampled = model.generate([ids[i] for i in rows], max_new_tokens, temperature, **options)
+        for i, reply in zip([i for i in rows for _ in range(samples)], sampled, strict=True):
             ended = reply[-1] in stops
-            replies[i] = reply, ended, encoding.decode(reply[:-1] if ended else reply)
-    return replies
+            replies[i].append((reply, ended, encoding.decode(reply[:-1] if ended else reply)))
+    return [reply for group in replies for reply in group]
 
 
 def preferences(model, encoding, prompts, agreement=0.75, seed=0):
@@ -72,14 +73,14 @@ def preferences(model, encoding, prompts, agreement=0.75, seed=0):
     Raises ValueError if nothing is left.
     """
     messages = [record.messages for record in prompts]
-    first, second = (sample(model, encoding, messages, 24, seed=2 * seed + side) for side in (0, 1))
-    pairs = [(m, a, b) for m, a, b in zip(messages, first, second, strict=True) if a[2] != b[2]]
+    replies = sample(model, encoding, messages, 24, seed=seed, samples=2)
+    pairs = [(m, a, b) for m, a, b in zip(messages, replies[::2], replies[1::2], strict=True) if a[2] != b[2]]
     pairs = [(m, a, b) for m, a, b in pairs if a[2].strip() and b[2].strip()]
     run.require(pairs, "no prompt got two different replies: there is nothing to compare")
     gaps = [world.judge(m, a[2], a[1])["gold"] - world.judge(m, b[2], b[1])["gold"] for m, a, b in pairs]
     steep, rng, records = strength(gaps, agreement), random.Random(f"annotators {seed}"), []
     for (prompt, a, b), gap in zip(pairs, gaps, strict=True):
-        if rng.random() > 1 / (1 + math.exp(-steep * gap)):
+        if rng.random() > 1 / (1 + math.exp(min(-steep * gap, 500.0))):
             a, b = b, a
         chosen, rejected = ([{"role": "assistant", "content": side[2]}] for side in (a, b))
         records.append(Preference(prompt, chosen, rejected, f"annotated pair {len(records)}"))

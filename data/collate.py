@@ -97,31 +97,31 @@ def encode_pairs(records, encoding, context):
     """Preference records -> pairs of (chosen, rejected) examples, their (label, margin), and how many were dropped.
 
     A pair with two equal sides teaches nothing. One with a side beyond the context is dropped, not cut: a cut could take away the
-    very words that made the difference.
+    very words that made the difference. Where a soft label below 1/2 says that "rejected" is the better one, the two change places.
     """
     pairs, labels = [], []
     for record in records:
         chosen, rejected = (chat.example(record.prompt, reply, encoding) for reply in (record.chosen, record.rejected))
         if max(len(chosen[0]), len(rejected[0])) <= context and chosen[0] != rejected[0]:
-            pairs.append((chosen, rejected))
-            labels.append((record.label, record.margin))
+            swap = record.label < 0.5
+            pairs.append((rejected, chosen) if swap else (chosen, rejected))
+            labels.append((1 - record.label, -record.margin) if swap else (record.label, record.margin))
     return pairs, labels, len(records) - len(pairs)
 
 
 def encode_unpaired(records, encoding, context, seed=0):
     """Single judged replies -> pairs of examples, 1.0 (good) or 0.0 (bad) for each, and how many were dropped for their length.
 
-    The second example of a pair holds the same prompt and another record's reply, drawn at random once and for all: what a policy
+    The second example of a pair holds the same prompt and the reply to another one, drawn at random once and for all: what a policy
     makes of answers that do not belong says how far it has moved in general (KTO's z0), and its reference log-prob, too, is then
-    a number that can be computed beforehand.
+    a number that can be computed beforehand. Of ten draws the first that fits is taken; a record without any is dropped.
     """
-    others = list(range(len(records)))
-    random.Random(f"mismatched {seed}").shuffle(others)
-    following = dict(zip(others, others[1:] + others[:1], strict=True))  # one cycle: nobody meets themselves
-    pairs, labels = [], []
-    for i, record in enumerate(records):
-        pair = tuple(chat.example(record.prompt, records[j].completion, encoding) for j in (i, following[i]))
-        if max(len(ids) for ids, _ in pair) <= context:
-            pairs.append(pair)
+    rng, pairs, labels = random.Random(f"mismatched {seed}"), [], []
+    for record in records:
+        own, drawn = chat.example(record.prompt, record.completion, encoding), (rng.choice(records) for _ in range(10))
+        others = (chat.example(record.prompt, other.completion, encoding) for other in drawn if other.prompt != record.prompt)
+        other = next((other for other in others if len(other[0]) <= context), None)
+        if other and len(own[0]) <= context:
+            pairs.append((own, other))
             labels.append(float(record.desirable))
     return pairs, labels, len(records) - len(pairs)

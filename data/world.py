@@ -12,7 +12,7 @@ Training never sees the judge. It sees what real pipelines see:
 
 The judge reads a conversation's text alone, solves the task itself and compares; no hidden field travels with a record, so
 a reply can be judged after any number of trips through files. What is held out is held out by *content*: a fifth of all
-additions, of all (verb, object) pairs, of all word lists never occurs in training in any form, so memory does not help.
+additions, of all (verb, object) pairs, of all word lists is never asked about in training, in any wording, so memory does not help.
 
     python -m data.world --out DIR      writes the world as ordinary JSONL files
 """

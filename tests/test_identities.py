@@ -293,6 +293,19 @@ def test_the_first_dpo_loss_is_ln_2(world_model, world_encoding, preferences, ar
         assert torch.isfinite(chosen).all() and float(chosen.detach().min()) < -1 and not torch.equal(chosen, rejected)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_reference_and_policy_are_read_at_the_same_precision(jsonl, checkpoint, preferences, tmp_path, dtype):
+    """The first loss is ln 2 and the first ratio 1 in bfloat16, too, up to what the company in a batch makes of a rounding."""
+    path = jsonl([{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in preferences])
+    flags = dict(device="cpu", dtype=dtype, steps=1)
+    dpo.main(dpo.Config(init=checkpoint(), data=[path], out=str(tmp_path / "dpo"), batch_size=24, **flags))
+    ppo.main(ppo.Config(init=checkpoint(), reward=checkpoint("score"), out=str(tmp_path / "ppo"), batch_size=16, max_new_tokens=8, **flags))
+    first = {name: json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0]) for name in ("dpo", "ppo")}
+    tolerance = 1e-5 if dtype == "float32" else 1e-2
+    assert first["dpo"]["loss"] == pytest.approx(math.log(2), abs=tolerance)
+    assert first["ppo"]["ratio_first"] == pytest.approx(1, abs=tolerance if dtype == "float32" else 0.1)
+
+
 @pytest.mark.parametrize("loss", dpo.LOSSES)
 def test_every_preference_loss_is_lowered_by_its_own_run(run_stage, jsonl, checkpoint, preferences, loss):
     path = jsonl([{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in preferences])
@@ -323,7 +336,9 @@ def test_kto_s_mismatched_replies_belong_to_other_prompts(jsonl, preferences, wo
 
     own, others = ([reply(pair[side]) for pair in pairs] for side in (0, 1))
     assert all(question(a) == question(b) for a, b in pairs)
-    assert sorted(own) == sorted(others) and sum(a == b for a, b in zip(own, others, strict=True)) < len(own) / 4
+    answers = {tuple(question(pair[0])): reply(pair[0]) for pair in pairs}
+    assert all(other in own for other in others) and len(set(map(tuple, others))) > len(others) / 3
+    assert sum(other == answers[tuple(question(pair[0]))] for other, pair in zip(others, pairs, strict=True)) <= 2  # equal by chance
 
 
 def test_kto_refuses_replies_of_one_kind_and_the_others_refuse_replies_without_a_partner(jsonl, preferences, world_model, world_encoding):

@@ -520,3 +520,10 @@ def test_tokens_are_drawn_with_the_probabilities_that_were_asked_for(options, ex
     wanted = torch.tensor(expected)
     assert torch.all((shares - wanted).abs() <= 4.5 * (wanted * (1 - wanted) / n).sqrt() + 1e-4)
     assert torch.all(shares[wanted == 0] == 0)
+
+
+def test_a_score_is_fp32_under_autocast(tiny):
+    """In bf16 a score would have three digits, and a difference of scores none."""
+    model = tiny(head="score")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.score(model(torch.tensor([[1, 2, 3]]))).dtype == torch.float32

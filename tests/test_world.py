@@ -302,9 +302,9 @@ def test_every_text_of_the_world_has_a_token_a_word_and_a_token_a_digit(world_en
 def writer(monkeypatch):
     """A stand-in for a model of limited care: two attempts per prompt, as `annotators.sample` would give them."""
 
-    def sample(model, encoding, prompts, max_new_tokens, temperature=1.0, seed=0, **options):
-        rng = random.Random(seed)
-        return [([0], True, world.attempt(rng, messages, world.solve(messages), 0.4, 0.3)) for messages in prompts]
+    def sample(model, encoding, prompts, max_new_tokens, temperature=1.0, seed=0, samples=1):
+        rng, twice = random.Random(seed), [messages for messages in prompts for _ in range(samples)]
+        return [([0], True, world.attempt(rng, messages, world.solve(messages), 0.4, 0.3)) for messages in twice]
 
     monkeypatch.setattr(annotators, "sample", sample)
 
@@ -335,7 +335,8 @@ def test_annotators_have_no_favourite_side_and_drop_equal_replies(writer):
     prompts = list({json.dumps(record.messages): record for record in world.prompts(9100)}.values())  # each once
     records = annotators.preferences(None, None, prompts, seed=2)
     messages = [record.messages for record in prompts]
-    first = {json.dumps(m): text for m, (_, _, text) in zip(messages, annotators.sample(None, None, messages, 24, seed=4), strict=True)}
+    firsts = annotators.sample(None, None, messages, 24, seed=2, samples=2)[::2]
+    first = {json.dumps(m): text for m, (_, _, text) in zip(messages, firsts, strict=True)}
     chosen = [r.chosen[0]["content"] == first[json.dumps(r.prompt)] for r in records if r.chosen != r.rejected]
     assert 2000 < len(chosen) == len(records) < len(prompts) and sum(chosen) / len(chosen) == pytest.approx(0.5, abs=0.03)
 
