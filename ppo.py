@@ -289,7 +289,7 @@ def main(config):
                 losses.append((p_loss.detach(), ratio, grad_norm))
 
         metrics = {"score": old.scores.mean(), "kl": old.kl.sum(1).mean(), "ended": old.ended.float().mean(), "beta": beta}
-        metrics["kl_k3"] = kernels.kl_estimate(old.kl, torch.zeros_like(old.kl), "k3").sum(1).mean()  # the same with less noise
+        metrics["kl_k3"] = kernels.kl_estimate(old.kl, torch.zeros_like(old.kl), "k3").sum(1).mean()  # as k1, but never negative
         metrics["length"] = old.batch.mask.sum(1).float().mean()
         if critic:
             metrics["value_loss"] = v_loss.detach()
