@@ -40,6 +40,8 @@ from model import GPT
 
 LOSSES = ["dpo", "cdpo", "robust", "ipo", "hinge", "simpo", "orpo", "kto"]
 BETA = {"ipo": 0.5, "simpo": 2.0}  # the embedded world's defaults, where not .2
+SMOOTHING = {"cdpo": 0.25, "robust": 0.1}
+LR = {"simpo": 1e-4}  # where not 3e-4: nothing else holds a policy without a reference back
 
 
 @dataclass
@@ -53,15 +55,15 @@ class Config:
     prompts: int = 20000  # without --data: how many of the world's questions get two replies
     agreement: float = 0.75  # without --data: how often annotators agree with the judge
     beta: float = 0.0  # KL strength: larger stays closer to the reference (default: .2; ipo .5, simpo 2)
-    label_smoothing: float = 0.25  # cdpo, robust: assumed share of flipped labels
+    label_smoothing: float = 0.0  # cdpo, robust: assumed share of flipped labels (default: cdpo .25, robust .1)
     summed: bool = False  # ipo: log-probs summed over the reply, the letter of the paper, instead of averaged, as its authors trained
-    gamma: float = 0.5  # simpo: the margin to reach, after beta
+    gamma: float = 1.0  # simpo: the margin to reach, after beta
     lam: float = 0.5  # orpo: weight of the odds-ratio term
     desirable_weight: float = 1.0  # kto: weight of good replies
     undesirable_weight: float = 1.0  # kto: weight of bad ones; desirable : undesirable, by weight times number, is best in 1 .. 4/3
     steps: int = 0  # optimiser steps (default: one and a half epochs)
     batch_size: int = 64  # pairs per optimiser step
-    lr: float = 3e-4  # peak learning rate (for real models 5e-7 to 1e-6)
+    lr: float = 0.0  # peak learning rate (default: 3e-4, simpo 1e-4; for real models 5e-7 to 1e-6)
     shape: str = "llama:4x96x128"  # of a model from scratch: architecture:layers x width x context
     seed: int = 0  # of data and order
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -241,7 +243,8 @@ def load_pairs(config, policy, encoding):
 
 def main(config):
     run.require(config.loss in LOSSES, f"--loss must be one of {', '.join(LOSSES)}, not {config.loss}")
-    config.beta = config.beta or BETA.get(config.loss, 0.2)
+    config.beta, config.lr = config.beta or BETA.get(config.loss, 0.2), config.lr or LR.get(config.loss, 3e-4)
+    config.label_smoothing = config.label_smoothing or SMOOTHING.get(config.loss, 0.0)
     run.require(0.5 <= config.agreement < 1, f"--agreement must lie in [0.5, 1), not {config.agreement}")
     run.require(0 <= config.label_smoothing < 0.5, f"--label-smoothing must lie in [0, 0.5), not {config.label_smoothing}")
     job = run.start(config, "dpo")
