@@ -26,7 +26,6 @@ end-of-turn) in one of the four log-probs: then the first loss is not ln 2. A te
 """
 
 import math
-import random
 from dataclasses import dataclass, field
 
 import torch
@@ -35,7 +34,7 @@ import torch.nn.functional as F
 import kernels
 import run
 from data import annotators, chat, formats, tokenizer, world
-from data.collate import collate, encode_pairs, encode_unpaired, epochs, in_batches, longest_side
+from data.collate import collate, encode_pairs, encode_unpaired, epochs, hold_out, in_batches, longest_side
 from model import GPT
 
 LOSSES = ["dpo", "cdpo", "robust", "ipo", "hinge", "simpo", "orpo", "kto"]
@@ -178,20 +177,20 @@ def batch_metrics(config, logps, ref_logps, sizes, labels):
     """What to watch, from (B, 2) log-probs without gradient: how well the implicit rewards tell good from bad."""
     averaged = config.loss in ("simpo", "orpo") or (config.loss == "ipo" and not config.summed)
     rewards = config.beta * (logps - ref_logps) / (sizes if averaged else 1)  # (B, 2), up to a constant per prompt
+    both = torch.stack([rewards, logps], dim=-1)  # (B, 2, 2)
     if config.loss == "kto":
-        good, kl = labels > 0.5, mismatched_kl(rewards[:, 1])  # (B,) bool, a number
-        chosen, rejected = (rewards[side, 0] for side in (good, ~good))  # (n,) each, either may be empty
-        right = (rewards[:, 0] > kl) == good  # (B,)
-        logps_by_side = [logps[side, 0] for side in (good, ~good)]
+        good = labels > 0.5  # (B,)
+        right = (rewards[:, 0] > mismatched_kl(rewards[:, 1])) == good  # (B,)
+        chosen, rejected = both[good, 0], both[~good, 0]  # (n, 2) each, either may be empty
     else:
-        (chosen, rejected), logps_by_side = rewards.unbind(1), logps.unbind(1)
-        right = chosen > rejected  # (B,)
+        right = rewards[:, 0] > rewards[:, 1]  # (B,)
+        chosen, rejected = both.unbind(1)  # (B, 2) each
     metrics = {"accuracy": right.float().mean()}
-    for name, reward, logp in zip(("chosen", "rejected"), (chosen, rejected), logps_by_side, strict=True):
-        if len(logp):
-            metrics |= {f"{name}_rewards": reward.mean(), f"{name}_logps": logp.mean()}
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        if len(side):
+            metrics[f"{name}_rewards"], metrics[f"{name}_logps"] = side.mean(0)
     if len(chosen) and len(rejected):
-        metrics["margin"] = chosen.mean() - rejected.mean()
+        metrics["margin"] = metrics["chosen_rewards"] - metrics["rejected_rewards"]
     return metrics
 
 
@@ -245,7 +244,7 @@ def main(config):
     run.require(config.loss in LOSSES, f"--loss must be one of {', '.join(LOSSES)}, not {config.loss}")
     config.beta, config.lr = config.beta or BETA.get(config.loss, 0.2), config.lr or LR.get(config.loss, 3e-4)
     config.label_smoothing = config.label_smoothing or SMOOTHING.get(config.loss, 0.0)
-    run.require(0.5 <= config.agreement < 1, f"--agreement must lie in [0.5, 1), not {config.agreement}")
+    annotators.check_agreement(config.agreement)
     run.require(0 <= config.label_smoothing < 0.5, f"--label-smoothing must lie in [0, 0.5), not {config.label_smoothing}")
     job = run.start(config, "dpo")
 
@@ -257,15 +256,13 @@ def main(config):
     policy = tokenizer.fit(policy, encoding).to(job.device)
     pairs, labels, found = load_pairs(config, policy, encoding)
     job.say(f"{config.loss}: {found}")
-    order = list(range(len(pairs)))
-    random.Random(config.seed).shuffle(order)
-    kept_back = min(300, len(pairs) // 10, 8 * config.batch_size)
+    held_out, training = hold_out(len(pairs), min(300, 8 * config.batch_size), config.seed)
     used = config.steps * config.batch_size or len(pairs)  # no reference log-probs for pairs that no step will see
-    order = order[: kept_back + used]
+    order = held_out + training[:used]
     pairs = [pairs[i] for i in order]
     labels = torch.tensor([labels[i] for i in order], dtype=torch.float32, device=job.device)  # (N,)
     sizes = torch.tensor([[sum(mask) for _, mask in pair] for pair in pairs], device=job.device)  # (N, 2) tokens
-    held_out, training = torch.arange(len(pairs)).split([kept_back, len(pairs) - kept_back])
+    held_out, training = torch.arange(len(pairs)).tensor_split([len(held_out)])  # where they stand now
 
     # --- the reference: all that is ever needed of it is two numbers per pair, computed once; no second model is kept
     with job.autocast():  # at the precision of training, or the first loss is not ln 2
@@ -284,7 +281,7 @@ def main(config):
         lr, grad_norm = run.update(optimizer, policy, step, steps, config.lr, warmup=steps // 10)
         metrics = {"loss": losses.detach().mean(), **batch_metrics(config, logps.detach(), ref_logps[rows], sizes[rows], labels[rows])}
         metrics |= {"grad_norm": grad_norm, "lr": lr}
-        if kept_back and ((step + 1) % max(1, steps // 5) == 0 or step + 1 == steps):
+        if len(held_out) and run.due(step, steps):
             with job.autocast():
                 now = all_logps(policy, [pairs[i] for i in held_out])  # (N, 2)
             metrics["held_out_loss"] = batch_losses(config, now, ref_logps[held_out], sizes[held_out], labels[held_out]).mean()

@@ -37,7 +37,6 @@ from data import annotators, chat, formats, tokenizer, world
 from data.collate import collate, in_batches, score
 from model import GPT
 
-MAX_NEW_TOKENS = 24  # of the embedded world's replies; the longest right answer has 20
 STAGES = ["base", "sft", "reward", "dpo", "ppo"]
 COSTS = {"over_refusal", "kl", "length", "lost_skills", "seconds"}  # fields of which less is better
 
@@ -52,14 +51,20 @@ def open_run(directory, device="cpu"):
     return model.eval(), encoding, (Path(directory) / "chat_template.jinja").exists()
 
 
-def answer(model, encoding, conversations, chats, max_new_tokens=MAX_NEW_TOKENS, temperature=1.0, seed=0):
-    """One reply each: (its ids, whether it ended by itself, its text). A base model is asked in raw text, line by line."""
+def asked(messages, encoding, chats):
+    """(prompt ids, stop ids) of a conversation: in the chat format, or for a base model in raw text, line by line."""
     if chats:
-        return annotators.sample(model, encoding, conversations, max_new_tokens, temperature, seed)
-    stops = encoding.encode_ordinary("\n") + chat.stop_ids(encoding)[1:]
-    ids = [encoding.encode_ordinary(world.plain_prompt(messages)) for messages in conversations]
+        return chat.prompt(messages, encoding), chat.stop_ids(encoding)
+    return encoding.encode_ordinary(world.plain_prompt(messages)), encoding.encode_ordinary("\n") + chat.stop_ids(encoding)[1:]
+
+
+def answer(model, encoding, conversations, chats, max_new_tokens=world.MAX_NEW_TOKENS, seed=0):
+    """One reply each, at temperature 1: (its ids, whether it ended by itself, its text)."""
+    if chats:
+        return annotators.sample(model, encoding, conversations, max_new_tokens, seed=seed)
+    ids, (stops, *_) = zip(*(asked(messages, encoding, chats) for messages in conversations), strict=True)
     generator = torch.Generator(model.device).manual_seed(seed)
-    replies = model.generate(ids, max_new_tokens, temperature, stop_id=stops, generator=generator)
+    replies = model.generate(ids, max_new_tokens, stop_id=stops, generator=generator)
     return [(r, r[-1] in stops, encoding.decode(r[:-1] if r[-1] in stops else r)) for r in replies]
 
 
@@ -98,7 +103,7 @@ def reward_scores(model, encoding, conversations, texts, size=256):
     return in_batches(lambda batch: score(model, batch), rows, len, size)
 
 
-def measure(model, encoding, chats, prompts, judged=True, reward_model=None, sft=None, max_new_tokens=MAX_NEW_TOKENS, seed=0):
+def measure(model, encoding, chats, prompts, judged=True, reward_model=None, sft=None, max_new_tokens=world.MAX_NEW_TOKENS, seed=0):
     """A policy's row of the scoreboard, and per prompt what its reply is worth (gold, without a judge the score) and its text.
 
     judged: the prompts are the embedded world's; reward_model adds `score`; sft, a pair (model, its worths), `kl` and `win_rate`.
@@ -170,11 +175,11 @@ def measure_reward(model, encoding, sft, n):
     return {"accuracy": mean(truth), "label_accuracy": mean([margin > 0 for margin in margins])}
 
 
-def scoreboard(directories, sft_directory, n=1300, device="cpu", data=(), max_new_tokens=MAX_NEW_TOKENS):
-    """Measures run directories, named by their last part -> ({name: row}, {name: golds}, {name: texts}, prompts).
+def scoreboard(directories, sft_directory, n=1300, device="cpu", data=(), max_new_tokens=world.MAX_NEW_TOKENS):
+    """Measures run directories, named by their last part -> ({name: row}, {name: {skill: golds}}, {name: texts}, prompts).
 
-    data: files whose prompts are asked instead of the world's; nobody judges them, so there is no gold. Scores are those of the
-    first reward model among the directories.
+    data: files whose prompts are asked instead of the world's; nobody judges them, so there is no gold and no skill. Scores are those
+    of the first reward model among the directories.
     """
     opened = {Path(directory): open_run(directory, device) for directory in directories}
     judges = [model for model, _, _ in opened.values() if model.config.head == "score"]
@@ -184,28 +189,30 @@ def scoreboard(directories, sft_directory, n=1300, device="cpu", data=(), max_ne
         same = other._mergeable_ranks == encoding._mergeable_ranks
         run.require(same, f"{directory} has another vocabulary than --sft {sft_directory}: measure models of one family")
     prompts = [record for path in data for record in formats.read(path, "prompt")] if data else world.prompts(n, seed=0, held=True)
-    room = min(model.config.context for model, _, _ in [(sft, 0, 0), *opened.values()]) - max_new_tokens - 1
+    room = min(model.config.context for model in [sft, *(model for model, _, _ in opened.values())]) - max_new_tokens - 1
     prompts = [record for record in prompts if len(chat.prompt(record.messages, encoding)) <= room][:n]
     run.require(prompts, f"no prompt leaves room for a reply of {max_new_tokens} tokens in the context")
     common = dict(prompts=prompts, judged=not data, reward_model=judges[0] if judges else None, max_new_tokens=max_new_tokens)
     sft_row, sft_worths, sft_texts = measure(sft, encoding, True, **common)
-    board, golds, texts = {}, {}, {}
+    sft_skills = {} if data else by_skill(prompts, sft_worths)
+    board, skills, texts = {}, {}, {}
     for directory, (model, encoding, chats) in opened.items():
         name = directory.name
         if model.config.head == "score":
             row = {} if data else measure_reward(model, encoding, sft, 2 * n)
         elif directory.resolve() == Path(sft_directory).resolve():
-            row, golds[name], texts[name] = sft_row | {"kl": 0.0, "win_rate": 0.5}, sft_worths, sft_texts
+            row, skills[name], texts[name] = sft_row | {"kl": 0.0, "win_rate": 0.5}, sft_skills, sft_texts
         else:
             reference = (sft, sft_worths) if chats else None
-            row, golds[name], texts[name] = measure(model, encoding, chats, sft=reference, **common)
+            row, worths, texts[name] = measure(model, encoding, chats, sft=reference, **common)
+            skills[name] = {} if data else by_skill(prompts, worths)
             if reference and not data:
-                row["lost_skills"] = len(lost_skills(by_skill(prompts, golds[name]), by_skill(prompts, sft_worths)))
+                row["lost_skills"] = len(lost_skills(skills[name], sft_skills))
         facts = directory / "run.json"
         if facts.exists():
             row["seconds"] = json.loads(facts.read_text(encoding="utf-8")).get("seconds")
         board[name] = {key: round(value, 4) for key, value in row.items() if value is not None}
-    return board, golds, texts, prompts
+    return board, {} if data else skills, texts, prompts
 
 
 # -------------------------------------------------------------------------------------------------------------- reporting
@@ -266,7 +273,7 @@ class Scoreboard:
     data: list = field(default_factory=list)  # files whose prompts are asked; none: held-out prompts of the embedded world
     out: str = "out"  # directory for scoreboard.json and report.html
     prompts: int = 1300  # how many prompts at most; the world's have every skill equally often
-    max_new_tokens: int = MAX_NEW_TOKENS  # longest reply
+    max_new_tokens: int = world.MAX_NEW_TOKENS  # longest reply
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
 
 
@@ -282,8 +289,7 @@ def scoreboard_main(config):
 
 def write_scoreboard(runs, sft, out, **options):
     """Measures as `scoreboard` does, prints the table, and writes scoreboard.json, skills.json and report.html into `out`."""
-    board, golds, texts, prompts = scoreboard(runs, sft, **options)
-    skills = {} if options.get("data") else {name: by_skill(prompts, values) for name, values in golds.items()}
+    board, skills, texts, prompts = scoreboard(runs, sft, **options)
     out.mkdir(parents=True, exist_ok=True)
     run.write_json(out / "scoreboard.json", board)
     run.write_json(out / "skills.json", skills)
@@ -391,9 +397,8 @@ def chat_main(directory):
             messages = []
             continue
         messages.append({"role": "user", "content": text})
-        prompt = chat.prompt(messages, encoding) if chats else encoding.encode_ordinary(world.plain_prompt(messages))
+        prompt, stops = asked(messages, encoding, chats)
         run.require(len(prompt) < model.config.context, f"the conversation of {len(prompt)} tokens has filled the context: start again")
-        stops = chat.stop_ids(encoding) if chats else [*encoding.encode_ordinary("\n"), *chat.stop_ids(encoding)[1:]]
         reply = model.generate([prompt], room, 0.7, stop_id=stops)[0]
         reply = encoding.decode([token for token in reply if token not in stops]).strip()
         print(f"model: {reply}", flush=True)

@@ -64,7 +64,7 @@ class Config:
     minibatches: int = 2  # optimiser steps per epoch over the batch
     ppo_epochs: int = 1  # passes over each batch
     critic_warmup: int = 3  # gae: first iterations, a tenth of all at most, in which only the critic learns
-    max_new_tokens: int = 24  # longest reply
+    max_new_tokens: int = world.MAX_NEW_TOKENS  # longest reply
     temperature: float = 1.0  # of sampling, and of every log-prob
     beta: float = 0.2  # KL strength, or where it starts
     kl_target: float = 0.0  # nats per reply that beta is steered towards (0: beta stays)

@@ -18,7 +18,6 @@ right-padded rows, and a test asserts that neither padding nor the company in a 
 """
 
 import math
-import random
 from dataclasses import dataclass, field
 
 import torch
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 
 import run
 from data import annotators, chat, formats, tokenizer, world
-from data.collate import encode_pairs, epochs, in_batches, longest_side, score
+from data.collate import encode_pairs, epochs, hold_out, in_batches, longest_side, score
 from model import GPT
 
 
@@ -84,7 +83,7 @@ def normalise(model, pairs):
 
 
 def main(config):
-    run.require(0.5 <= config.agreement < 1, f"--agreement must lie in [0.5, 1), not {config.agreement}")
+    annotators.check_agreement(config.agreement)
     job = run.start(config, "reward")
     scratch = config.init == "scratch"
     encoding = chat.extend(tokenizer.choose(config.tokenizer, config.init, world.TOKENIZER))
@@ -109,10 +108,7 @@ def main(config):
     source = ", ".join(map(str, config.data)) or "the embedded world"
     run.require(pairs, f"none of the {len(records)} pairs of {source} fits the model's context of {model.config.context} tokens")
     job.say(f"reward: {len(pairs)} pairs, {dropped} dropped (too long, or two equal sides)")
-    order = list(range(len(pairs)))
-    random.Random(config.seed).shuffle(order)
-    kept_back = min(500, len(order) // 10, 8 * config.batch_size)
-    held_out, kept = order[:kept_back], order[kept_back:]
+    held_out, kept = hold_out(len(pairs), min(500, 8 * config.batch_size), config.seed)
     labels = torch.tensor(labels, device=job.device)  # (N, 2) label, margin
 
     # --- training
@@ -130,14 +126,14 @@ def main(config):
         difference = (chosen_scores - rejected_scores).detach()
         metrics = {"loss": loss.detach(), "accuracy": (difference > 0).float().mean(), "margin": difference.mean(), "lr": lr}
         metrics["grad_norm"] = grad_norm
-        if held_out and ((step + 1) % max(1, steps // 5) == 0 or step + 1 == steps):
+        if held_out and run.due(step, steps):
             label, margin = labels[held_out].unbind(1)
             chosen_scores, rejected_scores = score_all(model, [pairs[i] for i in held_out])
             metrics["held_out_accuracy"] = (chosen_scores > rejected_scores).float().mean()
             metrics["held_out_loss"] = bradley_terry_loss(chosen_scores, rejected_scores, margin, label).mean()
         job.log(step, **metrics)
 
-    normalise(model, [pairs[i] for i in order[:1000]])
+    normalise(model, [pairs[i] for i in (held_out + kept)[:1000]])
 
     def save(directory):
         model.save_pretrained(directory)

@@ -98,6 +98,11 @@ def guard(function, *arguments):
         sys.exit(130)
 
 
+def due(step, steps, times=5):
+    """Whether a run looks at what it does not train on: so many times, and after its last step."""
+    return (step + 1) % max(1, steps // times) == 0 or step + 1 == steps
+
+
 def complain(error):
     """Prints a sentence that this project raised and exits with code 2; what a library raised keeps its traceback."""
     frame = error.__traceback__

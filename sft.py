@@ -17,7 +17,6 @@ What everybody gets wrong: the divisor. It is the number of supervised tokens of
 micro-batch means weighs a token by the company it happened to keep.
 """
 
-import random
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +24,7 @@ import torch
 import kernels
 import run
 from data import chat, formats, tokenizer, world
-from data.collate import collate, epochs
+from data.collate import collate, epochs, hold_out
 from model import GPT
 
 
@@ -112,9 +111,8 @@ def main(config):
     examples, long, empty = load_examples(config, encoding, model.config.context)
     source, context = ", ".join(map(str, config.data)) or "the embedded world", model.config.context
     run.require(examples, f"nothing to train on: no record of {source} has a supervised token within the context of {context} tokens")
-    random.Random(config.seed).shuffle(examples)
-    kept_back = min(500, len(examples) // 10, 16 * config.batch_size)
-    held_out, examples = examples[:kept_back], examples[kept_back:]
+    held_out, kept = hold_out(len(examples), min(500, 16 * config.batch_size), config.seed)
+    held_out, examples = [examples[i] for i in held_out], [examples[i] for i in kept]
     job.say(f"{stage}: {len(examples)} examples ({long} cut to the context, {empty} dropped with nothing to learn)")
 
     # --- training
@@ -132,7 +130,7 @@ def main(config):
             loss += micro_loss.detach()
         lr, grad_norm = run.update(optimizer, model, step, config.steps, config.lr, warmup=config.steps // 20)
         metrics = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": supervised}
-        if held_out and ((step + 1) % max(1, config.steps // 10) == 0 or step + 1 == config.steps):
+        if held_out and run.due(step, config.steps, times=10):
             metrics["held_out_loss"] = held_out_loss(model, held_out)
         job.log(step, **metrics)
 

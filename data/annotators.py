@@ -38,10 +38,14 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda
 
 
+def check_agreement(agreement):
+    run.require(0.5 <= agreement < 1, f"--agreement must lie in [0.5, 1), not {agreement}")
+
+
 def strength(differences, agreement):
     """The Bradley-Terry strength at which the mean of sigmoid(strength * |difference|) over non-zero differences is `agreement`."""
     gaps = [abs(d) for d in differences if d]
-    run.require(0.5 <= agreement < 1, f"--agreement must lie in [0.5, 1), not {agreement}")
+    check_agreement(agreement)
     low, high = 0.0, 1e3
     for _ in range(60 if gaps else 0):
         middle = (low + high) / 2
@@ -73,7 +77,7 @@ def preferences(model, encoding, prompts, agreement=0.75, seed=0):
     Raises ValueError if nothing is left.
     """
     messages = [record.messages for record in prompts]
-    replies = sample(model, encoding, messages, 24, seed=seed, samples=2)
+    replies = sample(model, encoding, messages, world.MAX_NEW_TOKENS, seed=seed, samples=2)
     pairs = [(m, a, b) for m, a, b in zip(messages, replies[::2], replies[1::2], strict=True) if a[2] != b[2]]
     pairs = [(m, a, b) for m, a, b in pairs if a[2].strip() and b[2].strip()]
     run.require(pairs, "no prompt got two different replies: there is nothing to compare")
@@ -110,7 +114,7 @@ def check_free(path):
 
 
 def main(config):
-    run.require(0.5 <= config.agreement < 1, f"--agreement must lie in [0.5, 1), not {config.agreement}")
+    check_agreement(config.agreement)
     run.require(Path(config.init).is_dir(), f"--init {config.init}: there is no such directory; run sft.py before, or name a checkpoint")
     check_free(Path(config.out))
     device = run.device(config.device)

@@ -78,6 +78,14 @@ def epochs(lengths, batch_size, seed):
         yield from batches
 
 
+def hold_out(n, most, seed):
+    """Indices 0 .. n-1 in random order -> those that training does not see (a tenth, `most` at most) and the rest."""
+    order = list(range(n))
+    random.Random(seed).shuffle(order)
+    kept_back = min(n // 10, most)
+    return order[:kept_back], order[kept_back:]
+
+
 def in_batches(function, rows, length, size=256):
     """function(list of up to `size` rows) -> tensor (b, ...), called for all rows -> (N, ...), in the order of the rows.
 

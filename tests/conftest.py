@@ -53,6 +53,16 @@ def tiny():
     return build
 
 
+@pytest.fixture
+def world_model(tiny, world_encoding):
+    """world_model(head, seed): a tiny random GPT over the world's vocabulary."""
+
+    def build(head="lm", seed=0, arch="llama", **changes):
+        return tiny(arch, head, seed, vocab_size=world_encoding.n_vocab, context=128, **changes)
+
+    return build
+
+
 @pytest.fixture(scope="session")
 def ragged():
     """Prompts of every length from 1 to 12, in no order: right padding of every size."""

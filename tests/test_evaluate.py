@@ -7,43 +7,32 @@ import torch
 
 import evaluate
 from data import chat, tokenizer, world
-from model import GPT, Config
-
-
-def tiny(vocab_size, seed=0, **more):
-    torch.manual_seed(seed)
-    shape = dict(width=32, layers=1, heads=1, kv_heads=1, head_dim=32, mlp_width=64, context=128, arch="llama", init_std=0.1)
-    return GPT(Config(vocab_size=vocab_size, **shape, **more)).eval()
-
-
-@pytest.fixture(scope="module")
-def encoding():
-    return tokenizer.load(world.TOKENIZER)
+from model import GPT
 
 
 @pytest.fixture
-def runs(tmp_path, encoding):
+def runs(tmp_path, world_encoding, world_model):
     for seed, name in enumerate(["base", "sft", "dpo", "reward"]):
-        model = tiny(encoding.n_vocab, seed, head="score" if name == "reward" else "lm")
+        model = world_model("score" if name == "reward" else "lm", seed).eval()
         model.save_pretrained(tmp_path / name)
-        tokenizer.save(encoding, tmp_path / name, chat=name != "base")
+        tokenizer.save(world_encoding, tmp_path / name, chat=name != "base")
         (tmp_path / name / "run.json").write_text(json.dumps({"seconds": 1.5}))
     return tmp_path
 
 
-def test_reply_kl_is_the_sum_of_exact_next_token_divergences(encoding):
-    model, ref = tiny(encoding.n_vocab, 1), tiny(encoding.n_vocab, 2)
+def test_reply_kl_is_the_sum_of_exact_next_token_divergences(world_encoding, world_model):
+    model, ref = world_model(seed=1).eval(), world_model(seed=2).eval()
     messages = world.prompts(1, held=True)[0].messages
-    reply = encoding.encode_ordinary(" i do not know") + chat.stop_ids(encoding)[:1]
-    prompt = chat.prompt(messages, encoding)
-    got = evaluate.reply_kl(model, ref, encoding, [messages], [(reply, True, "")])
+    reply = world_encoding.encode_ordinary(" i do not know") + chat.stop_ids(world_encoding)[:1]
+    prompt = chat.prompt(messages, world_encoding)
+    got = evaluate.reply_kl(model, ref, world_encoding, [messages], [(reply, True, "")])
     expected = 0.0
     for i in range(len(reply)):
         ids = torch.tensor([prompt + reply[:i]])
         p, q = (m.logits(m(ids))[0, -1].double().softmax(-1) for m in (model, ref))
         expected += (p * (p / q).log()).sum().item()
     assert got.item() == pytest.approx(expected, rel=1e-4)
-    assert evaluate.reply_kl(model, model, encoding, [messages], [(reply, True, "")]).item() == pytest.approx(0, abs=1e-6)
+    assert evaluate.reply_kl(model, model, world_encoding, [messages], [(reply, True, "")]).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_scoreboard_holds_each_measured_field_under_its_name(runs, capsys):
@@ -70,31 +59,31 @@ def test_prompts_of_a_file_have_no_judge_but_a_reward_model(runs, tmp_path):
     assert "Gold by skill" not in (runs / "report.html").read_text()
 
 
-def test_the_score_on_the_board_is_the_reward_models_at_the_end_of_turn(runs, encoding):
+def test_the_score_on_the_board_is_the_reward_models_at_the_end_of_turn(runs, world_encoding):
     model, messages = GPT.from_pretrained(runs / "reward").eval(), world.prompts(1, held=True)[0].messages
-    ids = torch.tensor([chat.prompt(messages, encoding) + chat.completion(" i do not know", encoding)])
+    ids = torch.tensor([chat.prompt(messages, world_encoding) + chat.completion(" i do not know", world_encoding)])
     expected = model.score(model(ids))[0, -1].item()
-    assert evaluate.reward_scores(model, encoding, [messages], [" i do not know"])[0].item() == pytest.approx(expected, abs=1e-5)
+    assert evaluate.reward_scores(model, world_encoding, [messages], [" i do not know"])[0].item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_perfect_answerer_gets_full_marks(monkeypatch, encoding):
+def test_a_perfect_answerer_gets_full_marks(monkeypatch, world_encoding):
     def right(model, encoding, conversations, *args, **kwargs):
         return [([0], True, " " + world.solve(messages).answer) for messages in conversations]
 
     monkeypatch.setattr(evaluate, "answer", right)
     prompts = world.prompts(26, held=True)
-    row, gold, _ = evaluate.measure(None, encoding, True, prompts)
+    row, gold, _ = evaluate.measure(None, world_encoding, True, prompts)
     assert row["gold"] == row["harmless"] == row["refusal"] == row["honest"] == 1 and row["over_refusal"] == 0 and row["gold_ci"] == 0
     assert all(len(golds) == 2 and min(golds) == 1 for golds in evaluate.by_skill(prompts, gold).values())
 
 
-def test_one_who_always_refuses_is_harmless_and_of_no_use(monkeypatch, encoding):
+def test_one_who_always_refuses_is_harmless_and_of_no_use(monkeypatch, world_encoding):
     def refuse(model, encoding, conversations, *args, **kwargs):
         return [([0], True, f" {world.REFUSAL}") for _ in conversations]
 
     monkeypatch.setattr(evaluate, "answer", refuse)
     prompts = world.prompts(26, held=True)
-    row, gold, _ = evaluate.measure(None, encoding, True, prompts)
+    row, gold, _ = evaluate.measure(None, world_encoding, True, prompts)
     assert row["harmless"] == row["refusal"] == row["over_refusal"] == 1 and row["honest"] == 0
     assert row["gold"] == pytest.approx(1 / len(world.SKILLS)) and evaluate.by_skill(prompts, gold)["lookalike"] == [0, 0]
 

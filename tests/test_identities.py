@@ -57,16 +57,6 @@ def preferences():
 
 
 @pytest.fixture
-def world_model(tiny, world_encoding):
-    """world_model(head, seed): a tiny random GPT over the world's vocabulary."""
-
-    def build(head="lm", seed=0, arch="llama", **changes):
-        return tiny(arch, head, seed, vocab_size=world_encoding.n_vocab, context=128, **changes)
-
-    return build
-
-
-@pytest.fixture
 def checkpoint(tmp_path, world_model, world_encoding):
     """checkpoint(head, seed): the directory of such a model with its tokenizer, as a stage leaves it."""
 
