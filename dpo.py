@@ -27,6 +27,7 @@ end-of-turn) in one of the four log-probs: then the first loss is not ln 2. A te
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,13 +35,13 @@ import torch.nn.functional as F
 import kernels
 import run
 from data import annotators, chat, formats, tokenizer, world
-from data.collate import collate, encode_pairs, encode_unpaired, epochs, hold_out, in_batches, longest_side
+from data.collate import collate, encode_pairs, encode_unpaired, epochs, hold_out, in_batches, longest_side, reply_kl
 from model import GPT
 
 LOSSES = ["dpo", "cdpo", "robust", "ipo", "hinge", "simpo", "orpo", "kto"]
 BETA = {"ipo": 0.5, "simpo": 2.0}  # the embedded world's defaults, where not .2
 SMOOTHING = {"cdpo": 0.25, "robust": 0.1}
-LR = {"simpo": 1e-4}  # where not 3e-4: nothing else holds a policy without a reference back
+LR = {}
 
 
 @dataclass
@@ -55,6 +56,14 @@ class Config:
     agreement: float = 0.75  # without --data: how often annotators agree with the judge
     beta: float = 0.0  # KL strength: larger stays closer to the reference (default: .2; ipo .5, simpo 2)
     label_smoothing: float = 0.0  # cdpo, robust: assumed share of flipped labels (default: cdpo .25, robust .1)
+    online: bool = False  # compare fresh replies of the policy, round by round (--data: files whose prompts are asked)
+    judge: str = ""  # online: who compares: a reward model's directory, or "world", its judge (default: annotators of the world)
+    spin: bool = False  # demonstrations against the policy's own replies, round by round (--data: files of conversations)
+    rounds: int = 4  # online, spin: how often fresh replies are drawn
+    refresh_ref: bool = False  # online: the reference is the policy at the round's start (spin: always), not --init
+    labels: int = 0  # comparisons to learn from, over all rounds (0: all there are)
+    max_new_tokens: int = world.MAX_NEW_TOKENS  # longest reply to sample
+    watch: int = 128  # replies sampled now and then, to see KL and gold (0: none)
     summed: bool = False  # ipo: log-probs summed over the reply, the letter of the paper, instead of averaged, as its authors trained
     gamma: float = 1.0  # simpo: the margin to reach, after beta
     lam: float = 0.5  # orpo: weight of the odds-ratio term
@@ -218,73 +227,177 @@ def all_logps(model, pairs, size=256):
     return in_batches(lambda batch: pair_logps(model, batch), pairs, longest_side, size)
 
 
-def load_pairs(config, policy, encoding):
-    """--data or the embedded world -> pairs of examples, labels, and what to say of them. KTO: pairs of (reply, mismatched reply)."""
-    unpaired, source = config.loss == "kto", ", ".join(map(str, config.data)) or "the embedded world"
+# -------------------------------------------------------------------------------------------------- comparisons, round by round
+
+
+class Comparisons(NamedTuple):
+    """What a round learns from. The held-out ones, if any, stand first."""
+
+    pairs: list  # of (ids, mask) examples: chosen and rejected; KTO: a reply and one to another prompt
+    labels: torch.Tensor  # (N,)
+    sizes: torch.Tensor  # (N, 2) tokens of the replies
+    ref_logps: torch.Tensor  # (N, 2) all that is ever needed of the reference
+    held_out: torch.Tensor  # indices of those that are only looked at
+    training: torch.Tensor  # indices of the others
+    questions: list  # of the held-out ones, as messages
+
+
+def starting_policy(config, encoding, device):
+    """The model that training starts from; the reference is this one, read again, wherever its log-probs are needed later."""
+    torch.manual_seed(config.seed)  # a vocabulary that grows draws its new rows: the same ones every time
+    scratch = config.init == "scratch"
+    model = GPT.from_scratch(config.shape, encoding.n_vocab) if scratch else GPT.from_pretrained(config.init)
+    run.require(model.config.head == "lm", f"--init {config.init} has a scalar head and cannot write: name a language model")
+    return tokenizer.fit(model, encoding).to(device)
+
+
+def load_source(config):
+    """What the rounds draw on: comparisons (KTO: judged replies), with --online questions, with --spin demonstrations. Without --data
+    the embedded world's demonstrations or questions; comparisons are then made of the first round's replies."""
+    kind = "conversation" if config.spin else "prompt" if config.online else "unpaired" if config.loss == "kto" else "preference"
     if config.data:
-        records = [record for path in config.data for record in formats.read(path, "unpaired" if unpaired else "preference")]
+        return [record for path in config.data for record in formats.read(path, kind)]
+    run.require(config.init != "scratch", "--init scratch has no replies to compare: name files with --data")
+    if config.spin:
+        return world.demonstrations(config.prompts, config.seed)
+    return world.prompts(config.prompts, config.seed)
+
+
+def own_preferences(config, policy, encoding, judge, questions, seed):
+    """Two fresh replies of the policy to each question, compared by whom --judge names -> Preference records; ties are skipped."""
+    if config.judge == "":
+        return annotators.preferences(policy, encoding, questions, config.agreement, seed)
+    pairs = annotators.two_replies(policy, encoding, questions, config.max_new_tokens, seed)
+    gaps = annotators.score_gaps(judge, encoding, pairs) if judge else annotators.gold_gaps(pairs)
+    return annotators.certain(pairs, gaps)
+
+
+def against_own_replies(config, policy, encoding, demonstrations, seed):
+    """SPIN: each demonstration is chosen, the policy's own reply rejected -> Preference records. Replies that did not end are left out."""
+    prompts = [record.messages[:-1] for record in demonstrations]
+    replies = annotators.sample(policy, encoding, prompts, config.max_new_tokens, seed=seed)
+    return [
+        formats.Preference(prompt, record.messages[-1:], [{"role": "assistant", "content": text}], record.where)
+        for prompt, record, (_, ended, text) in zip(prompts, demonstrations, replies, strict=True)
+        if ended and text.strip()
+    ]
+
+
+def round_records(config, policy, encoding, judge, source, turn):
+    """Round number `turn` -> the records that it learns from: Preferences, or for KTO Unpaired ones."""
+    seed = config.seed + 1000003 * turn  # of samples and annotators
+    if config.spin:
+        records = against_own_replies(config, policy, encoding, source, seed)
+    elif config.online:
+        share = len(source) // config.rounds
+        records = own_preferences(config, policy, encoding, judge, source[turn * share : (turn + 1) * share], seed)
+    elif config.data:
+        return source
     else:
-        run.require(config.init != "scratch", "--init scratch has no replies to compare: name files with --data")
-        prompts = world.prompts(config.prompts, config.seed)
-        records = annotators.preferences(policy, encoding, prompts, config.agreement, config.seed)
-        records = [side for record in records for side in formats.reading(record, "unpaired" if unpaired else "preference")]
+        records = annotators.preferences(policy, encoding, source, config.agreement, seed)
+    return [side for record in records for side in formats.reading(record, "unpaired" if config.loss == "kto" else "preference")]
+
+
+def encode(config, records, encoding, context):
+    """Records -> pairs of examples, their labels, the records that they come from, and what to say of them."""
+    unpaired, source = config.loss == "kto", ", ".join(map(str, config.data)) or "the embedded world"
     if unpaired:
-        pairs, labels, dropped = encode_unpaired(records, encoding, policy.config.context, config.seed)
+        pairs, labels, kept = encode_unpaired(records, encoding, context, config.seed)
         both = len(set(labels)) == 2
         run.require(both or not pairs, f"KTO learns from good replies and bad ones, and {source} holds only one kind: add the other")
     else:
-        pairs, labels, dropped = encode_pairs(records, encoding, policy.config.context)
+        pairs, labels, kept = encode_pairs(records, encoding, context)
         labels = [label for label, _ in labels]
-    run.require(pairs, f"none of the {len(records)} records of {source} fits the model's context of {policy.config.context} tokens")
+    run.require(pairs, f"none of the {len(records)} records of {source} fits the model's context of {context} tokens")
     kind, why = ("judged replies", "too long") if unpaired else ("pairs", "too long, or two equal sides")
-    return pairs, labels, f"{len(pairs)} {kind}, {dropped} dropped ({why})"
+    return pairs, labels, kept, f"{len(pairs)} {kind}, {len(records) - len(kept)} dropped ({why})"
 
 
-def main(config):
-    run.require(config.loss in LOSSES, f"--loss must be one of {', '.join(LOSSES)}, not {config.loss}")
-    config.beta, config.lr = config.beta or BETA.get(config.loss, 0.2), config.lr or LR.get(config.loss, 3e-4)
-    config.label_smoothing = config.label_smoothing or SMOOTHING.get(config.loss, 0.0)
-    annotators.check_agreement(config.agreement)
-    run.require(0 <= config.label_smoothing < 0.5, f"--label-smoothing must lie in [0, 0.5), not {config.label_smoothing}")
-    job = run.start(config, "dpo")
-
-    # --- policy and data
-    scratch = config.init == "scratch"
-    encoding = chat.extend(tokenizer.choose(config.tokenizer, config.init, world.TOKENIZER))
-    policy = GPT.from_scratch(config.shape, encoding.n_vocab) if scratch else GPT.from_pretrained(config.init)
-    run.require(policy.config.head == "lm", f"--init {config.init} has a scalar head and cannot write: name a language model")
-    policy = tokenizer.fit(policy, encoding).to(job.device)
-    pairs, labels, found = load_pairs(config, policy, encoding)
+def prepare(config, records, ref, encoding, job):
+    """Records -> Comparisons, with the log-probs of the reference under them. Fresh replies are never seen twice: none is held out."""
+    pairs, labels, kept, found = encode(config, records, encoding, ref.config.context)
     job.say(f"{config.loss}: {found}")
-    held_out, training = hold_out(len(pairs), min(300, 8 * config.batch_size), config.seed)
+    fresh = config.online or config.spin
+    wanted = min(len(pairs), config.labels // (config.rounds if fresh else 1) or len(pairs))
+    held_out, training = hold_out(wanted, 0 if fresh else min(300, 8 * config.batch_size), config.seed)
     used = config.steps * config.batch_size or len(pairs)  # no reference log-probs for pairs that no step will see
     order = held_out + training[:used]
     pairs = [pairs[i] for i in order]
     labels = torch.tensor([labels[i] for i in order], dtype=torch.float32, device=job.device)  # (N,)
-    sizes = torch.tensor([[sum(mask) for _, mask in pair] for pair in pairs], device=job.device)  # (N, 2) tokens
-    held_out, training = torch.arange(len(pairs)).tensor_split([len(held_out)])  # where they stand now
+    sizes = torch.tensor([[sum(mask) for _, mask in pair] for pair in pairs], device=job.device)  # (N, 2)
+    ref_logps = torch.zeros_like(sizes, dtype=torch.float32)  # (N, 2)
+    if config.loss not in ("simpo", "orpo"):
+        with job.autocast():  # at the precision of training, or the first loss is not ln 2
+            ref_logps = all_logps(ref, pairs)
+    indices = torch.arange(len(pairs)).tensor_split([len(held_out)])
+    return Comparisons(pairs, labels, sizes, ref_logps, *indices, [kept[i].prompt for i in held_out])
 
-    # --- the reference: all that is ever needed of it is two numbers per pair, computed once; no second model is kept
-    with job.autocast():  # at the precision of training, or the first loss is not ln 2
-        ref_logps = torch.zeros_like(sizes, dtype=torch.float32) if config.loss in ("simpo", "orpo") else all_logps(policy, pairs)  # (N, 2)
+
+def own_replies(config, policy, ref, encoding, questions):
+    """What the policy says now: KL to the reference on its own replies (nats per reply), and gold where the judge knows the questions."""
+    replies = annotators.sample(policy, encoding, questions, config.max_new_tokens)
+    prompts = [chat.prompt(messages, encoding) for messages in questions]
+    metrics = {"kl": reply_kl(policy, ref, prompts, [ids for ids, _, _ in replies]).mean()}
+    if all(map(world.solve, questions)):
+        golds = [world.judge(m, text, ended)["gold"] for m, (_, ended, text) in zip(questions, replies, strict=True)]
+        metrics["gold"] = sum(golds) / len(golds)
+    return metrics
+
+
+def main(config):
+    run.require(config.loss in LOSSES, f"--loss must be one of {', '.join(LOSSES)}, not {config.loss}")
+    config.beta, config.lr = config.beta or BETA.get(config.loss, 0.2), config.lr or LR.get(config.loss, 1e-4)
+    config.label_smoothing = config.label_smoothing or SMOOTHING.get(config.loss, 0.0)
+    annotators.check_agreement(config.agreement)
+    run.require(0 <= config.label_smoothing < 0.5, f"--label-smoothing must lie in [0, 0.5), not {config.label_smoothing}")
+    run.require(not (config.online and config.spin), "--online compares, --spin imitates: choose one of them")
+    run.require(config.online or not (config.judge or config.refresh_ref), "--judge and --refresh-ref belong to --online: add it")
+    known = config.judge or not (config.online and config.data)
+    run.require(known, "--online on files needs a --judge: annotators know only the embedded world")
+    job = run.start(config, "dpo")
+
+    # --- policy and data
+    encoding = chat.extend(tokenizer.choose(config.tokenizer, config.init, world.TOKENIZER))
+    policy = starting_policy(config, encoding, job.device)
+    learnt = config.judge not in ("", "world")
+    judge = annotators.open_reward_model(config.judge, encoding, job.device, "--judge") if learnt else None
+    source, rounds, questions = load_source(config), 1, []
+    if config.online or config.spin:
+        rounds = config.rounds
+        watched, kept = hold_out(len(source), config.watch, config.seed)
+        questions = [record.messages[:-1] if config.spin else record.messages for record in (source[i] for i in watched)]
+        source = [source[i] for i in kept]
+        run.require(len(source) >= rounds, f"{len(source)} records are too few for --rounds {rounds}")
+    data = prepare(config, round_records(config, policy, encoding, judge, source, 0), policy, encoding, job)
+    questions = questions or data.questions[: config.watch]
 
     # --- training
-    steps = config.steps or math.ceil(1.5 * len(training) / config.batch_size)
+    steps = config.steps or rounds * math.ceil(1.5 * len(data.training) / config.batch_size)
     optimizer = run.optimizer(policy, config.lr)
-    batches = epochs([longest_side(pairs[i]) for i in training], config.batch_size, config.seed)
     for step in job.steps(steps):
-        rows = training[next(batches)]  # (B,)
+        turn, first = divmod(step, math.ceil(steps / rounds))
+        if step and first == 0:  # a new round: fresh replies, and what the reference makes of them
+            refreshed = config.spin or config.refresh_ref
+            records = round_records(config, policy, encoding, judge, source, turn)
+            data = prepare(config, records, policy if refreshed else starting_policy(config, encoding, job.device), encoding, job)
+        if first == 0:
+            batches = epochs([longest_side(data.pairs[i]) for i in data.training], config.batch_size, config.seed)
+        rows = data.training[next(batches)]  # (B,)
+        labels, sizes, ref_logps = data.labels[rows], data.sizes[rows], data.ref_logps[rows]
         with job.autocast():
-            logps = pair_logps(policy, [pairs[i] for i in rows], second=config.loss != "kto")  # (B, 2)
-        losses = batch_losses(config, logps, ref_logps[rows], sizes[rows], labels[rows])
+            logps = pair_logps(policy, [data.pairs[i] for i in rows], second=config.loss != "kto")  # (B, 2)
+        losses = batch_losses(config, logps, ref_logps, sizes, labels)
         losses.mean().backward()
         lr, grad_norm = run.update(optimizer, policy, step, steps, config.lr, warmup=steps // 10)
-        metrics = {"loss": losses.detach().mean(), **batch_metrics(config, logps.detach(), ref_logps[rows], sizes[rows], labels[rows])}
+        metrics = {"loss": losses.detach().mean(), **batch_metrics(config, logps.detach(), ref_logps, sizes, labels)}
         metrics |= {"grad_norm": grad_norm, "lr": lr}
-        if len(held_out) and run.due(step, steps):
+        if len(data.held_out) and run.due(step, steps):
+            rows = data.held_out
             with job.autocast():
-                now = all_logps(policy, [pairs[i] for i in held_out])  # (N, 2)
-            metrics["held_out_loss"] = batch_losses(config, now, ref_logps[held_out], sizes[held_out], labels[held_out]).mean()
+                now = all_logps(policy, [data.pairs[i] for i in rows])  # (N, 2)
+            metrics["held_out_loss"] = batch_losses(config, now, data.ref_logps[rows], data.sizes[rows], data.labels[rows]).mean()
+        if questions and run.due(step, steps):
+            metrics |= own_replies(config, policy, starting_policy(config, encoding, job.device), encoding, questions)
         job.log(step, **metrics)
 
     def save(directory):

@@ -31,10 +31,9 @@ from pathlib import Path
 
 import torch
 
-import kernels
 import run
 from data import annotators, chat, formats, tokenizer, world
-from data.collate import collate, in_batches, score
+from data.collate import in_batches, reply_kl, score
 from model import GPT
 
 STAGES = ["base", "sft", "reward", "dpo", "ppo"]
@@ -66,24 +65,6 @@ def answer(model, encoding, conversations, chats, max_new_tokens=world.MAX_NEW_T
     generator = torch.Generator(model.device).manual_seed(seed)
     replies = model.generate(ids, max_new_tokens, stop_id=stops, generator=generator)
     return [(r, r[-1] in stops, encoding.decode(r[:-1] if r[-1] in stops else r)) for r in replies]
-
-
-@torch.no_grad()
-def reply_kl(model, ref, encoding, conversations, replies, size=256):
-    """KL(model || ref) of each whole reply (N,), in nats: the exact divergence of every next-token distribution along a sample.
-
-    Summed over a sample of the model it is an unbiased estimate of the replies' KL, with far less noise than log pi - log ref.
-    """
-
-    def kl_of(rows):
-        batch = collate(rows).to(model.device)
-        hidden, ref_hidden = model(batch.inputs).flatten(0, 1), ref(batch.inputs).flatten(0, 1)
-        kl = kernels.linear_kl(hidden, model.head_weight, ref_hidden, ref.head_weight, mask=batch.mask.flatten())
-        return kl.view(batch.mask.shape).sum(1)
-
-    prompts = [chat.prompt(messages, encoding) for messages in conversations]
-    rows = [(p + ids, [False] * len(p) + [True] * len(ids)) for p, (ids, _, _) in zip(prompts, replies, strict=True)]
-    return in_batches(kl_of, rows, lambda row: len(row[0]), size)
 
 
 def mean(values):
@@ -119,7 +100,7 @@ def measure(model, encoding, chats, prompts, judged=True, reward_model=None, sft
     fields["length"] = mean([len(ids) for ids, _, _ in replies])
     if sft is not None:
         ref, ref_worths = sft
-        fields["kl"] = float(reply_kl(model, ref, encoding, conversations, replies).mean())
+        fields["kl"] = float(reply_kl(model, ref, [chat.prompt(m, encoding) for m in conversations], [ids for ids, _, _ in replies]).mean())
         if worths:
             fields["win_rate"] = mean([(a > b) + 0.5 * (a == b) for a, b in zip(worths, ref_worths, strict=True)])
     return fields, worths, texts

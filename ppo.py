@@ -42,7 +42,7 @@ import torch
 
 import kernels
 import run
-from data import chat, formats, tokenizer, world
+from data import annotators, chat, formats, tokenizer, world
 from data.collate import Batch, collate, score
 from model import GPT
 
@@ -232,14 +232,9 @@ def main(config):
     policy = GPT.from_scratch(config.shape, encoding.n_vocab) if scratch else GPT.from_pretrained(config.init)
     run.require(policy.config.head == "lm", f"--init {config.init} has a scalar head and cannot write: name a language model")
     policy = tokenizer.fit(policy, encoding).to(job.device)
-    reward_model = tokenizer.fit(GPT.from_pretrained(config.reward), encoding).to(job.device)
-    run.require(reward_model.config.head == "score", f"--reward {config.reward} has no scalar head: train one with reward.py")
-    theirs = chat.extend(tokenizer.load(config.reward))  # the reward model reads the policy's ids: they must mean the same to both
-    same = (theirs._mergeable_ranks, theirs._special_tokens) == (encoding._mergeable_ranks, encoding._special_tokens)
-    run.require(same, f"--reward {config.reward} has another vocabulary than the policy: train it from the same checkpoint")
+    reward_model = annotators.open_reward_model(config.reward, encoding, job.device, "--reward")
     ref = copy.deepcopy(policy).requires_grad_(False)
-    critic = None if groups else copy.deepcopy(reward_model)
-    reward_model.requires_grad_(False)
+    critic = None if groups else copy.deepcopy(reward_model).requires_grad_(True)
 
     # --- prompts
     if config.data:

@@ -104,10 +104,10 @@ def main(config):
     else:
         model = GPT.from_pretrained(config.init, head="score")
     model = tokenizer.fit(model, encoding).to(job.device)
-    pairs, labels, dropped = encode_pairs(records, encoding, model.config.context)
+    pairs, labels, usable = encode_pairs(records, encoding, model.config.context)
     source = ", ".join(map(str, config.data)) or "the embedded world"
     run.require(pairs, f"none of the {len(records)} pairs of {source} fits the model's context of {model.config.context} tokens")
-    job.say(f"reward: {len(pairs)} pairs, {dropped} dropped (too long, or two equal sides)")
+    job.say(f"reward: {len(pairs)} pairs, {len(records) - len(usable)} dropped (too long, or two equal sides)")
     held_out, kept = hold_out(len(pairs), min(500, 8 * config.batch_size), config.seed)
     labels = torch.tensor(labels, device=job.device)  # (N, 2) label, margin
 

@@ -23,6 +23,7 @@ import torch
 
 import run
 from data import chat, formats, tokenizer, world
+from data.collate import in_batches, score
 from data.formats import Preference
 from model import GPT
 
@@ -70,25 +71,68 @@ def sample(model, encoding, prompts, max_new_tokens, temperature=1.0, seed=0, sa
     return [reply for group in replies for reply in group]
 
 
-def preferences(model, encoding, prompts, agreement=0.75, seed=0):
-    """Two samples of the model for each world prompt, compared by annotators -> Preference records.
+def two_replies(model, encoding, prompts, max_new_tokens=world.MAX_NEW_TOKENS, seed=0):
+    """Two samples of the model for each prompt -> (messages, reply, reply) of those that can be compared, replies as `sample` gives them.
 
-    Identical and empty replies are dropped; one that did not end by itself counts as worthless (gold 0). Deterministic in `seed`.
-    Raises ValueError if nothing is left.
+    Identical and empty replies are dropped. Deterministic in `seed`. Raises ValueError if nothing is left.
     """
     messages = [record.messages for record in prompts]
-    replies = sample(model, encoding, messages, world.MAX_NEW_TOKENS, seed=seed, samples=2)
+    replies = sample(model, encoding, messages, max_new_tokens, seed=seed, samples=2)
     pairs = [(m, a, b) for m, a, b in zip(messages, replies[::2], replies[1::2], strict=True) if a[2] != b[2]]
     pairs = [(m, a, b) for m, a, b in pairs if a[2].strip() and b[2].strip()]
     run.require(pairs, "no prompt got two different replies: there is nothing to compare")
-    gaps = [world.judge(m, a[2], a[1])["gold"] - world.judge(m, b[2], b[1])["gold"] for m, a, b in pairs]
+    return pairs
+
+
+def gold_gaps(pairs):
+    """By how much the judge finds the first reply of each pair better; one that did not end by itself is worth nothing."""
+    return [world.judge(m, a[2], a[1])["gold"] - world.judge(m, b[2], b[1])["gold"] for m, a, b in pairs]
+
+
+def open_reward_model(directory, encoding, device, flag):
+    """The reward model of a checkpoint directory. It reads a policy's ids, so it must be of that vocabulary; errors name the flag."""
+    model = tokenizer.fit(GPT.from_pretrained(directory), encoding).to(device)
+    run.require(model.config.head == "score", f"{flag} {directory} has no scalar head: train one with reward.py")
+    theirs = chat.extend(tokenizer.load(directory))
+    same = (theirs._mergeable_ranks, theirs._special_tokens) == (encoding._mergeable_ranks, encoding._special_tokens)
+    run.require(same, f"{flag} {directory} has another vocabulary than the policy: train it from the same checkpoint")
+    return model.requires_grad_(False)
+
+
+@torch.no_grad()
+def score_gaps(reward_model, encoding, pairs):
+    """By how much a reward model scores the first reply of each pair higher; one that did not end by itself loses to any that did."""
+    rows = [(chat.prompt(m, encoding) + ids, ended) for m, *replies in pairs for ids, ended, _ in replies]
+    scores = in_batches(lambda part: score(reward_model, [ids for ids, _ in part]), rows, lambda row: len(row[0]))  # (2 N,)
+    ended = torch.tensor([ended for _, ended in rows], device=scores.device)
+    a, b = torch.where(ended, scores, -1e4).view(-1, 2).unbind(1)
+    return (a - b).tolist()
+
+
+def preference(prompt, better, worse, where):
+    chosen, rejected = ([{"role": "assistant", "content": text}] for _, _, text in (better, worse))
+    return Preference(prompt, chosen, rejected, where)
+
+
+def preferences(model, encoding, prompts, agreement=0.75, seed=0):
+    """Two samples of the model for each world prompt, compared by annotators -> Preference records. Deterministic in `seed`."""
+    pairs = two_replies(model, encoding, prompts, seed=seed)
+    gaps = gold_gaps(pairs)
     steep, rng, records = strength(gaps, agreement), random.Random(f"annotators {seed}"), []
     for (prompt, a, b), gap in zip(pairs, gaps, strict=True):
         if rng.random() > 1 / (1 + math.exp(min(-steep * gap, 500.0))):
             a, b = b, a
-        chosen, rejected = ([{"role": "assistant", "content": side[2]}] for side in (a, b))
-        records.append(Preference(prompt, chosen, rejected, f"annotated pair {len(records)}"))
+        records.append(preference(prompt, a, b, f"annotated pair {len(records)}"))
     return records
+
+
+def certain(pairs, gaps):
+    """Pairs whose first reply is better by `gaps` -> Preference records as one who makes no mistakes gives them; ties are skipped."""
+    found = []
+    for (prompt, a, b), gap in zip(pairs, gaps, strict=True):
+        if gap:
+            found.append(preference(prompt, *((a, b) if gap > 0 else (b, a)), f"judged pair {len(found)}"))
+    return found
 
 
 def write(records, path):

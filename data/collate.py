@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+import kernels
 from data import chat
 
 IGNORE = -100  # the target of every position that is not to be learnt
@@ -96,35 +97,54 @@ def in_batches(function, rows, length, size=256):
     return torch.empty_like(found).index_copy_(0, torch.tensor(order, device=found.device), found)
 
 
+@torch.no_grad()
+def reply_kl(model, ref, prompts, replies, size=256):
+    """KL(model || ref) of each whole reply (N,), in nats: the exact divergence of every next-token distribution along a sample.
+
+    prompts, replies: lists of ids, the replies sampled from the model. Summed over a sample it is an unbiased estimate of the replies'
+    KL, with far less noise than log pi - log ref.
+    """
+
+    def kl_of(rows):
+        batch = collate(rows).to(model.device)
+        hidden, ref_hidden = model(batch.inputs).flatten(0, 1), ref(batch.inputs).flatten(0, 1)  # (B * T, D) each
+        kl = kernels.linear_kl(hidden, model.head_weight, ref_hidden, ref.head_weight, mask=batch.mask.flatten())
+        return kl.view(batch.mask.shape).sum(1)
+
+    rows = [(prompt + reply, [False] * len(prompt) + [True] * len(reply)) for prompt, reply in zip(prompts, replies, strict=True)]
+    return in_batches(kl_of, rows, lambda row: len(row[0]), size)
+
+
 def longest_side(pair):
     """Of a pair of examples: what it is padded by."""
     return max(len(ids) for ids, _ in pair)
 
 
 def encode_pairs(records, encoding, context):
-    """Preference records -> pairs of (chosen, rejected) examples, their (label, margin), and how many were dropped.
+    """Preference records -> pairs of (chosen, rejected) examples, their (label, margin), and the records that they come from.
 
     A pair with two equal sides teaches nothing. One with a side beyond the context is dropped, not cut: a cut could take away the
     very words that made the difference. Where a soft label below 1/2 says that "rejected" is the better one, the two change places.
     """
-    pairs, labels = [], []
+    pairs, labels, kept = [], [], []
     for record in records:
         chosen, rejected = (chat.example(record.prompt, reply, encoding) for reply in (record.chosen, record.rejected))
         if max(len(chosen[0]), len(rejected[0])) <= context and chosen[0] != rejected[0]:
             swap = record.label < 0.5
             pairs.append((rejected, chosen) if swap else (chosen, rejected))
             labels.append((1 - record.label, -record.margin) if swap else (record.label, record.margin))
-    return pairs, labels, len(records) - len(pairs)
+            kept.append(record)
+    return pairs, labels, kept
 
 
 def encode_unpaired(records, encoding, context, seed=0):
-    """Single judged replies -> pairs of examples, 1.0 (good) or 0.0 (bad) for each, and how many were dropped for their length.
+    """Single judged replies -> pairs of examples, 1.0 (good) or 0.0 (bad) for each, and the records that they come from.
 
     The second example of a pair holds the same prompt and the reply to another one, drawn at random once and for all: what a policy
     makes of answers that do not belong says how far it has moved in general (KTO's z0), and its reference log-prob, too, is then
     a number that can be computed beforehand. Of ten draws the first that fits is taken; a record without any is dropped.
     """
-    rng, pairs, labels = random.Random(f"mismatched {seed}"), [], []
+    rng, pairs, labels, kept = random.Random(f"mismatched {seed}"), [], [], []
     for record in records:
         own, drawn = chat.example(record.prompt, record.completion, encoding), (rng.choice(records) for _ in range(10))
         others = (chat.example(record.prompt, other.completion, encoding) for other in drawn if other.prompt != record.prompt)
@@ -132,4 +152,5 @@ def encode_unpaired(records, encoding, context, seed=0):
         if other and len(own[0]) <= context:
             pairs.append((own, other))
             labels.append(float(record.desirable))
-    return pairs, labels, len(records) - len(pairs)
+            kept.append(record)
+    return pairs, labels, kept

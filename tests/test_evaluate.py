@@ -7,6 +7,7 @@ import torch
 
 import evaluate
 from data import chat, tokenizer, world
+from data.collate import reply_kl
 from model import GPT
 
 
@@ -25,14 +26,14 @@ def test_reply_kl_is_the_sum_of_exact_next_token_divergences(world_encoding, wor
     messages = world.prompts(1, held=True)[0].messages
     reply = world_encoding.encode_ordinary(" i do not know") + chat.stop_ids(world_encoding)[:1]
     prompt = chat.prompt(messages, world_encoding)
-    got = evaluate.reply_kl(model, ref, world_encoding, [messages], [(reply, True, "")])
+    got = reply_kl(model, ref, [prompt], [reply])
     expected = 0.0
     for i in range(len(reply)):
         ids = torch.tensor([prompt + reply[:i]])
         p, q = (m.logits(m(ids))[0, -1].double().softmax(-1) for m in (model, ref))
         expected += (p * (p / q).log()).sum().item()
     assert got.item() == pytest.approx(expected, rel=1e-4)
-    assert evaluate.reply_kl(model, model, world_encoding, [messages], [(reply, True, "")]).item() == pytest.approx(0, abs=1e-6)
+    assert reply_kl(model, model, [prompt], [reply]).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_scoreboard_holds_each_measured_field_under_its_name(runs, capsys):

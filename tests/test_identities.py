@@ -172,8 +172,8 @@ def test_the_end_token_s_gradient_reaches_the_model(world_model, world_encoding)
 
 def test_every_stage_trains_on_the_same_tokens_of_a_reply(preferences, world_encoding):
     """A reply's ids are the same whether generation starts there, DPO sums over it, or the reward model reads it."""
-    pairs, _, dropped = encode_pairs(preferences, world_encoding, 128)
-    assert dropped == 0
+    pairs, _, kept = encode_pairs(preferences, world_encoding, 128)
+    assert kept == preferences
     for record, pair in zip(preferences, pairs, strict=True):
         for reply, (ids, mask) in zip((record.chosen, record.rejected), pair, strict=True):
             prompt, completion = chat.prompt(record.prompt, world_encoding), chat.completion(reply[0]["content"], world_encoding)
@@ -188,8 +188,8 @@ def test_pairs_that_teach_nothing_are_dropped_and_counted(preferences, world_enc
         Preference(preferences[0].prompt, long, same, "a long chosen side"),
         Preference(preferences[0].prompt, same, long, "a long rejected side"),
     ]
-    pairs, labels, dropped = encode_pairs(bad[:1] + preferences + bad[1:], world_encoding, 128)
-    assert dropped == 3 and len(pairs) == len(labels) == len(preferences)
+    pairs, labels, kept = encode_pairs(bad[:1] + preferences + bad[1:], world_encoding, 128)
+    assert kept == preferences and len(pairs) == len(labels) == len(preferences)
 
 
 def test_an_epoch_shows_every_example_once_in_an_order_of_its_own():
@@ -305,17 +305,16 @@ def test_every_preference_loss_is_lowered_by_its_own_run(run_stage, jsonl, check
     assert {"accuracy", "chosen_rewards", "rejected_rewards", "chosen_logps", "rejected_logps"} <= set(metrics[0])
 
 
-def test_soft_labels_below_a_half_change_the_sides(jsonl, preferences, world_model, world_encoding):
+def test_soft_labels_below_a_half_change_the_sides(jsonl, preferences, world_encoding):
     records = [{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected, "label": 0.2} for r in preferences]
-    pairs, labels, _ = dpo.load_pairs(dpo.Config(data=[jsonl(records)]), world_model(), world_encoding)
+    pairs, labels, *_ = dpo.encode(dpo.Config(), formats.read(jsonl(records)), world_encoding, 128)
     plain, _, _ = encode_pairs(preferences, world_encoding, 128)
     assert pairs == [pair[::-1] for pair in plain] and labels == [0.8] * len(pairs)
 
 
-def test_kto_s_mismatched_replies_belong_to_other_prompts(jsonl, preferences, world_model, world_encoding):
+def test_kto_s_mismatched_replies_belong_to_other_prompts(jsonl, preferences, world_encoding):
     records = [{"prompt": r.prompt, "completion": r.chosen, "label": i % 2 == 0} for i, r in enumerate(preferences)]
-    config = dpo.Config(loss="kto", data=[jsonl(records)])
-    pairs, labels, _ = dpo.load_pairs(config, world_model(), world_encoding)
+    pairs, labels, *_ = dpo.encode(dpo.Config(loss="kto"), formats.read(jsonl(records)), world_encoding, 128)
     assert labels == [float(i % 2 == 0) for i in range(len(pairs))]
 
     def reply(example):
@@ -331,12 +330,12 @@ def test_kto_s_mismatched_replies_belong_to_other_prompts(jsonl, preferences, wo
     assert sum(other == answers[tuple(question(pair[0]))] for other, pair in zip(others, pairs, strict=True)) <= 2  # equal by chance
 
 
-def test_kto_refuses_replies_of_one_kind_and_the_others_refuse_replies_without_a_partner(jsonl, preferences, world_model, world_encoding):
+def test_kto_refuses_replies_of_one_kind_and_the_others_refuse_replies_without_a_partner(jsonl, preferences, world_encoding):
     path = jsonl([{"prompt": r.prompt, "completion": r.chosen, "label": True} for r in preferences])
     with pytest.raises(ValueError, match="only one kind"):
-        dpo.load_pairs(dpo.Config(loss="kto", data=[path]), world_model(), world_encoding)
+        dpo.encode(dpo.Config(loss="kto"), formats.read(path), world_encoding, 128)
     with pytest.raises(ValueError, match="preference"):
-        dpo.load_pairs(dpo.Config(loss="ipo", data=[path]), world_model(), world_encoding)
+        dpo.load_source(dpo.Config(loss="ipo", data=[path]))
 
 
 def test_dpo_s_run_starts_at_ln_2_and_lowers_its_own_loss(run_stage, jsonl, checkpoint, preferences):
