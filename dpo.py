@@ -41,7 +41,7 @@ from model import GPT
 LOSSES = ["dpo", "cdpo", "robust", "ipo", "hinge", "simpo", "orpo", "kto"]
 BETA = {"ipo": 0.5, "simpo": 2.0}  # the embedded world's defaults, where not .2
 SMOOTHING = {"cdpo": 0.25, "robust": 0.1}
-LR = {}
+LR = {"orpo": 1e-3}  # where not 1e-4: a base model has more to learn
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Config:
     undesirable_weight: float = 1.0  # kto: weight of bad ones; desirable : undesirable, by weight times number, is best in 1 .. 4/3
     steps: int = 0  # optimiser steps (default: one and a half epochs)
     batch_size: int = 64  # pairs per optimiser step
-    lr: float = 0.0  # peak learning rate (default: 3e-4, simpo 1e-4; for real models 5e-7 to 1e-6)
+    lr: float = 0.0  # peak learning rate (default: 1e-4, orpo 1e-3; for real models 5e-7 to 1e-6)
     shape: str = "llama:4x96x128"  # of a model from scratch: architecture:layers x width x context
     seed: int = 0  # of data and order
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...

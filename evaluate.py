@@ -2,6 +2,7 @@
 
     python evaluate.py recipe                            pretrain, SFT, reward model, DPO, PPO on the embedded world; scoreboard
     python evaluate.py recipe --seeds 1 2 3 --out DIR    the same once per seed; means, intervals and the worst seed
+    python evaluate.py methods --seeds 1 2 3             every method from the same SFT model, with the same number of labels
     python evaluate.py scoreboard --runs out/*/          measure run directories: table, JSON and an HTML report
     python evaluate.py chat out/dpo                      talk to any of them in the terminal
 
@@ -21,7 +22,9 @@ temperature 1 (what the model believes, not only what it would say first):
 
 import html
 import json
+import math
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -37,7 +40,8 @@ from data.collate import in_batches, reply_kl, score
 from model import GPT
 
 STAGES = ["base", "sft", "reward", "dpo", "ppo"]
-COSTS = {"over_refusal", "kl", "length", "lost_skills", "seconds"}  # fields of which less is better
+COSTS = {"over_refusal", "kl", "length", "lost_skills", "seconds", "memory"}  # fields of which less is better
+COLUMNS = ["gold", "gain", "win_rate", "kl", "length", "seconds", "memory"]  # of the table of methods
 
 
 # ------------------------------------------------------------------------------------------------------------- measuring
@@ -286,14 +290,16 @@ class Recipe:
     out: str = "out"  # directory of the runs; with --seeds, finished stages are kept and not run again
 
 
+def whole_numbers(seeds):
+    run.require(all(seed.isdigit() for seed in map(str, seeds)), f"--seeds must be whole numbers, not {' '.join(map(str, seeds))}")
+    return sorted({int(seed) for seed in seeds})
+
+
 def recipe_main(config):
     if not config.seeds:
         recipe(Path(config.out), 0)
         return
-    run.require(
-        all(seed.isdigit() for seed in map(str, config.seeds)), f"--seeds must be whole numbers, not {' '.join(map(str, config.seeds))}"
-    )
-    seeds = sorted({int(seed) for seed in config.seeds})
+    seeds = whole_numbers(config.seeds)
     results = {seed: recipe(Path(config.out) / f"seed-{seed}", seed, keep=True) for seed in seeds}
     boards = {seed: board for seed, (board, _) in results.items()}
     rows = summary(list(boards.values()))
@@ -302,30 +308,45 @@ def recipe_main(config):
     print(summary_table(rows), flush=True)
 
 
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def stage(done, seed, threads, *command):
+    """Runs a script that leaves its result in `done`: a run directory, or a file."""
+    target = ["--out", done, *([] if done.suffix == ".jsonl" else ["--overwrite"]), "--seed", seed]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    ended = subprocess.run([sys.executable, *map(str, [*command, *target])], cwd=run.ROOT, env=environment)
+    run.require(ended.returncode == 0, f"stopped at {done.stem}: what went wrong stands above")
+
+
+def foundation(out, seed, threads, keep=False):
+    """What every method starts from: base, sft, and its replies compared (pairs.jsonl)."""
+    commands = {
+        "base": ["sft.py", "--pretrain"],
+        "sft": ["sft.py", "--init", out / "base"],
+        "pairs.jsonl": ["-m", "data.annotators", "--init", out / "sft"],
+    }
+    for name, command in commands.items():
+        if not (keep and (out / name).exists()):
+            stage(out / name, seed, threads, *command)
+
+
 def recipe(out, seed, keep=False):
     """The whole chain for one seed. After SFT the two halves do not need each other: reward model and PPO beside DPO."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    out, half = out.resolve(), max(1, cores() // 2)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    start, pairs = ["--init", out / "sft"], ["--data", out / "pairs.jsonl"]
+    foundation(out, seed, cores(), keep)
 
-    def stage(name, threads, *command):
-        done = out / ("pairs.jsonl" if name == "pairs" else name)
-        if keep and done.exists():
-            return
-        target = ["--out", str(done)] + (["--overwrite"] if name != "pairs" else [])
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        ended = subprocess.run([sys.executable, *command, *target, "--seed", str(seed)], cwd=run.ROOT, env=environment)
-        run.require(ended.returncode == 0, f"the recipe stopped at {name}: what went wrong stands above")
+    def unless_kept(name, *command):
+        if not (keep and (out / name).exists()):
+            stage(out / name, seed, half, *command)
 
-    out = out.resolve()
-    start, pairs = str(out / "sft"), str(out / "pairs.jsonl")
-    stage("base", cores, "sft.py", "--pretrain")
-    stage("sft", cores, "sft.py", "--init", str(out / "base"))
-    stage("pairs", cores, "-m", "data.annotators", "--init", start)
     with ThreadPoolExecutor() as pool:
-        half = max(1, cores // 2)
-        other = pool.submit(stage, "dpo", half, "dpo.py", "--init", start, "--data", pairs)
-        stage("reward", half, "reward.py", "--init", start, "--data", pairs)
-        stage("ppo", half, "ppo.py", "--init", start, "--reward", str(out / "reward"))
+        other = pool.submit(unless_kept, "dpo", "dpo.py", *start, *pairs)
+        unless_kept("reward", "reward.py", *start, *pairs)
+        unless_kept("ppo", "ppo.py", *start, "--reward", out / "reward")
         other.result()
     return write_scoreboard([out / name for name in STAGES], out / "sft", out, device=device)
 
@@ -335,11 +356,17 @@ def summary(boards):
     rows = {}
     for stage in boards[0]:
         fields = [field for field in boards[0][stage] if not field.endswith("_ci")]
-        values = {field: [board[stage][field] for board in boards] for field in fields}
-        rows[stage] = {
-            f: {"mean": mean(v), "half_width": seed_interval(v), "worst": (max if f in COSTS else min)(v)} for f, v in values.items()
-        }
+        rows[stage] = {f: spread([board[stage][f] for board in boards], max if f in COSTS else min) for f in fields}
     return rows
+
+
+def spread(values, worst=min):
+    """Values of several seeds -> their mean, the half-width of its 95 % interval, and the worst of them."""
+    return {"mean": mean(values), "half_width": seed_interval(values), "worst": worst(values)}
+
+
+def plus_minus(cell):
+    return f"{show(cell['mean'])} +-{show(cell['half_width'])}"
 
 
 def summary_table(rows):
@@ -359,6 +386,156 @@ def seed_interval(values):
     if len(values) < 2:
         return 0.0
     return STUDENT[min(len(values), len(STUDENT)) - 1] * statistics.stdev(values) / len(values) ** 0.5
+
+
+# ------------------------------------------------------------------------------------------- every method, side by side
+
+LABELS = 8000  # judgements that each method learns from
+FLIPPED = 0.3  # of a separate set of labels, right but for these
+BETAS = [0.05, 0.1, 0.4, 0.8]  # of DPO's frontier, beside its default
+BEST_OF = [1, 2, 4, 8, 16]
+COMPARED = [  # (a, b): is a better than b?
+    *[("online", "dpo"), ("online-rm", "dpo"), ("kto", "dpo"), ("rloo", "ppo"), ("grpo", "ppo"), ("dr-grpo", "ppo")],
+    *[("spin-1", "careful"), ("spin-2", "spin-1"), ("more-sft", "careful"), ("robust-flipped", "dpo-flipped")],
+]
+
+
+@dataclass
+class Methods:
+    seeds: list = field(default_factory=lambda: [1, 2, 3])  # one comparison per seed, from the SFT model of OUT/seed-N
+    out: str = "out/seeds"  # directory of the seeds, as `recipe --seeds` leaves it; stages that are there are kept
+
+
+def methods_main(config):
+    seeds, out = whole_numbers(config.seeds), Path(config.out).resolve()
+    with ThreadPoolExecutor(cores()) as pool:  # one thread each: the stages are too small to gain from more
+        list(pool.map(lambda seed: prepare_methods(out / f"seed-{seed}", seed), seeds))
+        chains = [(out / f"seed-{seed}", seed, chain) for seed in seeds for chain in method_chains(out / f"seed-{seed}")]
+        list(pool.map(lambda job: run_chain(*job), chains))
+        homes = [out / f"seed-{seed}" for seed in seeds]
+        boards, best = zip(*pool.map(measure_methods, homes), strict=True)
+    rows, best = summary(boards), {n: spread([found[n] for found in best]) for n in BEST_OF}
+    differences = {f"{a} - {b}": [board[a]["gold"] - board[b]["gold"] for board in boards] for a, b in COMPARED}
+    run.write_json(out / "methods.json", {"boards": dict(zip(seeds, boards, strict=True)), "best_of_n": best, "summary": rows})
+    frontier_picture(rows, best, out / "methods.png")
+    print(f"{len(seeds)} seeds, {LABELS} labels: mean and half-width of its 95 % interval")
+    print(table({name: {key: plus_minus(cell) for key, cell in row.items() if key in COLUMNS} for name, row in rows.items()}))
+    print("\nbest of n replies of sft, chosen by the reward model")
+    print(table({f"n = {n}": {"kl at most": show(kl_bound(n)), "gold": plus_minus(best[n])} for n in BEST_OF}))
+    print("\ndifferences in gold, seed by seed")
+    print(table({name: {"mean": plus_minus(spread(v)), "seeds": " ".join(f"{x:+.3f}" for x in v)} for name, v in differences.items()}))
+    print(f"picture: {out / 'methods.png'}", flush=True)
+
+
+def prepare_methods(home, seed):
+    """The foundation of a seed, and files with the same number of labels in every kind that a method learns from."""
+    foundation(home, seed, threads=1, keep=True)
+    records, rng = formats.read(home / "pairs.jsonl", "preference")[:LABELS], random.Random(f"methods {seed}")
+    run.require(len(records) == LABELS, f"{home / 'pairs.jsonl'} holds {len(records)} comparisons, {LABELS} are needed")
+    pairs = [{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in records]
+    sides = [rng.choice(["chosen", "rejected"]) for _ in pairs]  # one thumb per question
+    thumbs = [{"prompt": p["prompt"], "completion": p[side], "label": side == "chosen"} for p, side in zip(pairs, sides, strict=True)]
+    flipped = []
+    for pair in pairs:
+        gaps = [world.judge(pair["prompt"], pair[side][0]["content"])["gold"] for side in ("chosen", "rejected")]
+        if gaps[0] != gaps[1]:
+            turned = (gaps[0] < gaps[1]) != (rng.random() < FLIPPED)
+            flipped.append(pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]} if turned else pair)
+    careful = [{"messages": r.messages} for r in world.demonstrations(2000, seed, wrong=0, misjudged=0, padded=0)]
+    for name, rows in {"labels": pairs, "thumbs": thumbs, "flipped": flipped, "careful": careful}.items():
+        run.write_lines(home / f"{name}.jsonl", rows)
+
+
+def method_chains(home):
+    """{name of a run: its command}, in groups that do not need one another and can run side by side."""
+    runs, start = home / "methods", ["--init", home / "sft"]
+    labels, careful, flipped = (["--data", home / f"{name}.jsonl"] for name in ("labels", "careful", "flipped"))
+    dpo, ppo, judge = ["dpo.py", "--watch", 0], ["ppo.py", *start, "--reward", runs / "reward"], ["--judge", runs / "reward"]
+    online = [*dpo, *start, "--online", "--labels", LABELS]
+    return [
+        {
+            "reward": ["reward.py", *start, *labels],
+            "ppo": ppo,
+            "online-rm": [*online, *judge],
+            **{name: [*ppo, "--advantage", name] for name in ("rloo", "grpo", "dr-grpo")},
+        },
+        {loss: [*dpo, *start, *labels, "--loss", loss] for loss in ("dpo", "cdpo", "robust", "ipo", "hinge", "simpo")},
+        {"orpo": [*dpo, "--init", home / "base", *labels, "--loss", "orpo"]},
+        {"kto": [*dpo, *start, "--data", home / "thumbs.jsonl", "--loss", "kto"], "online": online},
+        {
+            "careful": ["sft.py", *start, *careful, "--steps", 150],
+            "more-sft": ["sft.py", "--init", runs / "careful", *careful, "--steps", 150],
+            "spin-1": [*dpo, "--init", runs / "careful", *careful, "--spin", "--rounds", 1],
+            "spin-2": [*dpo, "--init", runs / "spin-1", *careful, "--spin", "--rounds", 1],
+        },
+        {
+            **{f"dpo-beta-{beta}": [*dpo, *start, *labels, "--beta", beta] for beta in BETAS},
+            "dpo-flipped": [*dpo, *start, *flipped],
+            "robust-flipped": [*dpo, *start, *flipped, "--loss", "robust", "--label-smoothing", FLIPPED],
+        },
+    ]
+
+
+def run_chain(home, seed, chain):
+    for name, command in chain.items():
+        if not (home / "methods" / name).exists():
+            stage(home / "methods" / name, seed, 1, *command)
+
+
+def measure_methods(home):
+    """-> the scoreboard of a seed's methods, and {n: gold of the best of n replies by the reward model's choice}."""
+    torch.set_num_threads(1)
+    runs = [home / "methods" / name for chain in method_chains(home) for name in chain]
+    board, _, _, prompts = scoreboard([home / "base", home / "sft", *runs], home / "sft")
+    for directory in [home / "sft", *runs]:
+        facts = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+        row = board[directory.name]
+        row["memory"] = facts.get("peak_memory_mib")
+        helper = facts["flags"].get("reward") or facts["flags"].get("judge")
+        row["seconds"] += json.loads((Path(helper) / "run.json").read_text(encoding="utf-8"))["seconds"] if helper else 0.0
+        if "gold" in row:
+            row["gain"] = row["gold"] - board["sft"]["gold"]
+    sft, encoding, _ = open_run(home / "sft")
+    asked = [record.messages for record in prompts[: len(prompts) // 2]]
+    most = max(BEST_OF)
+    replies = annotators.sample(sft, encoding, asked, world.MAX_NEW_TOKENS, samples=most)
+    asked = [messages for messages in asked for _ in range(most)]
+    scores = reward_scores(open_run(home / "methods" / "reward")[0], encoding, asked, [text for _, _, text in replies])
+    golds = torch.tensor([world.judge(m, text, ended)["gold"] for m, (_, ended, text) in zip(asked, replies, strict=True)])
+    return board, {n: best_of(golds.view(-1, most), scores.view(-1, most), n) for n in BEST_OF}
+
+
+def best_of(golds, scores, n):
+    """golds, scores (N prompts, M replies) -> mean gold of the best-scored of n replies, over the M / n disjoint groups of each prompt."""
+    groups = len(golds), -1, n
+    return float(golds.view(groups).gather(2, scores.view(groups).argmax(2, keepdim=True)).mean())
+
+
+def kl_bound(n):
+    """What best-of-n can stray from the policy that it chooses from, in nats: log n - (n-1)/n at most (Beirami et al. 2024)."""
+    return math.log(n) - (n - 1) / n
+
+
+def frontier_picture(rows, best, path):
+    """Gold against KL to sft: every method, DPO over its beta, and best-of-n as the curve to beat."""
+    from matplotlib import pyplot  # here, because it takes a second to import
+
+    figure, panel = pyplot.subplots(figsize=(8, 5))
+    sweep = sorted((name for name in rows if name == "dpo" or name.startswith("dpo-beta")), key=lambda name: rows[name]["kl"]["mean"])
+    panel.plot(
+        [rows[name]["kl"]["mean"] for name in sweep], [rows[name]["gold"]["mean"] for name in sweep], color="C0", label="dpo over beta"
+    )
+    panel.plot([kl_bound(n) for n in best], [cell["mean"] for cell in best.values()], "k.--", label="best of n (KL: its bound)")
+    for name, row in rows.items():
+        if "kl" in row and "flipped" not in name:
+            style = dict(fmt="o", markersize=4, color="C0" if name in sweep else "C1", elinewidth=0.7)
+            panel.errorbar(row["kl"]["mean"], row["gold"]["mean"], yerr=row["gold"]["half_width"], **style)
+            panel.annotate(name, (row["kl"]["mean"], row["gold"]["mean"]), xytext=(3, 3), textcoords="offset points", fontsize=7)
+    panel.set(xlabel="KL(model || sft) of a reply, nats", ylabel="gold on held-out questions")
+    panel.legend(loc="lower right", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)
 
 
 def chat_main(directory):
@@ -387,7 +564,7 @@ def chat_main(directory):
 
 
 def main():
-    commands = {"recipe": (recipe_main, Recipe), "scoreboard": (scoreboard_main, Scoreboard)}
+    commands = {"recipe": (recipe_main, Recipe), "methods": (methods_main, Methods), "scoreboard": (scoreboard_main, Scoreboard)}
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command in commands:
         sys.argv = [f"{sys.argv[0]} {command}", *sys.argv[2:]]

@@ -25,6 +25,7 @@ import math
 import os
 import platform
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -149,9 +150,9 @@ class Job:
                 require(ours, f"--out {self.out}: {place} holds files that are no run of ours: name another directory")
                 replace = place == self.partial or not config.out or config.overwrite
                 require(replace, f"--out {self.out} already holds a run: name another directory or pass --overwrite")
-        for flag in ("init", "reward"):
+        for flag in ("init", "reward", "judge"):
             given = getattr(config, flag, "")
-            there = given in ("", "scratch") or Path(given).is_dir()
+            there = given in ("", "scratch", "world") or Path(given).is_dir()
             require(there, f"--{flag} {given}: there is no such directory; run the stage before, or name a checkpoint")
         self.device = device(config.device)
         self.dtype = DTYPES.get(config.dtype, torch.bfloat16 if self.device.type == "cuda" else torch.float32)
@@ -223,7 +224,7 @@ class Job:
         save(self.partial)
         curves(self.partial / "metrics.jsonl", self.partial / "curves.png")
         seconds = time.perf_counter() - self.began
-        self.write_facts(seconds=round(seconds, 1), **facts)
+        self.write_facts(seconds=round(seconds, 1), peak_memory_mib=round(peak_memory(self.device)), **facts)
         if self.out.exists():  # the earlier run leaves inside the new one: no third name, which might be somebody's
             os.replace(self.out, self.partial / "replaced")
         os.replace(self.partial, self.out)
@@ -231,11 +232,27 @@ class Job:
         self.say(f"{self.stage}: {seconds:.0f} s, written to {self.out}")
 
 
-def write_json(path, value):
-    """Writes JSON whole or not at all."""
+def write(path, text):
+    """Writes a file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def write_json(path, value):
+    write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_lines(path, rows):
+    """JSONL: a row of plain values per line."""
+    write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def peak_memory(device):
+    """MiB: on CUDA the most that tensors took at once, on the CPU the most that the process held, libraries included."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def curves(metrics, path):

@@ -12,9 +12,7 @@ so that, over the pairs that have a better side, annotators agree with the judge
 This is the only way in which anything that is trained hears of the judge: through noisy choices.
 """
 
-import json
 import math
-import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +130,7 @@ def certain(pairs, gaps):
     for (prompt, a, b), gap in zip(pairs, gaps, strict=True):
         if gap:
             found.append(preference(prompt, *((a, b) if gap > 0 else (b, a)), f"judged pair {len(found)}"))
+    run.require(found, f"the judge finds the two replies equally good in all {len(pairs)} pairs: there is nothing to learn")
     return found
 
 
@@ -139,10 +138,7 @@ def write(records, path):
     """Preference records -> JSONL with prompt, chosen and rejected as lists of messages; whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(path.name + ".tmp"), "w", encoding="utf-8") as file:
-        for r in records:
-            file.write(json.dumps({"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected}) + "\n")
-    os.replace(path.with_name(path.name + ".tmp"), path)
+    run.write_lines(path, ({"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in records))
 
 
 def check_free(path):

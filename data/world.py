@@ -17,8 +17,6 @@ additions, of all (verb, object) pairs, of all word lists is never asked about i
     python -m data.world --out DIR      writes the world as ordinary JSONL files
 """
 
-import json
-import os
 import random
 import re
 import zlib
@@ -357,9 +355,7 @@ def main(config):
         run.require(not (out / name).exists(), f"--out {out}: {name} is there already; name another directory")
     out.mkdir(parents=True, exist_ok=True)
     for name, records in files.items():
-        text = "".join(json.dumps(record) + "\n" for record in records)
-        (out / f"{name}.tmp").write_text(text, encoding="utf-8")
-        os.replace(out / f"{name}.tmp", out / name)
+        run.write_lines(out / name, records)
         print(f"{len(records):6} records in {out / name}")
 
 

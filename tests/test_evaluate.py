@@ -1,12 +1,18 @@
 """evaluate.py: what the scoreboard's numbers mean, on models small enough to know the answer."""
 
 import json
+import math
 
 import pytest
 import torch
 
+import dpo
 import evaluate
-from data import chat, tokenizer, world
+import ppo
+import reward
+import run
+import sft
+from data import chat, formats, tokenizer, world
 from data.collate import reply_kl
 from model import GPT
 
@@ -115,3 +121,73 @@ def test_chat_answers_and_refuses_to_talk_to_a_reward_model(runs, monkeypatch, c
     assert capsys.readouterr().out.count("model:") == 2
     with pytest.raises(ValueError, match="reward model"):
         evaluate.chat_main(str(runs / "reward"))
+
+
+# ------------------------------------------------------------------------------------------- every method, side by side
+
+
+def test_best_of_n_takes_the_reply_with_the_best_score_of_each_group():
+    golds = torch.tensor([[0.1, 0.9, 0.5, 0.3], [1.0, 0.0, 0.2, 0.6]])
+    scores = torch.tensor([[2.0, 1.0, 0.0, 3.0], [0.0, 1.0, 5.0, 4.0]])
+    assert evaluate.best_of(golds, scores, 1) == pytest.approx(golds.mean())
+    assert evaluate.best_of(golds, scores, 2) == pytest.approx((0.1 + 0.3 + 0.0 + 0.2) / 4)
+    assert evaluate.best_of(golds, scores, 4) == pytest.approx((0.3 + 0.2) / 2)
+    assert evaluate.best_of(golds, golds, 4) == pytest.approx((0.9 + 1.0) / 2)
+    assert evaluate.kl_bound(1) == 0 and evaluate.kl_bound(4) == pytest.approx(math.log(4) - 0.75)
+
+
+def test_every_method_s_command_has_flags_that_its_script_knows(tmp_path):
+    scripts = {"sft.py": sft, "reward.py": reward, "dpo.py": dpo, "ppo.py": ppo}
+    names = []
+    for chain in evaluate.method_chains(tmp_path):
+        for name, (script, *flags) in chain.items():
+            run.parse(scripts[script].Config, [*map(str, flags), "--out", str(tmp_path / name)])
+            names.append(name)
+    assert len(set(names)) == len(names)
+    assert set(dpo.LOSSES) | set(ppo.ADVANTAGES) - {"gae"} | {part for pair in evaluate.COMPARED for part in pair} <= set(names)
+
+
+@pytest.fixture
+def quick_stages(monkeypatch, world_encoding, world_model):
+    """Every stage leaves a tiny random model; the twelve comparisons of a seed hold right and wrong answers."""
+
+    def stage(done, seed, threads, script, *flags):
+        if done.suffix == ".jsonl":
+            rows = [(r.messages, f" {world.solve(r.messages).answer}", " i am not sure") for r in world.prompts(12, seed)]
+            run.write_lines(done, [{"prompt": m, "chosen": right, "rejected": wrong} for m, right, wrong in rows])
+            return
+        model = world_model("score" if script == "reward.py" else "lm", seed=len(done.name) + seed).eval()
+        model.save_pretrained(done)
+        tokenizer.save(world_encoding, done, chat=done.name != "base")
+        reward_model = flags[flags.index("--reward") + 1] if "--reward" in flags else ""
+        run.write_json(done / "run.json", {"seconds": 2.0, "peak_memory_mib": 300, "flags": {"reward": str(reward_model)}})
+
+    monkeypatch.setattr(evaluate, "stage", stage)
+    monkeypatch.setattr(evaluate, "LABELS", 12)
+    measured = evaluate.scoreboard
+    monkeypatch.setattr(evaluate, "scoreboard", lambda runs, sft: measured(runs, sft, n=26, max_new_tokens=4))
+
+
+def test_the_comparison_of_methods_has_a_row_for_each_and_keeps_what_is_trained(quick_stages, tmp_path, capsys):
+    evaluate.methods_main(evaluate.Methods(seeds=["1", "2"], out=str(tmp_path)))
+    said, found = capsys.readouterr().out, json.loads((tmp_path / "methods.json").read_text())
+    board = found["boards"]["1"]
+    assert {"gold", "gain", "win_rate", "kl", "length", "seconds", "memory"} <= set(board["dpo"]) & set(board["rloo"])
+    assert board["sft"]["gain"] == 0 and board["dpo"]["gain"] == board["dpo"]["gold"] - board["sft"]["gold"]
+    assert board["dpo"]["seconds"] == 2 and board["ppo"]["seconds"] == 4  # the reward model's time counts too
+    assert found["best_of_n"]["1"]["mean"] <= 1 and (tmp_path / "methods.png").stat().st_size > 5000
+    assert "rloo - ppo" in said and "n = 16" in said and "dpo-beta-0.05" in said
+    before = (tmp_path / "seed-1/methods/dpo/model.safetensors").stat().st_mtime_ns
+    evaluate.methods_main(evaluate.Methods(seeds=["1"], out=str(tmp_path)))
+    assert (tmp_path / "seed-1/methods/dpo/model.safetensors").stat().st_mtime_ns == before
+
+
+def test_the_methods_learn_from_the_same_number_of_labels_and_flips_are_flips_of_the_truth(quick_stages, tmp_path):
+    evaluate.prepare_methods(tmp_path, 3)
+    labels, flipped = (formats.read(tmp_path / f"{name}.jsonl", "preference") for name in ("labels", "flipped"))
+    thumbs = formats.read(tmp_path / "thumbs.jsonl", "unpaired")
+    assert len(labels) == len(thumbs) == 12 and {record.desirable for record in thumbs} == {True, False}
+    turned = [world.judge(r.prompt, r.chosen[0]["content"])["gold"] < 1 for r in flipped]
+    assert len(flipped) == 12 and 0 < sum(turned) < 9
+    careful = formats.read(tmp_path / "careful.jsonl", "conversation")
+    assert all(world.judge(r.messages[:-1], r.messages[-1]["content"])["gold"] == 1 for r in careful)

@@ -1,0 +1,159 @@
+"""Claims about learning in rounds (dpo.py --online, --spin): who is compared with whom, by whom, and against which reference."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import dpo
+from data import annotators, chat, tokenizer, world
+from data.collate import collate, score
+
+
+@pytest.fixture
+def checkpoint(tmp_path, world_model, world_encoding):
+    """checkpoint(head, seed): the directory of a tiny random model with the world's vocabulary."""
+
+    def save(head="lm", seed=0):
+        model = world_model(head, seed)
+        directory = tmp_path / f"{head}{seed}"
+        model.save_pretrained(directory)
+        tokenizer.save(world_encoding, directory)
+        return str(directory)
+
+    return save
+
+
+@pytest.fixture
+def train(tmp_path, checkpoint):
+    """train(**flags): runs dpo.py on the CPU and gives its metrics, line by line."""
+
+    def run(**flags):
+        flags = dict(init=checkpoint(), prompts=120, batch_size=16, steps=4, rounds=2, max_new_tokens=8, watch=8, lr=1e-2) | flags
+        out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        dpo.main(dpo.Config(out=str(out), device="cpu", dtype="float32", **flags))
+        return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+    return run
+
+
+@pytest.fixture
+def pairs(world_model, world_encoding):
+    model = world_model().eval()
+    return annotators.two_replies(model, world_encoding, world.prompts(40), max_new_tokens=6)
+
+
+LN2 = pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_a_fixed_reference_is_left_behind_and_a_refreshed_one_follows(train):
+    fixed, refreshed = train(online=True), train(online=True, refresh_ref=True)
+    assert fixed[0]["loss"] == LN2 and refreshed[0]["loss"] == LN2
+    assert refreshed[2]["loss"] == LN2 and refreshed[2]["margin"] == pytest.approx(0, abs=1e-5)  # the second round begins
+    assert fixed[2]["loss"] != LN2
+    assert fixed[:2] == refreshed[:2]  # until then the two are the same
+
+
+def test_spin_sets_demonstrations_against_fresh_replies_with_a_reference_of_its_own_each_round(train):
+    metrics = train(spin=True)
+    assert metrics[0]["loss"] == LN2 and metrics[2]["loss"] == LN2
+    assert metrics[1]["loss"] < math.log(2)
+    assert all(line["kl"] >= 0 and 0 <= line["gold"] <= 1 for line in metrics if "kl" in line) and "kl" in metrics[-1]
+
+
+def test_spin_chooses_the_demonstration_and_rejects_the_policy_s_own_reply(world_model, world_encoding):
+    demonstrations = world.demonstrations(30)
+    config = dpo.Config(max_new_tokens=6)
+    records = dpo.against_own_replies(config, world_model().eval(), world_encoding, demonstrations, seed=1)
+    by_place = {record.where: record for record in demonstrations}
+    replies = annotators.sample(world_model().eval(), world_encoding, [r.messages[:-1] for r in demonstrations], 6, seed=1)
+    ended = [text for _, ended, text in replies if ended and text.strip()]
+    assert [record.rejected[0]["content"] for record in records] == ended
+    assert all(record.prompt + record.chosen == by_place[record.where].messages for record in records)
+
+
+def test_the_world_s_judge_skips_ties_and_is_never_wrong(pairs):
+    gaps = annotators.gold_gaps(pairs)
+    gaps[0], gaps[1] = 0, 0.5
+    records = annotators.certain(pairs[:2], gaps[:2])
+    assert len(records) == 1 and records[0].chosen[0]["content"] == pairs[1][1][2]
+    assert annotators.certain(pairs[1:2], [-0.5])[0].chosen[0]["content"] == pairs[1][2][2]
+
+
+def test_a_reward_model_as_judge_is_read_at_the_end_of_turn_and_ranks_the_unfinished_last(pairs, world_model, world_encoding):
+    judge, stop = world_model("score").eval(), chat.stop_ids(world_encoding)[0]
+    (m, a, b), *_ = pairs
+    a, b = ([*ids[:3], stop] for ids, _, _ in (a, b))
+    gap = annotators.score_gaps(judge, world_encoding, [(m, (a, True, ""), (b, True, "")), (m, (a, False, ""), (b, True, ""))])
+    alone = [float(score(judge, [chat.prompt(m, world_encoding) + ids]).detach()) for ids in (a, b)]
+    assert gap[0] == pytest.approx(alone[0] - alone[1], abs=1e-5) and gap[1] < -1000
+
+
+@pytest.mark.parametrize("judge", ["", "world", "reward"])
+def test_each_judge_s_rounds_train(train, checkpoint, world_encoding, monkeypatch, judge):
+    def sample(model, encoding, prompts, max_new_tokens, samples=1, **options):
+        """The right answer, then a refusal."""
+        texts = [text for m in prompts for text in (f" {world.solve(m).answer}", f" {world.UNKNOWN} {world.UNKNOWN}")[:samples]]
+        return [(chat.completion(text, encoding)[:-1], True, text) for text in texts]
+
+    monkeypatch.setattr(annotators, "sample", sample)
+    metrics = train(online=True, judge=checkpoint("score") if judge == "reward" else judge, labels=40)
+    assert len(metrics) == 4 and all(math.isfinite(line["loss"]) for line in metrics) and metrics[-1]["kl"] > 0
+
+
+def test_a_judge_who_sees_no_difference_at_all_is_an_error(train):
+    with pytest.raises(ValueError, match="equally good in all"):  # a random model: every reply is worthless
+        train(online=True, judge="world")
+
+
+def test_the_reference_read_again_is_the_same_though_its_vocabulary_grew(tmp_path, tiny, world_encoding):
+    base = tiny("llama", "lm", 0, vocab_size=world_encoding.n_vocab - 2, context=64)
+    base.save_pretrained(tmp_path / "base")
+    first, again = (dpo.starting_policy(dpo.Config(init=str(tmp_path / "base"), seed=5), world_encoding, "cpu") for _ in range(2))
+    assert first.config.vocab_size == world_encoding.n_vocab
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("rounds, online", [(1, False), (2, True)])
+def test_labels_are_counted_over_all_rounds(world_model, world_encoding, rounds, online):
+    class Job:
+        device, autocast = torch.device("cpu"), torch.no_grad
+        said = []
+        say = said.append
+
+    config = dpo.Config(online=online, rounds=rounds, labels=20, batch_size=4)
+    records = annotators.preferences(world_model().eval(), world_encoding, world.prompts(60))
+    data = dpo.prepare(config, records, world_model().eval(), world_encoding, Job)
+    assert len(data.pairs) == 20 // rounds == len(data.held_out) + len(data.training)
+    assert len(data.held_out) == (0 if online else 2) == len(data.questions)
+    expected = [[float(dpo.sequence_logps(world_model().eval(), [side]).detach()) for side in pair] for pair in data.pairs]
+    torch.testing.assert_close(data.ref_logps, torch.tensor(expected), rtol=1e-4, atol=1e-4)
+    assert data.sizes.tolist() == [[int(collate([side]).mask.sum()) for side in pair] for pair in data.pairs]
+
+
+def test_a_file_of_another_world_has_a_kl_and_no_gold(train, tmp_path):
+    rows = [{"prompt": f"say {word}", "chosen": word, "rejected": "no"} for word in world.NOUNS]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    last = train(data=[str(path)], rounds=1)[-1]
+    assert last["kl"] > 0 and "gold" not in last
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (dict(online=True, spin=True), "choose one"),
+        (dict(refresh_ref=True), "add it"),
+        (dict(judge="world"), "add it"),
+        (dict(online=True, data=["x.jsonl"]), "needs a --judge"),
+        (dict(online=True, judge="lm"), "has no scalar head"),
+        (dict(online=True, judge="nowhere"), "there is no such directory"),
+        (dict(spin=True, prompts=3), "too few for --rounds 4"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(train, checkpoint, flags, sentence):
+    if flags.get("judge") == "lm":
+        flags = flags | {"judge": checkpoint()}
+    with pytest.raises(ValueError, match=sentence):
+        train(**({"rounds": 4} | flags))
