@@ -269,7 +269,7 @@ def own_preferences(config, policy, encoding, judge, questions, seed):
         return annotators.preferences(policy, encoding, questions, config.agreement, seed)
     pairs = annotators.two_replies(policy, encoding, questions, config.max_new_tokens, seed)
     gaps = annotators.score_gaps(judge, encoding, pairs) if judge else annotators.gold_gaps(pairs)
-    return annotators.certain(pairs, gaps)
+    return annotators.judged(pairs, gaps, soft=bool(judge))
 
 
 def against_own_replies(config, policy, encoding, demonstrations, seed):

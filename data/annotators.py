@@ -99,17 +99,17 @@ def open_reward_model(directory, encoding, device, flag):
 
 @torch.no_grad()
 def score_gaps(reward_model, encoding, pairs):
-    """By how much a reward model scores the first reply of each pair higher; one that did not end by itself loses to any that did."""
+    """The log-odds that a reward model gives the first reply of each pair; one that did not end by itself loses to any that did."""
     rows = [(chat.prompt(m, encoding) + ids, ended) for m, *replies in pairs for ids, ended, _ in replies]
     scores = in_batches(lambda part: score(reward_model, [ids for ids, _ in part]), rows, lambda row: len(row[0]))  # (2 N,)
     ended = torch.tensor([ended for _, ended in rows], device=scores.device)
-    a, b = torch.where(ended, scores, -1e4).view(-1, 2).unbind(1)
+    a, b = torch.where(ended, scores / reward_model.config.score_gain, -1e4).view(-1, 2).unbind(1)  # normalisation undone
     return (a - b).tolist()
 
 
-def preference(prompt, better, worse, where):
+def preference(prompt, better, worse, where, label=1.0):
     chosen, rejected = ([{"role": "assistant", "content": text}] for _, _, text in (better, worse))
-    return Preference(prompt, chosen, rejected, where)
+    return Preference(prompt, chosen, rejected, where, label)
 
 
 def preferences(model, encoding, prompts, agreement=0.75, seed=0):
@@ -124,12 +124,17 @@ def preferences(model, encoding, prompts, agreement=0.75, seed=0):
     return records
 
 
-def certain(pairs, gaps):
-    """Pairs whose first reply is better by `gaps` -> Preference records as one who makes no mistakes gives them; ties are skipped."""
+def judged(pairs, gaps, soft=False):
+    """Pairs whose first reply is better by `gaps` -> Preference records; ties are skipped.
+
+    soft: the gaps are log-odds, and the label says how sure the judge is. Certain labels would have DPO push every pair's odds to
+    infinity, the doubtful ones too, and turn each of the judge's errors into a rule.
+    """
     found = []
     for (prompt, a, b), gap in zip(pairs, gaps, strict=True):
         if gap:
-            found.append(preference(prompt, *((a, b) if gap > 0 else (b, a)), f"judged pair {len(found)}"))
+            label = 1 / (1 + math.exp(-min(abs(gap), 500.0))) if soft else 1.0
+            found.append(preference(prompt, *((a, b) if gap > 0 else (b, a)), f"judged pair {len(found)}", label))
     run.require(found, f"the judge finds the two replies equally good in all {len(pairs)} pairs: there is nothing to learn")
     return found
 

@@ -3,10 +3,13 @@
 Two prompts; a reply is up to three tokens of {a, b}, the last of which is the end token where it is shorter: 15 replies. A policy
 is a table of next-token logits per prompt and prefix, so that every distribution over replies can be reached. The losses are the
 real ones of the stage scripts, minimised over all replies (or pairs of them) at once, in fp64.
+
+    python -m tests.test_optimum PICTURE.png       draws the closed forms and what the losses reach
 """
 
 import itertools
 import math
+import sys
 
 import pytest
 import torch
@@ -74,13 +77,14 @@ def total_variation(p, q):
     return float(0.5 * (p - q).abs().sum(-1).max())
 
 
-@pytest.fixture(scope="module")
-def laboratory():
+def world():
     """A reference policy's table and probabilities, and rewards (P, R)."""
     generator = torch.Generator().manual_seed(3)
     table = torch.randn(PROMPTS, len(PREFIXES), 3, generator=generator, dtype=F64)
     return table, logps(table).exp(), torch.randn(PROMPTS, len(REPLIES), generator=generator, dtype=F64)
 
+
+laboratory = pytest.fixture(world, scope="module")
 
 BETA = 0.5
 FIRST, SECOND = torch.triu_indices(len(REPLIES), len(REPLIES), offset=1)  # every pair of replies once
@@ -106,19 +110,31 @@ def test_the_world_is_enumerated(laboratory):
     torch.testing.assert_close(ref.sum(-1), torch.ones(PROMPTS, dtype=F64))
 
 
+def dpo_policy(table, rewards):
+    return minimise(lambda t: population(dpo_loss, t, table, bradley_terry(rewards), BETA), table)
+
+
+def ipo_policy(table, rewards):
+    return minimise(lambda t: population(ipo_loss, t, table, bradley_terry(rewards), BETA), table)
+
+
+def ipo_optimum(ref, rewards):
+    beaten = torch.sigmoid(rewards[:, :, None] - rewards[:, None, :])  # (P, R, R)
+    win_rate = (beaten * ref[:, None, :]).sum(-1)  # (P, R) against a reply of the reference
+    return tilted(ref, win_rate / BETA)
+
+
 def test_dpo_on_a_population_reaches_the_kl_regularised_optimum(laboratory):
     table, ref, rewards = laboratory
-    got = minimise(lambda t: population(dpo_loss, t, table, bradley_terry(rewards), BETA), table)
+    got = dpo_policy(table, rewards)
     assert total_variation(got, tilted(ref, rewards / BETA)) < 1e-4
     assert total_variation(got, ref) > 0.3  # and that is far from where it began
 
 
 def test_ipo_reaches_its_own_optimum_and_not_dpo_s(laboratory):
     table, ref, rewards = laboratory
-    got = minimise(lambda t: population(ipo_loss, t, table, bradley_terry(rewards), BETA), table)
-    beaten = torch.sigmoid(rewards[:, :, None] - rewards[:, None, :])  # (P, R, R)
-    win_rate = (beaten * ref[:, None, :]).sum(-1)  # (P, R) against a reply of the reference
-    assert total_variation(got, tilted(ref, win_rate / BETA)) < 1e-4
+    got = ipo_policy(table, rewards)
+    assert total_variation(got, ipo_optimum(ref, rewards)) < 1e-4
     assert total_variation(got, tilted(ref, rewards / BETA)) > 0.1
 
 
@@ -197,18 +213,21 @@ def reward_and_estimate(table, ref_table, rewards, kind):
     return -(weight * (rewards * now - BETA * kernels.kl_estimate(now, ref, kind))).sum()
 
 
-def test_k3_as_a_loss_reaches_another_policy(laboratory):
+def k3_optimum(ref, rewards):
     """beta pi_ref / (lambda - r): grad E[k3] = grad KL(pi_ref || pi), the other direction."""
-    table, ref, rewards = laboratory
-    got = climb(lambda t: reward_and_estimate(t, table, rewards, "k3"), table)
     low, high = rewards.max(-1).values, rewards.max(-1).values + BETA  # lambda by bisection: the probabilities sum to 1
     for _ in range(100):
         middle = (low + high) / 2
         excess = (BETA * ref / (middle[:, None] - rewards)).sum(-1) > 1
         low, high = torch.where(excess, middle, low), torch.where(excess, high, middle)
-    expected = BETA * ref / (high[:, None] - rewards)
-    assert total_variation(got, expected) < 0.02
-    assert total_variation(expected, tilted(ref, rewards / BETA)) > 0.05
+    return BETA * ref / (high[:, None] - rewards)
+
+
+def test_k3_as_a_loss_reaches_another_policy(laboratory):
+    table, ref, rewards = laboratory
+    got = climb(lambda t: reward_and_estimate(t, table, rewards, "k3"), table)
+    assert total_variation(got, k3_optimum(ref, rewards)) < 0.02
+    assert total_variation(k3_optimum(ref, rewards), tilted(ref, rewards / BETA)) > 0.05
 
 
 def test_k1_as_a_loss_restrains_nothing(laboratory):
@@ -233,3 +252,39 @@ def test_best_of_n_stays_under_its_kl_bound(laboratory, n):
         best = below[1:] ** n - below[:-1] ** n  # P(the best of n is the k-th)
         kl = float(torch.special.xlogy(best, best / p[order]).sum())
         assert -1e-12 <= kl <= math.log(n) - (n - 1) / n + 1e-12
+
+
+def draw(path):
+    """The first prompt's replies: pi_ref (grey), the closed form (line) and what each objective reaches (dots)."""
+    from matplotlib import pyplot
+
+    table, ref, rewards = world()
+    best = tilted(ref, rewards / BETA)
+    top = torch.nn.functional.one_hot(rewards.argmax(-1), len(REPLIES)).to(F64)
+    ipo, k3, k1 = "pi_ref exp(win rate / beta) / Z", "beta pi_ref / (lambda - r)", "all on the best reply"
+    optimum = "pi_ref exp(r / beta) / Z"
+    panels = [
+        ("DPO", optimum, best, dpo_policy(table, rewards)),
+        ("PPO, KL in the reward", optimum, best, climb(lambda t: ppo_surrogate(t, table, rewards), table)),
+        ("RLOO, KL in the reward", optimum, best, climb(lambda t: rloo_surrogate(t, table, rewards), table)),
+        ("IPO", ipo, ipo_optimum(ref, rewards), ipo_policy(table, rewards)),
+        ("k3 as a loss", k3, k3_optimum(ref, rewards), climb(lambda t: reward_and_estimate(t, table, rewards, "k3"), table)),
+        ("k1 as a loss", k1, top, climb(lambda t: reward_and_estimate(t, table, rewards, "k1"), table)),
+    ]
+    figure, axes = pyplot.subplots(2, 3, figsize=(10, 5), sharex=True)
+    names = ["".join("ab."[token] for token in reply) for reply in REPLIES]
+    for axis, (title, formula, closed, reached) in zip(axes.flat, panels, strict=True):
+        axis.bar(names, ref[0], color="0.85", label="pi_ref")
+        axis.step(names, closed[0], where="mid", color="C0", linewidth=1, label=formula)
+        axis.plot(names, reached[0], "C1.", label="reached")
+        axis.set_title(f"{title}: total variation {total_variation(reached, closed):.4f}", fontsize=9)
+        axis.tick_params(axis="x", rotation=90, labelsize=7)
+        axis.tick_params(axis="y", labelsize=7)
+        axis.legend(fontsize=7)
+        print(f"{title:24} total variation from {formula}: {total_variation(reached, closed):.5f}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+
+
+if __name__ == "__main__":
+    draw(sys.argv[1])

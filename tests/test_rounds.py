@@ -76,9 +76,15 @@ def test_spin_chooses_the_demonstration_and_rejects_the_policy_s_own_reply(world
 def test_the_world_s_judge_skips_ties_and_is_never_wrong(pairs):
     gaps = annotators.gold_gaps(pairs)
     gaps[0], gaps[1] = 0, 0.5
-    records = annotators.certain(pairs[:2], gaps[:2])
+    records = annotators.judged(pairs[:2], gaps[:2])
     assert len(records) == 1 and records[0].chosen[0]["content"] == pairs[1][1][2]
-    assert annotators.certain(pairs[1:2], [-0.5])[0].chosen[0]["content"] == pairs[1][2][2]
+    assert annotators.judged(pairs[1:2], [-0.5])[0].chosen[0]["content"] == pairs[1][2][2]
+
+
+def test_a_judge_s_doubts_become_soft_labels(pairs):
+    records = annotators.judged(pairs[:3], [2.0, -0.5, 1e4], soft=True)
+    assert [record.label for record in records] == pytest.approx([1 / (1 + math.exp(-2)), 1 / (1 + math.exp(-0.5)), 1])
+    assert records[1].chosen[0]["content"] == pairs[1][2][2]
 
 
 def test_a_reward_model_as_judge_is_read_at_the_end_of_turn_and_ranks_the_unfinished_last(pairs, world_model, world_encoding):
@@ -88,6 +94,8 @@ def test_a_reward_model_as_judge_is_read_at_the_end_of_turn_and_ranks_the_unfini
     gap = annotators.score_gaps(judge, world_encoding, [(m, (a, True, ""), (b, True, "")), (m, (a, False, ""), (b, True, ""))])
     alone = [float(score(judge, [chat.prompt(m, world_encoding) + ids]).detach()) for ids in (a, b)]
     assert gap[0] == pytest.approx(alone[0] - alone[1], abs=1e-5) and gap[1] < -1000
+    judge.config.score_gain = 4.0  # as if its scores had been stretched after training
+    assert annotators.score_gaps(judge, world_encoding, [(m, (a, True, ""), (b, True, ""))])[0] == pytest.approx(gap[0] / 4, abs=1e-5)
 
 
 @pytest.mark.parametrize("judge", ["", "world", "reward"])
