@@ -41,6 +41,8 @@ from model import GPT
 LOSSES = ["dpo", "cdpo", "robust", "ipo", "hinge", "simpo", "orpo", "kto"]
 BETA = {"ipo": 0.5, "simpo": 2.0}  # the embedded world's defaults, where not .2
 SMOOTHING = {"cdpo": 0.25, "robust": 0.1}
+OWNERS = {"label_smoothing": ["cdpo", "robust"], "summed": ["ipo"], "gamma": ["simpo"], "lam": ["orpo"]}  # flags of some losses only
+OWNERS |= {"desirable_weight": ["kto"], "undesirable_weight": ["kto"]}
 LR = {"orpo": 1e-3}  # where not 1e-4: a base model has more to learn
 
 
@@ -346,6 +348,7 @@ def own_replies(config, policy, ref, encoding, questions):
 
 def main(config):
     run.require(config.loss in LOSSES, f"--loss must be one of {', '.join(LOSSES)}, not {config.loss}")
+    run.belong(config, "loss", OWNERS)
     config.beta, config.lr = config.beta or BETA.get(config.loss, 0.2), config.lr or LR.get(config.loss, 1e-4)
     config.label_smoothing = config.label_smoothing or SMOOTHING.get(config.loss, 0.0)
     annotators.check_agreement(config.agreement)

@@ -72,6 +72,15 @@ def parse(Config, argv=None, description=None):
     return config
 
 
+def belong(config, choice, owners):
+    """Raises ValueError for a flag that nobody would read. owners: {flag: the values of --`choice` that read it}."""
+    for field in dataclasses.fields(config):
+        name, chosen = field.name, getattr(config, choice)
+        read = getattr(config, name) == field.default or chosen in owners.get(name, [chosen])
+        flag = f"--{name.replace('_', '-')}"
+        require(read, f"{flag} is read with --{choice} {' or '.join(owners.get(name, []))} only, not with {chosen}: leave it out")
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         """An unknown flag is bad input like any other: one sentence, without the whole usage before it."""

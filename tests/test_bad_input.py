@@ -414,7 +414,7 @@ BAD_FLAGS = [  # script, flag, value, what the sentence says
     *[("sft", "prompt-weight", "-1", "at least 0"), ("reward", "weight-decay", "-0.1", "at least 0")],
     *[("dpo", "beta", value, "") for value in ("-0.1", "inf", "nan")],
     ("dpo", "loss", "ppo", "dpo, cdpo, robust, ipo, hinge, simpo, orpo, kto"),
-    *[("dpo", "label-smoothing", value, "") for value in ("-0.1", "0.5", "nan")],
+    *[("dpo", "label-smoothing", value, "") for value in ("-0.1", "nan")],
     *[("ppo", "steps", "0", "at least 1"), ("ppo", "beta", "-0.1", "at least 0"), ("ppo", "beta", "nan", "at least 0")],
     *[("ppo", name, value, "") for name in ("gamma", "lam") for value in ("-0.1", "1.1", "nan")],
     *[("ppo", name, value, "") for name in ("temperature", "clip-eps") for value in ("0", "-1", "nan")],
@@ -432,6 +432,27 @@ def test_flag_out_of_range_is_named_with_its_value(name, flag, value, words, ref
     monkeypatch.setattr(annotators, "sample", None)  # it is refused before a model writes thousands of replies
     sentence = refused(name, *flags(name), f"--{flag}={value}")
     assert f"--{flag}" in sentence and words in sentence and (value in sentence or flag == "seed")
+
+
+UNREAD = [  # script, flag, value, which choice it belongs to
+    *[("dpo", "gamma", "2", "--loss simpo"), ("dpo", "lam", "0.1", "--loss orpo"), ("dpo", "summed", None, "--loss ipo")],
+    *[("dpo", "label-smoothing", "0.1", "--loss cdpo or robust"), ("dpo", "desirable-weight", "2", "--loss kto")],
+    *[("ppo", "group-size", "8", "--advantage rloo or grpo or dr-grpo")],
+]
+
+
+@pytest.mark.parametrize(("name", "flag", "value", "owner"), UNREAD)
+def test_flag_that_nobody_would_read_is_refused(name, flag, value, owner, refused, flags):
+    sentence = refused(name, *flags(name), *[f"--{flag}" if value is None else f"--{flag}={value}"])
+    assert f"--{flag} is read with {owner} only, not with " in sentence and "leave it out" in sentence
+
+
+def test_half_of_the_labels_flipped_says_nothing_at_all(refused, flags):
+    assert "--label-smoothing must lie in [0, 0.5)" in refused("dpo", *flags("dpo"), "--loss=robust", "--label-smoothing=0.5")
+
+
+def test_flag_of_the_critic_is_refused_where_there_is_none(refused, flags):
+    assert "--lam is read with --advantage gae only, not with rloo" in refused("ppo", *flags("ppo"), "--advantage=rloo", "--lam=0.9")
 
 
 @pytest.mark.parametrize("shape", ["llama", "mamba:1x32x64", "llama:0x32x64", "llama:1x33x64", "llama:1x32x1"])
