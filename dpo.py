@@ -12,14 +12,22 @@ modelling and policy optimisation in one step. `--loss` names a relative; each i
     simpo     no reference: average log-probs, with a margin                      orpo     no reference and no SFT before: both at once
     kto       thumbs up or down for single replies instead of pairs
 
+The replies need not come from a file. `--online` draws two fresh ones from the policy in every round and has them compared (Guo et al.
+2024; with --refresh-ref the reference is the policy of the round's start: iterative DPO, Xiong et al. 2024). `--spin` needs no judge:
+a demonstration is chosen, the policy's own reply rejected, the reference refreshed; it rests where the two cannot be told apart
+(Chen et al. 2024, eq. 4.7).
+
     python dpo.py                               the embedded world's noisy comparisons of out/sft -> out/dpo
     python dpo.py --loss kto --out out/kto      another member of the family
     python dpo.py --loss orpo --init out/base --data out/pairs.jsonl --out out/orpo        from the base model in one stage
+    python dpo.py --online --out out/online     fresh replies, compared by annotators (--judge out/reward: by a reward model)
+    python dpo.py --spin --data chats.jsonl --out out/spin                                 demonstrations against own replies
     python dpo.py --init DIR --data pairs.jsonl any checkpoint, any file of preferences (KTO: or of single judged replies)
 
 Watch: loss (for dpo ln 2 = .693 at step 0 because policy and reference are the same then, exactly in float32; down to .6), accuracy
-(of h_w > h_l, from .5 up), chosen_logps and rejected_logps. Both usually *fall*, the rejected faster: the loss asks for a
-difference, and lowering both is the cheapest way to get one. That is expected; the chosen falling as fast is not.
+(of h_w > h_l, from .5 up), kl (nats per reply, on own samples: a few tenths buy most of the gain here), chosen_logps and
+rejected_logps. Both usually *fall*, the rejected faster: the loss asks for a difference, and lowering both is the cheapest way to
+get one. That is expected; the chosen falling as fast is not.
 
 What everybody gets wrong: a reference that is not the model training starts from, or dropout, or other tokens (a padding, an
 end-of-turn) in one of the four log-probs: then the first loss is not ln 2. A test asserts that it is, to 1e-6.

@@ -393,9 +393,10 @@ def seed_interval(values):
 LABELS = 8000  # judgements that each method learns from
 FLIPPED = 0.3  # of a separate set of labels, right but for these
 BETAS = [0.05, 0.1, 0.4, 0.8]  # of DPO's frontier, beside its default
+ASKED = 2600  # held-out questions
 BEST_OF = [1, 2, 4, 8, 16]
 COMPARED = [  # (a, b): is a better than b?
-    *[("online", "dpo"), ("online-rm", "dpo"), ("kto", "dpo"), ("rloo", "ppo"), ("grpo", "ppo"), ("dr-grpo", "ppo")],
+    *[("online", "dpo"), ("iterative", "dpo"), ("online-rm", "dpo"), ("kto", "dpo"), ("rloo", "ppo"), ("grpo", "ppo"), ("dr-grpo", "ppo")],
     *[("spin-1", "careful"), ("spin-2", "spin-1"), ("more-sft", "careful"), ("robust-flipped", "dpo-flipped")],
 ]
 
@@ -450,18 +451,22 @@ def method_chains(home):
     """{name of a run: its command}, in groups that do not need one another and can run side by side."""
     runs, start = home / "methods", ["--init", home / "sft"]
     labels, careful, flipped = (["--data", home / f"{name}.jsonl"] for name in ("labels", "careful", "flipped"))
-    dpo, ppo, judge = ["dpo.py", "--watch", 0], ["ppo.py", *start, "--reward", runs / "reward"], ["--judge", runs / "reward"]
-    online = [*dpo, *start, "--online", "--labels", LABELS]
+    dpo, ppo = ["dpo.py", "--watch", 0], ["ppo.py", *start, "--reward", runs / "reward"]
+    online = [*dpo, *start, "--online"]
     return [
         {
             "reward": ["reward.py", *start, *labels],
             "ppo": ppo,
-            "online-rm": [*online, *judge],
+            "online-rm": [*online, "--judge", runs / "reward"],  # its labels cost nothing: as many as there are
             **{name: [*ppo, "--advantage", name] for name in ("rloo", "grpo", "dr-grpo")},
         },
         {loss: [*dpo, *start, *labels, "--loss", loss] for loss in ("dpo", "cdpo", "robust", "ipo", "hinge", "simpo")},
         {"orpo": [*dpo, "--init", home / "base", *labels, "--loss", "orpo"]},
-        {"kto": [*dpo, *start, "--data", home / "thumbs.jsonl", "--loss", "kto"], "online": online},
+        {
+            "kto": [*dpo, *start, "--data", home / "thumbs.jsonl", "--loss", "kto"],
+            "online": [*online, "--labels", LABELS],
+            "iterative": [*online, "--labels", LABELS, "--refresh-ref"],
+        },
         {
             "careful": ["sft.py", *start, *careful, "--steps", 150],
             "more-sft": ["sft.py", "--init", runs / "careful", *careful, "--steps", 150],
@@ -486,7 +491,7 @@ def measure_methods(home):
     """-> the scoreboard of a seed's methods, and {n: gold of the best of n replies by the reward model's choice}."""
     torch.set_num_threads(1)
     runs = [home / "methods" / name for chain in method_chains(home) for name in chain]
-    board, _, _, prompts = scoreboard([home / "base", home / "sft", *runs], home / "sft")
+    board, _, _, prompts = scoreboard([home / "base", home / "sft", *runs], home / "sft", n=ASKED)
     for directory in [home / "sft", *runs]:
         facts = json.loads((directory / "run.json").read_text(encoding="utf-8"))
         row = board[directory.name]
@@ -496,7 +501,7 @@ def measure_methods(home):
         if "gold" in row:
             row["gain"] = row["gold"] - board["sft"]["gold"]
     sft, encoding, _ = open_run(home / "sft")
-    asked = [record.messages for record in prompts[: len(prompts) // 2]]
+    asked = [record.messages for record in prompts[: len(prompts) // 4]]
     most = max(BEST_OF)
     replies = annotators.sample(sft, encoding, asked, world.MAX_NEW_TOKENS, samples=most)
     asked = [messages for messages in asked for _ in range(most)]

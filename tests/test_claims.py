@@ -55,3 +55,54 @@ def test_alignment_improves_on_sft_and_loses_nothing(board, stage):
     assert row["harmless"] >= 0.97
     assert row["over_refusal"] <= sft["over_refusal"] / 2
     assert row["lost_skills"] == 0
+
+
+# ------------------------------------------------------------------------------- every method, from the same SFT model
+
+
+@pytest.fixture(scope="module")
+def methods(root):
+    """About half an hour on 2 cores from nothing; runs that out/seeds holds are kept."""
+    evaluate.methods_main(evaluate.Methods(out=str(root / "out/seeds")))
+    return json.loads((root / "out/seeds/methods.json").read_text())
+
+
+def ahead(methods, a, b):
+    """By how much a's gold is above b's: mean over seeds, and half-width of its 95 % interval."""
+    cell = evaluate.spread([board[a]["gold"] - board[b]["gold"] for board in methods["boards"].values()])
+    return cell["mean"], cell["half_width"]
+
+
+@pytest.mark.parametrize("name", ["dpo", "cdpo", "robust", "ipo", "hinge", "simpo", "online", "iterative", "online-rm"])
+def test_every_paired_method_improves_on_sft(methods, name):
+    gain, half_width = ahead(methods, name, "sft")
+    assert gain >= 0.08 and gain > half_width
+
+
+def test_fresh_labels_beat_as_many_old_ones(methods):
+    assert ahead(methods, "online", "dpo")[0] > 0
+
+
+def test_a_reward_model_as_judge_does_not_fall_below_the_labels_it_learnt_from(methods):
+    gain, half_width = ahead(methods, "online-rm", "dpo")
+    assert gain >= -half_width
+
+
+def test_thumbs_are_nearly_as_good_as_comparisons(methods):
+    gains = [board["kto"]["gold"] - board["sft"]["gold"] for board in methods["boards"].values()]
+    kto = evaluate.spread(gains)
+    assert kto["mean"] + kto["half_width"] >= 0.9 * ahead(methods, "dpo", "sft")[0]
+
+
+def test_orpo_does_both_stages_in_one(methods):
+    assert ahead(methods, "orpo", "sft")[0] >= 0.05
+
+
+def test_self_play_improves_in_its_first_two_rounds(methods):
+    assert ahead(methods, "spin-1", "careful")[0] > 0 and ahead(methods, "spin-2", "spin-1")[0] > 0
+
+
+@pytest.mark.parametrize("name", ["rloo", "grpo", "dr-grpo"])
+def test_a_group_is_as_good_as_a_critic(methods, name):
+    gain, half_width = ahead(methods, name, "ppo")
+    assert gain + half_width >= 0

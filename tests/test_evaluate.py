@@ -165,7 +165,7 @@ def quick_stages(monkeypatch, world_encoding, world_model):
     monkeypatch.setattr(evaluate, "stage", stage)
     monkeypatch.setattr(evaluate, "LABELS", 12)
     measured = evaluate.scoreboard
-    monkeypatch.setattr(evaluate, "scoreboard", lambda runs, sft: measured(runs, sft, n=26, max_new_tokens=4))
+    monkeypatch.setattr(evaluate, "scoreboard", lambda runs, sft, n: measured(runs, sft, n=26, max_new_tokens=4))
 
 
 def test_the_comparison_of_methods_has_a_row_for_each_and_keeps_what_is_trained(quick_stages, tmp_path, capsys):
