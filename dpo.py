@@ -47,7 +47,7 @@ from data.collate import collate, encode_pairs, encode_unpaired, epochs, hold_ou
 from model import GPT
 
 LOSSES = ["dpo", "cdpo", "robust", "ipo", "hinge", "simpo", "orpo", "kto"]
-BETA = {"ipo": 0.5, "simpo": 2.0}  # the embedded world's defaults, where not .2
+BETA = {"ipo": 0.5, "simpo": 1.0}  # the embedded world's defaults, where not .2
 SMOOTHING = {"cdpo": 0.25, "robust": 0.1}
 OWNERS = {"label_smoothing": ["cdpo", "robust"], "summed": ["ipo"], "gamma": ["simpo"], "lam": ["orpo"]}  # flags of some losses only
 OWNERS |= {"desirable_weight": ["kto"], "undesirable_weight": ["kto"]}
@@ -64,7 +64,7 @@ class Config:
     overwrite: bool = False  # replace a run that --out already holds
     prompts: int = 20000  # without --data: how many of the world's questions get two replies
     agreement: float = 0.75  # without --data: how often annotators agree with the judge
-    beta: float = 0.0  # KL strength: larger stays closer to the reference (default: .2; ipo .5, simpo 2)
+    beta: float = 0.0  # KL strength: larger stays closer to the reference (default: .2; ipo .5, simpo 1)
     label_smoothing: float = 0.0  # cdpo, robust: assumed share of flipped labels (default: cdpo .25, robust .1)
     online: bool = False  # compare fresh replies of the policy, round by round (--data: files whose prompts are asked)
     judge: str = ""  # online: who compares: a reward model's directory, or "world", its judge (default: annotators of the world)
@@ -75,7 +75,7 @@ class Config:
     max_new_tokens: int = world.MAX_NEW_TOKENS  # longest reply to sample
     watch: int = 128  # replies sampled now and then, to see KL and gold (0: none)
     summed: bool = False  # ipo: log-probs summed over the reply, the letter of the paper, instead of averaged, as its authors trained
-    gamma: float = 1.0  # simpo: the margin to reach, after beta
+    gamma: float = 0.5  # simpo: the margin to reach, after beta
     lam: float = 0.5  # orpo: weight of the odds-ratio term
     desirable_weight: float = 1.0  # kto: weight of good replies
     undesirable_weight: float = 1.0  # kto: weight of bad ones; desirable : undesirable, by weight times number, is best in 1 .. 4/3

@@ -495,9 +495,9 @@ def measure_methods(home):
     for directory in [home / "sft", *runs]:
         facts = json.loads((directory / "run.json").read_text(encoding="utf-8"))
         row = board[directory.name]
-        row["memory"] = facts.get("peak_memory_mib")
+        row["memory"], row["seconds"] = facts["peak_memory_mib"], facts["cpu_seconds"]
         helper = facts["flags"].get("reward") or facts["flags"].get("judge")
-        row["seconds"] += json.loads((Path(helper) / "run.json").read_text(encoding="utf-8"))["seconds"] if helper else 0.0
+        row["seconds"] += json.loads((Path(helper) / "run.json").read_text(encoding="utf-8"))["cpu_seconds"] if helper else 0.0
         if "gold" in row:
             row["gain"] = row["gold"] - board["sft"]["gold"]
     sft, encoding, _ = open_run(home / "sft")

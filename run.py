@@ -233,7 +233,8 @@ class Job:
         save(self.partial)
         curves(self.partial / "metrics.jsonl", self.partial / "curves.png")
         seconds = time.perf_counter() - self.began
-        self.write_facts(seconds=round(seconds, 1), peak_memory_mib=round(peak_memory(self.device)), **facts)
+        cost = {"cpu_seconds": round(time.process_time(), 1), "peak_memory_mib": round(peak_memory(self.device))}
+        self.write_facts(seconds=round(seconds, 1), **cost, **facts)
         if self.out.exists():  # the earlier run leaves inside the new one: no third name, which might be somebody's
             os.replace(self.out, self.partial / "replaced")
         os.replace(self.partial, self.out)
