@@ -442,7 +442,7 @@ def prepare_methods(home, seed):
         if gaps[0] != gaps[1]:
             turned = (gaps[0] < gaps[1]) != (rng.random() < FLIPPED)
             flipped.append(pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]} if turned else pair)
-    careful = [{"messages": r.messages} for r in world.demonstrations(2000, seed, wrong=0, misjudged=0, padded=0)]
+    careful = [{"messages": r.messages} for r in world.demonstrations(LABELS, seed, wrong=0, misjudged=0, padded=0)]
     for name, rows in {"labels": pairs, "thumbs": thumbs, "flipped": flipped, "careful": careful}.items():
         run.write_lines(home / f"{name}.jsonl", rows)
 
@@ -468,8 +468,8 @@ def method_chains(home):
             "iterative": [*online, "--labels", LABELS, "--refresh-ref"],
         },
         {
-            "careful": ["sft.py", *start, *careful, "--steps", 150],
-            "more-sft": ["sft.py", "--init", runs / "careful", *careful, "--steps", 150],
+            "careful": ["sft.py", *start, *careful, "--steps", 125],
+            "more-sft": ["sft.py", "--init", runs / "careful", *careful, "--steps", 125],
             "spin-1": [*dpo, "--init", runs / "careful", *careful, "--spin", "--rounds", 1],
             "spin-2": [*dpo, "--init", runs / "spin-1", *careful, "--spin", "--rounds", 1],
         },
@@ -492,12 +492,13 @@ def measure_methods(home):
     torch.set_num_threads(1)
     runs = [home / "methods" / name for chain in method_chains(home) for name in chain]
     board, _, _, prompts = scoreboard([home / "base", home / "sft", *runs], home / "sft", n=ASKED)
-    for directory in [home / "sft", *runs]:
+    for directory in runs:
         facts = json.loads((directory / "run.json").read_text(encoding="utf-8"))
         row = board[directory.name]
         row["memory"], row["seconds"] = facts["peak_memory_mib"], facts["cpu_seconds"]
         helper = facts["flags"].get("reward") or facts["flags"].get("judge")
         row["seconds"] += json.loads((Path(helper) / "run.json").read_text(encoding="utf-8"))["cpu_seconds"] if helper else 0.0
+    for row in board.values():
         if "gold" in row:
             row["gain"] = row["gold"] - board["sft"]["gold"]
     sft, encoding, _ = open_run(home / "sft")
