@@ -392,7 +392,7 @@ def seed_interval(values):
 
 LABELS = 8000  # judgements that each method learns from
 FLIPPED = 0.3  # of a separate set of labels, right but for these
-BETAS = [0.05, 0.1, 0.4, 0.8]  # of DPO's frontier, beside its default
+BETAS = [0.05, 0.1, 0.5]  # of DPO's frontier, beside its default
 ASKED = 2600  # held-out questions
 BEST_OF = [1, 2, 4, 8, 16]
 COMPARED = [  # (a, b): is a better than b?
