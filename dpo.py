@@ -76,7 +76,7 @@ class Config:
     watch: int = 128  # replies sampled now and then, to see KL and gold (0: none)
     summed: bool = False  # ipo: log-probs summed over the reply, the letter of the paper, instead of averaged, as its authors trained
     gamma: float = 0.5  # simpo: the margin to reach, after beta
-    lam: float = 0.5  # orpo: weight of the odds-ratio term
+    lam: float = 0.03  # orpo: weight of the odds-ratio term (for real models .1)
     desirable_weight: float = 1.0  # kto: weight of good replies
     undesirable_weight: float = 1.0  # kto: weight of bad ones; desirable : undesirable, by weight times number, is best in 1 .. 4/3
     steps: int = 0  # optimiser steps (default: one and a half epochs)
