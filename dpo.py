@@ -35,7 +35,7 @@ import kernels
 import run
 from data import annotators, chat, formats, tokenizer, world
 from data.collate import collate, encode_pairs, encode_unpaired, epochs, hold_out, in_batches, longest_side
-from model import GPT
+from model import GPT, TARGETS
 
 LOSSES = ["dpo", "cdpo", "robust", "ipo", "hinge", "simpo", "orpo", "kto"]
 BETA = {"ipo": 0.5, "simpo": 2.0}  # the embedded world's defaults, where not .2
@@ -63,6 +63,9 @@ class Config:
     steps: int = 0  # optimiser steps (default: one and a half epochs)
     batch_size: int = 64  # pairs per optimiser step
     lr: float = 0.0  # peak learning rate (default: 3e-4, simpo 1e-4; for real models 5e-7 to 1e-6)
+    lora_rank: int = 0  # train low-rank adapters of this rank beside frozen weights (0: train all weights)
+    lora_alpha: float = 0.0  # LoRA: the adapter counts alpha / rank (default: 2 * rank)
+    lora_targets: str = TARGETS  # LoRA: the matrices of a block that get an adapter
     shape: str = "llama:4x96x128"  # of a model from scratch: architecture:layers x width x context
     seed: int = 0  # of data and order
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -215,7 +218,7 @@ def pair_logps(model, pairs, second=True):
 @torch.no_grad()
 def all_logps(model, pairs, size=256):
     """pair_logps of many pairs without gradients: (N, 2)."""
-    return in_batches(lambda batch: pair_logps(model, batch), pairs, longest_side, size)
+    return in_batches(lambda batch: pair_logps(model, batch), pairs, longest_side, size, model)
 
 
 def load_pairs(config, policy, encoding):
@@ -253,7 +256,7 @@ def main(config):
     encoding = chat.extend(tokenizer.choose(config.tokenizer, config.init, world.TOKENIZER))
     policy = GPT.from_scratch(config.shape, encoding.n_vocab) if scratch else GPT.from_pretrained(config.init)
     run.require(policy.config.head == "lm", f"--init {config.init} has a scalar head and cannot write: name a language model")
-    policy = tokenizer.fit(policy, encoding).to(job.device)
+    policy = tokenizer.fit(policy, encoding).to(job.device).adapt(config.lora_rank, config.lora_alpha, config.lora_targets)
     pairs, labels, found = load_pairs(config, policy, encoding)
     job.say(f"{config.loss}: {found}")
     held_out, training = hold_out(len(pairs), min(300, 8 * config.batch_size), config.seed)
@@ -269,6 +272,7 @@ def main(config):
         ref_logps = torch.zeros_like(sizes, dtype=torch.float32) if config.loss in ("simpo", "orpo") else all_logps(policy, pairs)  # (N, 2)
 
     # --- training
+    job.ledger({"policy": policy}, tokens=2 * config.batch_size * max(map(longest_side, pairs)))
     steps = config.steps or math.ceil(1.5 * len(training) / config.batch_size)
     optimizer = run.optimizer(policy, config.lr)
     batches = epochs([longest_side(pairs[i]) for i in training], config.batch_size, config.seed)

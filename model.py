@@ -41,6 +41,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import kernels
+from kernels.chunks import padded, pieces
 
 TARGETS = "qkv,out,up,down"  # the matrices of a block, as `adapt` names them
 
@@ -217,7 +218,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.config, self.origin = config, ""  # origin: the checkpoint that it was opened from
+        self.config = config
+        self.origin, self.grown = "", False  # the checkpoint that it was opened from, and whether its vocabulary has grown since
         self.embed = nn.Embedding(config.vocab_size, config.width)
         if config.arch == "gpt2":
             self.positions = nn.Embedding(config.context, config.width)
@@ -295,7 +297,36 @@ class GPT(nn.Module):
             new = old.mean(0) + self.config.init_std * torch.randn(vocab_size - len(old), old.shape[1]).to(old)
             module.weight = nn.Parameter(torch.cat([old, new]))
         self.embed.num_embeddings = self.config.vocab_size = vocab_size
+        self.grown = True
         return self
+
+    # ----------------------------------------------------------------------------------------------------------- memory
+
+    def bytes_kept(self, T=32):
+        """What a forward pass keeps per token for its backward pass, as measured on a row of T tokens."""
+        own = {tensor.untyped_storage().data_ptr() for tensor in (*self.parameters(), *self.buffers())}
+        kept = {}
+
+        def note(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        T = min(T, self.config.context)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            hidden = self(torch.zeros(1, T, dtype=torch.long, device=self.device))  # noqa: F841 (it keeps the graph alive)
+        return sum(size for at, size in kept.items() if at not in own) / T
+
+    def bytes_of_logits(self, tokens):
+        """The piece of fp32 logits that `kernels` has at a time over so many tokens, and the gradient of a head that learns."""
+        if self.config.head != "lm":
+            return 0
+        row = 4 * padded(self.config.vocab_size)
+        return pieces(tokens, row, 2 << 30, self.device) * row + self.head_weight.nbytes * self.head_weight.requires_grad
+
+    def bytes_of_cache(self, tokens):
+        """Keys and values of so many tokens while `generate` writes them."""
+        c = self.config
+        return 2 * tokens * c.layers * c.kv_heads * c.head_dim * self.embed.weight.itemsize
 
     # ------------------------------------------------------------------------------------------------------- generation
 
@@ -471,7 +502,8 @@ class GPT(nn.Module):
         """From now on only adapters of this rank learn (and a scalar head); what was there is frozen. LoRA: Hu et al. 2021, sec. 4.
 
         targets: names of TARGETS, comma-separated. alpha: 2 * rank unless given; the adapter counts alpha / rank. B starts at 0, so nothing
-        changes at first. Rank 0 changes nothing for good. Raises ValueError for unknown targets and for a model from scratch.
+        changes at first. Adapters that are there already learn on. Rank 0 leaves the model as it is. Raises ValueError for unknown
+        targets and for a model from scratch.
         """
         if not rank:
             return self
@@ -480,15 +512,20 @@ class GPT(nn.Module):
             raise ValueError(f"--lora-targets {targets} should be names out of {TARGETS}, separated by commas")
         if not self.origin:
             raise ValueError("--lora-rank adapts a trained model, and random weights are none: name a checkpoint with --init")
-        self.merge().requires_grad_(False)
+        self.requires_grad_(False)
+        present = self.rank
         for name, module in self.linears():
-            if name.rpartition(".")[2] in chosen:
-                module.A = nn.Parameter(torch.empty(len(module.parts) * rank, module.in_features, device=self.device))
+            if present and module.A is not None:  # own copies: those of before may be shared
+                module.A, module.B = (nn.Parameter(half.detach().clone()) for half in (module.A, module.B))
+            elif not present and name.rpartition(".")[2] in chosen:
+                bound = module.in_features**-0.5
+                module.A = nn.Parameter(
+                    torch.empty(len(module.parts) * rank, module.in_features, device=self.device).uniform_(-bound, bound)
+                )
                 module.B = nn.Parameter(torch.zeros(module.out_features, rank, device=self.device))
-                nn.init.uniform_(module.A, -(module.in_features**-0.5), module.in_features**-0.5)
                 module.scale = (alpha or 2 * rank) / rank
         if self.config.head == "score":
-            self.score_head.requires_grad_(True)
+            self.score_head = copy.deepcopy(self.score_head).requires_grad_(True)
         return self
 
     @property
@@ -543,6 +580,11 @@ class GPT(nn.Module):
             scale = module.scale
         if score:
             tensors[f"{stem}score.weight"] = self.score_head.weight
+        if self.grown:  # rows that the base model does not have: PEFT, too, then writes the whole matrices
+            for name in ("embed.weight", "lm_head.weight"):
+                if name in names:
+                    key = names[name][0][0]
+                    tensors[stem + PREFIX[self.config.arch] * (not is_head(key)) + key] = self.parameter(name)
         write_tensors(
             directory / "adapter_model.safetensors", {key: value.detach().float().cpu().contiguous() for key, value in tensors.items()}
         )
@@ -564,6 +606,8 @@ class GPT(nn.Module):
                 f"{directory / 'adapter_config.json'} describes no plain LoRA adapter ({', '.join(odd) or facts.get('peft_type')})"
             )
         self.requires_grad_(False)
+        if self.config.head == "score":
+            self.score_head = copy.deepcopy(self.score_head).requires_grad_(True)
         names, rank = layout(self.config), facts["r"]
         found = {re.sub(r"^base_model\.model\.((transformer|model)\.)?", "", key): key for key in where}
         for name, module in self.linears():
@@ -580,8 +624,13 @@ class GPT(nn.Module):
                         raise ValueError(f"{directory}: {key} has shape {tuple(value.shape)}, this model needs {tuple(half.shape)}")
                     half.copy_(value)
             module.A, module.B, module.scale = nn.Parameter(A.to(self.device)), nn.Parameter(B.to(self.device)), facts["lora_alpha"] / rank
-        if self.config.head == "score" and "score.weight" in found:
-            self.score_head.weight = nn.Parameter(where[found.pop("score.weight")]().float().to(self.device))
+        for name in ("embed.weight", "lm_head.weight", "score_head.weight"):
+            key = found.pop(names[name][0][0], None) if name in names else None
+            if key is not None:
+                value = where[key]().float().to(self.device)
+                if name != "score_head.weight" and len(value) > self.config.vocab_size:
+                    self.grow(len(value))
+                self.get_parameter(name).data = value
         if found:
             raise ValueError(f"{directory} holds a tensor that has no place in {self.origin or 'this model'}: {next(iter(found.values()))}")
         return self

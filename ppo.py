@@ -33,7 +33,6 @@ score sits on it, not one position later; a reply that never ends gets a fixed l
 """
 
 import contextlib
-import copy
 import random
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -44,7 +43,7 @@ import kernels
 import run
 from data import chat, formats, tokenizer, world
 from data.collate import Batch, collate, score
-from model import GPT
+from model import GPT, TARGETS
 
 ADVANTAGES = ["gae", "rloo", "grpo", "dr-grpo"]
 
@@ -74,6 +73,9 @@ class Config:
     no_end_score: float = -2.0  # of a reply without an end-of-turn token, instead of the reward model's
     lr: float = 5e-4  # peak learning rate of the policy (for real models 1e-6)
     critic_lr: float = 1e-3  # gae: peak learning rate of the critic
+    lora_rank: int = 0  # train low-rank adapters of this rank beside frozen weights (0: train all weights)
+    lora_alpha: float = 0.0  # LoRA: the adapter counts alpha / rank (default: 2 * rank)
+    lora_targets: str = TARGETS  # LoRA: the matrices of a block that get an adapter
     shape: str = "llama:4x96x128"  # of a policy from scratch: architecture:layers x width x context
     seed: int = 0  # of prompts and samples
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -231,14 +233,18 @@ def main(config):
     encoding = chat.extend(tokenizer.choose(config.tokenizer, config.init, config.reward))
     policy = GPT.from_scratch(config.shape, encoding.n_vocab) if scratch else GPT.from_pretrained(config.init)
     run.require(policy.config.head == "lm", f"--init {config.init} has a scalar head and cannot write: name a language model")
-    policy = tokenizer.fit(policy, encoding).to(job.device)
-    reward_model = tokenizer.fit(GPT.from_pretrained(config.reward), encoding).to(job.device)
+    policy = tokenizer.fit(policy, encoding).to(job.device).adapt(config.lora_rank, config.lora_alpha, config.lora_targets)
+    reward_model = GPT.from_pretrained(
+        config.reward, trunk=policy if policy.rank else None
+    )  # one trunk, if it was adapted from this --init
+    reward_model = tokenizer.fit(reward_model, encoding).to(job.device)
     run.require(reward_model.config.head == "score", f"--reward {config.reward} has no scalar head: train one with reward.py")
     theirs = chat.extend(tokenizer.load(config.reward))  # the reward model reads the policy's ids: they must mean the same to both
     same = (theirs._mergeable_ranks, theirs._special_tokens) == (encoding._mergeable_ranks, encoding._special_tokens)
     run.require(same, f"--reward {config.reward} has another vocabulary than the policy: train it from the same checkpoint")
-    ref = copy.deepcopy(policy).requires_grad_(False)
-    critic = None if groups else copy.deepcopy(reward_model)
+    ref = policy.reference()
+    reward_model.requires_grad_(not policy.rank)  # what is frozen is shared: a critic of adapters stands on the reward model's trunk
+    critic = None if groups else reward_model.share().adapt(config.lora_rank, config.lora_alpha, config.lora_targets)
     reward_model.requires_grad_(False)
 
     # --- prompts
@@ -252,6 +258,9 @@ def main(config):
     run.require(fitting, f"none of the {len(prompts)} prompts leaves room for a reply of {config.max_new_tokens} tokens in the context")
     job.say(f"ppo: {len(fitting)} prompts, {len(prompts) - len(fitting)} dropped for their length")
     shuffle, queue = random.Random(config.seed), []
+    models = {"policy": policy, "ref": ref, "reward_model": reward_model} | ({"critic": critic} if critic else {})
+    longest = max(len(prompt) for prompt, _ in fitting) + config.max_new_tokens
+    job.ledger(models, -(-config.batch_size // config.minibatches) * longest, sampled=config.batch_size * longest)
 
     # --- training
     stops, generator = chat.stop_ids(encoding), torch.Generator(job.device).manual_seed(config.seed)

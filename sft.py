@@ -24,8 +24,8 @@ import torch
 import kernels
 import run
 from data import chat, formats, tokenizer, world
-from data.collate import collate, epochs, hold_out
-from model import GPT
+from data.collate import collate, epochs, hold_out, rows_at_once
+from model import GPT, TARGETS
 
 
 @dataclass
@@ -42,6 +42,9 @@ class Config:
     micro_batch_size: int = 0  # sequences per forward pass; gradients add up to the same step (0: the whole batch)
     lr: float = 0.0  # peak learning rate (default: 1.5e-3 with --pretrain, else 1e-3)
     weight_decay: float = 0.01  # AdamW's, on matrices
+    lora_rank: int = 0  # train low-rank adapters of this rank beside frozen weights (0: train all weights)
+    lora_alpha: float = 0.0  # LoRA: the adapter counts alpha / rank (default: 2 * rank)
+    lora_targets: str = TARGETS  # LoRA: the matrices of a block that get an adapter
     shape: str = "llama:4x96x128"  # of a model from scratch: architecture:layers x width x context
     seed: int = 0  # of weights, data and order
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -61,8 +64,8 @@ def batch_loss(model, batch, divisor):
 
 
 @torch.no_grad()
-def held_out_loss(model, examples, size=128):
-    """Mean loss per supervised token (nats) over examples that training does not see."""
+def held_out_loss(model, examples, size):
+    """Mean loss per supervised token (nats) over examples that training does not see, `size` of them at a time."""
     batches = [collate(examples[i : i + size]).to(model.device) for i in range(0, len(examples), size)]
     total = sum(batch.weights.sum() for batch in batches)
     return sum(batch_loss(model, batch, total) for batch in batches)
@@ -105,7 +108,7 @@ def main(config):
     encoding = chat.extend(tokenizer.choose(config.tokenizer, config.init, world.TOKENIZER))
     model = GPT.from_scratch(config.shape, encoding.n_vocab) if scratch else GPT.from_pretrained(config.init)
     run.require(model.config.head == "lm", f"--init {config.init} has a scalar head and cannot learn to write: name a language model")
-    model = tokenizer.fit(model, encoding).to(job.device)
+    model = tokenizer.fit(model, encoding).to(job.device).adapt(config.lora_rank, config.lora_alpha, config.lora_targets)
 
     # --- data
     examples, long, empty = load_examples(config, encoding, model.config.context)
@@ -116,6 +119,8 @@ def main(config):
     job.say(f"{stage}: {len(examples)} examples ({long} cut to the context, {empty} dropped with nothing to learn)")
 
     # --- training
+    rows, longest = config.micro_batch_size or config.batch_size, max(len(ids) for ids, _ in examples)
+    job.ledger({"model": model}, tokens=rows * longest)
     optimizer = run.optimizer(model, config.lr, config.weight_decay)
     order = epochs([len(ids) for ids, _ in examples], config.batch_size, config.seed)
     for step in job.steps(config.steps):
@@ -131,7 +136,7 @@ def main(config):
         lr, grad_norm = run.update(optimizer, model, step, config.steps, config.lr, warmup=config.steps // 20)
         metrics = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": supervised}
         if held_out and run.due(step, config.steps, times=10):
-            metrics["held_out_loss"] = held_out_loss(model, held_out)
+            metrics["held_out_loss"] = held_out_loss(model, held_out, rows_at_once(128, longest, model))
         job.log(step, **metrics)
 
     def save(directory):
