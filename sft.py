@@ -36,6 +36,8 @@ class Config:
     out: str = ""  # run directory (default: out/base or out/sft, replaced when complete)
     overwrite: bool = False  # replace a run that --out already holds
     pretrain: bool = False  # raw text, every token in the loss
+    template: str = ""  # chat format: chatml, llama3 or alpaca (default: the vocabulary's own, else chatml)
+    last_only: bool = False  # of a conversation with several answers, only the last one counts
     prompt_weight: float = 0.1  # with --pretrain: what a token counts that only sets the scene (a question nobody could predict)
     steps: int = 0  # optimiser steps (default: 3000 with --pretrain, else 800)
     batch_size: int = 32  # sequences per optimiser step
@@ -73,7 +75,7 @@ def held_out_loss(model, examples, size):
 
 def load_examples(config, encoding, context):
     """(ids, weights) examples from --data or the embedded world."""
-    end = encoding._special_tokens.get(chat.END_OF_TEXT)
+    end = chat.end_of_text_id(encoding)
     examples, long = [], 0
     if config.data:
         kind = "document" if config.pretrain else "conversation"
@@ -88,7 +90,7 @@ def load_examples(config, encoding, context):
             scene, rest = encoding.encode_ordinary(scene), encoding.encode_ordinary(rest) + ([] if end is None else [end])
             ids, weights = scene + rest, [config.prompt_weight] * len(scene) + [1.0] * len(rest)
         else:
-            ids, weights = chat.render(record.messages, encoding)
+            ids, weights = chat.render(record.messages, encoding, config.last_only)
         long += len(ids) > context + 1
         ids, weights = ids[: context + 1], weights[: context + 1]  # one more than the context: the last is only a target
         if any(weights[1:]):
@@ -105,7 +107,7 @@ def main(config):
 
     # --- model and vocabulary
     scratch = config.init == "scratch"
-    encoding = chat.extend(tokenizer.choose(config.tokenizer, config.init, world.TOKENIZER))
+    encoding = chat.extend(tokenizer.choose(config.tokenizer, config.init, world.TOKENIZER), config.template)
     model = GPT.from_scratch(config.shape, encoding.n_vocab) if scratch else GPT.from_pretrained(config.init)
     run.require(model.config.head == "lm", f"--init {config.init} has a scalar head and cannot learn to write: name a language model")
     model = tokenizer.fit(model, encoding).to(job.device).adapt(config.lora_rank, config.lora_alpha, config.lora_targets)

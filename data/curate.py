@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import run
 from data import chat, formats, tokenizer
@@ -134,6 +135,7 @@ def flaw(record, config):
 # ------------------------------------------------------------------------------------------------------- the reward model
 
 
+@torch.no_grad()
 def scores(records, directory, device):
     """A reward model's score of each conversation's last answer (N,); nan for one that does not fit its context."""
     model, encoding = GPT.from_pretrained(directory).to(device).eval(), tokenizer.load(directory)
@@ -156,9 +158,11 @@ def curate(records, config):
     dropped = Counter(reason for reason in reasons if reason)
     if config.top:
         found = scores(kept, config.reward, run.device(config.device))
-        best = sorted(np.flatnonzero(~np.isnan(found)), key=lambda i: -found[i])[: config.top]
-        dropped["too long for the reward model"] += int(np.isnan(found).sum())
-        dropped[f"below the top {config.top}"] += len(kept) - len(best) - int(np.isnan(found).sum())
+        fitting = np.flatnonzero(~np.isnan(found))
+        best = sorted(fitting, key=lambda i: -found[i])[: config.top]
+        dropped += Counter(
+            {"too long for the reward model": len(kept) - len(fitting), f"below the top {config.top}": len(fitting) - len(best)}
+        )
         kept = [kept[i] for i in sorted(best)]
     return kept, dropped
 
