@@ -342,6 +342,7 @@ class GPT(nn.Module):
         generator=None,
         return_logprobs=False,
         samples=1,
+        stream=None,
     ):
         """Continues each prompt (ragged lists of ids) by up to `max_new_tokens` tokens, cut short by the context.
 
@@ -350,6 +351,7 @@ class GPT(nn.Module):
         restrict sampling (0 / 1.0: off). stop_id: one id or several. With return_logprobs=True a second value holds the
         log-prob (nats, fp32) of each new token under the model's own distribution at this temperature (at 1 when greedy),
         before top-k / top-p: in RL those two stay off, or the ratio pi / pi_old would not be 1 on the first step.
+        stream(replies, tokens) is called after every step with the numbers of the replies that grew and their new tokens.
         """
         for row, prompt in enumerate(prompts):
             if not 0 < len(prompt) < self.config.context:
@@ -386,6 +388,8 @@ class GPT(nn.Module):
             token = sample(logits, temperature, top_k, top_p, generator)  # (B,)
             logprob = kernels.logprob_rows(logits, token, temperature=temperature or 1.0).logprob if return_logprobs else None
             steps.append((alive, token, logprob))
+            if stream:
+                stream(alive.tolist(), token.tolist())
             keep = ~torch.isin(token, stops) & (step + 1 < budget)
             left = int(keep.sum())
             if left == 0:

@@ -516,6 +516,19 @@ def test_generation_does_not_change_the_prompts_or_keep_gradients(tiny):
 
 
 @torch.no_grad()
+def test_what_is_streamed_is_what_is_returned(writer, ragged):
+    heard = [[] for _ in range(2 * len(ragged))]
+
+    def stream(rows, tokens):
+        for row, token in zip(rows, tokens, strict=True):
+            heard[row].append(token)
+
+    options = dict(stop_id=list(range(0, 60, 8)), samples=2)
+    replies = writer.generate(ragged, 20, generator=torch.Generator().manual_seed(1), stream=stream, **options)
+    assert heard == replies == writer.generate(ragged, 20, generator=torch.Generator().manual_seed(1), **options)
+
+
+@torch.no_grad()
 def test_top_k_1_and_a_tiny_top_p_are_greedy(tiny, ragged):
     model = tiny()
     greedy = model.generate(ragged, 12, temperature=0)
