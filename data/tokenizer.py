@@ -21,7 +21,7 @@ from pathlib import Path
 import regex  # installed with tiktoken; the standard library's re does not know \p{L}
 import tiktoken
 
-from data.chat import TEMPLATES, end_of_text_id, extend, name_of
+from data.chat import ENDS_OF_TEXT, TEMPLATES, end_of_text_id, extend, name_of, stop_ids
 
 GPT2 = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 # Each digit cut off before GPT-2's pattern applies (SmolLM2): spaces before a digit then end their piece and stay together.
@@ -271,14 +271,23 @@ def choose(given: str, init: str, default: str | Path) -> tiktoken.Encoding:
 
 
 def fit(model, encoding: tiktoken.Encoding):
-    """The model, with embeddings for every id of the vocabulary: tokens added to it (the chat tokens) get new rows.
+    """The model, with embeddings for every id of the vocabulary: tokens added to it (the chat tokens) get new rows. Its config learns
+    which ids end a turn and which one pads, for other people's tools.
 
     Raises ValueError where they cannot belong together. A model may have a few rows more than ids: padding, or room to grow."""
     rows, ids = model.config.vocab_size, encoding.n_vocab
     added = ids - rows
     if added > len(encoding._special_tokens) or rows > ids + 1024:
         raise ValueError(f"the vocabulary of {ids} ids does not fit a model with {rows} embeddings: pass the checkpoint's own --tokenizer")
+    model.config.eos_token_id, pad = stop_ids(encoding), _pad_token(encoding)
+    model.config.pad_token_id = None if pad is None else encoding._special_tokens[pad]
     return model.grow(ids) if added > 0 else model
+
+
+def _pad_token(encoding: tiktoken.Encoding) -> str | None:
+    """Never the token that ends a turn: whoever masks padding by its id would mask the end too, and the model would not learn to stop."""
+    turn = TEMPLATES[name_of(encoding)].tokens[-1]
+    return next((token for token in ("<|pad|>", *ENDS_OF_TEXT) if token in encoding._special_tokens and token != turn), None)
 
 
 # ----------------------------------------------------------------------------------------------------------------- writing
@@ -324,8 +333,7 @@ def save(encoding: tiktoken.Encoding, directory: str | Path, chat: bool = True) 
         "clean_up_tokenization_spaces": False,  # else decoding "a ." gives "a."
         "bos_token": template.tokens[0] if template.begin == template.tokens[0] else end_of_text,
         "eos_token": eos,
-        # Never the token that ends a turn: whoever masks padding by its id would mask the end too, and the model would not learn to stop.
-        "pad_token": next((token for token in ("<|pad|>", end_of_text) if token in special and token != eos), None),
+        "pad_token": _pad_token(encoding) if chat or "<|pad|>" in special else None,
         **({"chat_template": template.jinja} if chat else {}),
     }
     for name, value in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):

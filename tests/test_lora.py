@@ -1,13 +1,20 @@
 """LoRA: an adapter changes nothing at first, is nothing but a product of low rank, travels in the PEFT layout, and lets four models share
 one trunk."""
 
+import itertools
 import json
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import dpo
+import ppo
+import reward
 import run
+import sft
+from data import chat, tokenizer, world
 from model import GPT
 
 ARCHS = {"gpt2": {}, "llama": {}, "qwen2": {}, "qwen3": dict(head_dim=16)}
@@ -231,3 +238,72 @@ def test_an_adapter_for_a_deeper_model_is_refused(opened, tmp_path):
     opened(layers=3, name="deep").adapt(2).save_pretrained(tmp_path / "saved")
     with pytest.raises(ValueError, match="no place.*layers.2"):
         opened().load_adapter(tmp_path / "saved/adapter")
+
+
+# ------------------------------------------------------------------------------------------------------------------ four stages
+
+
+STAGES = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """{stage: (the parts of the ledger, the peak measured from there on)} of the four stages with LoRA, each from the one before."""
+    home, found = tmp_path_factory.mktemp("stages"), {}
+    pairs = home / "pairs.jsonl"
+    rows = ((a, b) for a in range(10, 18) for b in range(10, 18))  # all of the same length, so that every batch is the largest
+    pairs.write_text(
+        "".join(json.dumps(dict(prompt=f"add {a} and {b} " * 5, chosen=f" {a + b}", rejected=f" {b}5")) + "\n" for a, b in rows)
+    )
+    torch.manual_seed(0)
+    encoding = chat.extend(tokenizer.load(world.TOKENIZER))
+    GPT.from_scratch("gpt2:4x256x128", encoding.n_vocab).save_pretrained(home / "base")
+    tokenizer.save(encoding, home / "base")
+    common = ["--data", pairs, "--steps", 2, "--batch-size", 16, "--lora-rank", 4, "--lr", 1e-3, "--device", "cpu"]
+    flags = {name: ["--init", home / ("base" if name == "sft" else "sft")] for name in STAGES}
+    flags["ppo"] += ["--reward", home / "reward", "--max-new-tokens", 8]
+    ledger, finish, now = run.Job.ledger, run.Job.finish, {}
+
+    def noted(job, *arguments, **options):
+        now["parts"] = ledger(job, *arguments, **options)
+        now["from"] = time.time_ns()
+        return now["parts"]
+
+    def ended(job, *arguments, **options):
+        now["to"] = time.time_ns()
+        finish(job, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.Job, "ledger", noted)
+        patch.setattr(run.Job, "finish", ended)
+        patch.setattr(run, "curves", lambda metrics, path: None)
+        for name, script in STAGES.items():
+            config = run.parse(script.Config, [*map(str, flags[name] + common), "--out", str(home / name)])
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+                script.main(config)
+            events = sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+            sizes = [event.nbytes() for event in events if now["from"] < event.start_ns() < now["to"]]
+            found[name] = now["parts"], now["parts"]["weights"] + max(itertools.accumulate(sizes))
+    return found, home
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_ledger_is_what_is_measured(measured, stage):
+    parts, peak = measured[0][stage]
+    assert parts["peak"] == pytest.approx(peak, rel=0.15)
+
+
+def test_ppo_needs_little_more_than_sft(measured):
+    found, _ = measured
+    assert found["ppo"][1] <= 1.4 * found["sft"][1]
+    assert found["ppo"][0]["weights"] <= 1.1 * found["sft"][0]["weights"]  # four models, one trunk
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_leaves_a_whole_model_and_its_adapter(measured, stage):
+    home = measured[1]
+    model = GPT.from_pretrained(home / stage)
+    base = GPT.from_pretrained(home / ("base" if stage == "sft" else "sft"), head=model.config.head)
+    beside = base.load_adapter(home / stage / "adapter")
+    torch.testing.assert_close(beside(IDS), model(IDS), rtol=1e-5, atol=1e-5)
+    assert torch.equal(base.embed.weight, model.embed.weight) and beside.rank == 4

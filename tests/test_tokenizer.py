@@ -12,6 +12,7 @@ import pytest
 import tiktoken
 
 from data import chat, tokenizer
+from model import GPT
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="the published sample files are not beside this checkout (../shared)")
@@ -287,6 +288,20 @@ def test_padding_is_never_the_token_that_ends_a_turn(tmp_path):
     for chats, pad in ((True, "<|endoftext|>"), (False, None)):
         tokenizer.save(bare, tmp_path, chat=chats)
         assert json.loads((tmp_path / "tokenizer_config.json").read_text())["pad_token"] == pad
+
+
+@pytest.mark.parametrize(
+    "template, ends, pad", [("chatml", ["<|im_end|>", "<|endoftext|>"], "<|endoftext|>"), ("alpaca", ["<|endoftext|>"], None)]
+)
+def test_a_fitted_model_tells_other_tools_where_a_turn_ends_and_what_pads(tiny, template, ends, pad, tmp_path):
+    encoding = chat.extend(tokenizer.train(CORPUS, 300, ["<|endoftext|>"]), template)
+    model = tokenizer.fit(tiny(vocab_size=encoding.n_vocab - 1), encoding)
+    special = encoding._special_tokens
+    assert model.config.eos_token_id == [special[token] for token in ends] and model.config.pad_token_id == (pad and special[pad])
+    model.save_pretrained(tmp_path)
+    assert GPT.from_pretrained(tmp_path).config == model.config
+    transformers = pytest.importorskip("transformers")
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id == model.config.eos_token_id
 
 
 def test_saved_files_are_the_same_bytes_every_time(trained, tmp_path):
