@@ -459,7 +459,7 @@ class GPT(nn.Module):
             return cls.from_pretrained(base, head).load_adapter(directory).merge()
         config = read_config(directory)
         own_head, config.head = config.head, head or config.head
-        if trunk is not None and config.head == own_head == "score" and (directory / "adapter").is_dir():
+        if trunk is not None and trunk.carries(config) and own_head == "score" and (directory / "adapter").is_dir():
             model = trunk.reference()._with_score_head(config).load_adapter(directory / "adapter")
             ours = ((model.parameter(name), value) for name, value in read_parameters(directory, config, own_head))
             if all(torch.allclose(own.cpu(), value, rtol=1e-4, atol=1e-6) for own, value in ours):
@@ -487,7 +487,7 @@ class GPT(nn.Module):
             value = self.parameter(name).float().cpu()
             parts = value.split(self.get_submodule(name.rpartition(".")[0]).parts) if len(keys) > 1 else [value]
             for key, part in zip(keys, parts, strict=True):
-                tensors[PREFIX[self.config.arch] * (not is_head(key)) + key] = (part.t() if transposed else part).contiguous()
+                tensors[prefixed(key, self.config)] = (part.t() if transposed else part).contiguous()
         write_tensors(directory / "model.safetensors", tensors)
         write_json(directory / "config.json", write_config(self.config))
         if self.rank:
@@ -506,8 +506,8 @@ class GPT(nn.Module):
         """From now on only adapters of this rank learn (and a scalar head); what was there is frozen. LoRA: Hu et al. 2021, sec. 4.
 
         targets: names of TARGETS, comma-separated. alpha: 2 * rank unless given; the adapter counts alpha / rank. B starts at 0, so nothing
-        changes at first. Adapters that are there already learn on. Rank 0 leaves the model as it is. Raises ValueError for unknown
-        targets and for a model from scratch.
+        changes at first. Adapters that are there already learn on; rows that `grow` added stay as they were drawn. Rank 0 leaves the
+        model as it is. Raises ValueError for unknown targets and for a model from scratch.
         """
         if not rank:
             return self
@@ -561,6 +561,11 @@ class GPT(nn.Module):
             module.A = module.B = None
         return model.requires_grad_(False)
 
+    def carries(self, config):
+        """Whether a checkpoint of that shape with a scalar head could stand on this model's weights."""
+        shape = "arch vocab_size width layers heads kv_heads head_dim mlp_width context norm_eps rope_theta rope_scaling".split()
+        return config.head == "score" and all(getattr(config, name) == getattr(self.config, name) for name in shape)
+
     def _with_score_head(self, config):
         """The same trunk under the scalar head of another checkpoint of this shape, whose bias it takes over."""
         self.config, self.score_head = config, nn.Linear(config.width, 1, device=self.device)
@@ -578,20 +583,17 @@ class GPT(nn.Module):
                 continue
             keys = [key.removesuffix(".weight") for key in names[f"{name}.weight"][0]]
             for key, A, B in zip(keys, module.A.chunk(len(keys)), module.B.split(module.parts), strict=True):
-                tensors[f"{stem}{PREFIX[self.config.arch]}{key}.lora_A.weight"] = A
-                tensors[f"{stem}{PREFIX[self.config.arch]}{key}.lora_B.weight"] = B
+                tensors[f"{stem}{prefixed(key, self.config)}.lora_A.weight"] = A
+                tensors[f"{stem}{prefixed(key, self.config)}.lora_B.weight"] = B
                 targets.add(key.split(".", 2)[2])  # "layers.0.mlp.up_proj" -> "mlp.up_proj"
             scale = module.scale
         if score:
             tensors[f"{stem}score.weight"] = self.score_head.weight
         if self.grown:  # rows that the base model does not have: PEFT, too, then writes the whole matrices
-            for name in ("embed.weight", "lm_head.weight"):
-                if name in names:
-                    key = names[name][0][0]
-                    tensors[stem + PREFIX[self.config.arch] * (not is_head(key)) + key] = self.parameter(name)
-        write_tensors(
-            directory / "adapter_model.safetensors", {key: value.detach().float().cpu().contiguous() for key, value in tensors.items()}
-        )
+            for name in {"embed.weight", "lm_head.weight"} & names.keys():
+                tensors[stem + prefixed(names[name][0][0], self.config)] = self.parameter(name)
+        tensors = {key: value.detach().float().cpu().contiguous() for key, value in tensors.items()}
+        write_tensors(directory / "adapter_model.safetensors", tensors)
         facts = {"peft_type": "LORA", "task_type": "SEQ_CLS" if score else "CAUSAL_LM", "base_model_name_or_path": self.origin}
         facts |= {"r": self.rank, "lora_alpha": scale * self.rank, "target_modules": sorted(targets), "lora_dropout": 0.0, "bias": "none"}
         facts |= {"fan_in_fan_out": self.config.arch == "gpt2", "modules_to_save": ["score"] if score else None, "inference_mode": True}
@@ -628,13 +630,18 @@ class GPT(nn.Module):
                         raise ValueError(f"{directory}: {key} has shape {tuple(value.shape)}, this model needs {tuple(half.shape)}")
                     half.copy_(value)
             module.A, module.B, module.scale = nn.Parameter(A.to(self.device)), nn.Parameter(B.to(self.device)), facts["lora_alpha"] / rank
-        for name in ("embed.weight", "lm_head.weight", "score_head.weight"):
+        if self.config.head == "score" and "score.weight" in found:
+            self.score_head.weight.data = where[found.pop("score.weight")]().float().to(self.device)
+        for name in ("embed.weight", "lm_head.weight"):  # there if the vocabulary had grown
             key = found.pop(names[name][0][0], None) if name in names else None
-            if key is not None:
-                value = where[key]().float().to(self.device)
-                if name != "score_head.weight" and len(value) > self.config.vocab_size:
-                    self.grow(len(value))
-                self.get_parameter(name).data = value
+            if key is None:
+                continue
+            value = where[key]().float().to(self.device)
+            if len(value) > self.config.vocab_size:
+                self.grow(len(value))
+            module = self.get_submodule(name.partition(".")[0])
+            if not torch.equal(module.weight, value):  # a weight of its own: the one of before may be shared
+                module.weight = nn.Parameter(value, requires_grad=False)
         if found:
             raise ValueError(f"{directory} holds a tensor that has no place in {self.origin or 'this model'}: {next(iter(found.values()))}")
         return self
@@ -665,6 +672,11 @@ BUFFERS = re.compile(r"attn\.(masked_)?bias$|rotary_emb\.(inv_freq|cos_cached|si
 
 def is_head(key):
     return key.startswith(("lm_head", "score"))
+
+
+def prefixed(key, config):
+    """A name in the checkpoint with the prefix that transformers' classes give the trunk."""
+    return key if is_head(key) else PREFIX[config.arch] + key
 
 
 def layout(config):

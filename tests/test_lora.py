@@ -158,6 +158,25 @@ def test_rows_of_a_grown_vocabulary_go_with_the_adapter(opened, tied, tmp_path):
     assert not any("embed" in key for key in load_file(tmp_path / "small/adapter/adapter_model.safetensors"))
 
 
+def test_a_reward_model_of_another_shape_is_opened_whole(opened, tmp_path):
+    opened(layers=3)
+    trained(GPT.from_pretrained(tmp_path / "base", head="score").adapt(4)).save_pretrained(tmp_path / "reward")
+    policy = opened(name="other").adapt(2)
+    assert GPT.from_pretrained(tmp_path / "reward", trunk=policy).config.layers == 3
+
+
+def test_a_shared_reward_model_never_writes_into_the_policy(opened, tmp_path):
+    """An adapter with grown rows carries the whole embedding; where the policy's is another, nothing is shared and nothing overwritten."""
+    trained(opened().grow(64).adapt(2)).save_pretrained(tmp_path / "grown")
+    trained(GPT.from_pretrained(tmp_path / "base", head="score").grow(64).adapt(4)).save_pretrained(tmp_path / "reward")
+    policy = GPT.from_pretrained(tmp_path / "grown").adapt(2)
+    before = policy.embed.weight.clone()
+    reward_model = GPT.from_pretrained(tmp_path / "reward", trunk=policy)
+    assert torch.equal(policy.embed.weight, before)
+    alone = GPT.from_pretrained(tmp_path / "reward")
+    torch.testing.assert_close(reward_model.score(reward_model(IDS)), alone.score(alone(IDS)), rtol=1e-4, atol=1e-4)
+
+
 def test_without_adapters_copies_share_no_weight(opened):
     model = opened()
     for other in (model.share(), model.reference()):
