@@ -50,7 +50,7 @@ def open_run(directory, device="cpu"):
     """(model, encoding, whether it was taught the chat format) of a checkpoint directory."""
     encoding = tokenizer.load(directory)
     model = GPT.from_pretrained(directory).to(device)
-    return model.eval(), encoding, (Path(directory) / "chat_template.jinja").exists()
+    return model.eval(), encoding, tokenizer.has_template(directory)
 
 
 def asked(messages, encoding, chats):

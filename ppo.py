@@ -234,9 +234,8 @@ def main(config):
     policy = GPT.from_scratch(config.shape, encoding.n_vocab) if scratch else GPT.from_pretrained(config.init)
     run.require(policy.config.head == "lm", f"--init {config.init} has a scalar head and cannot write: name a language model")
     policy = tokenizer.fit(policy, encoding).to(job.device).adapt(config.lora_rank, config.lora_alpha, config.lora_targets)
-    reward_model = GPT.from_pretrained(
-        config.reward, trunk=policy if policy.rank else None
-    )  # one trunk, if it was adapted from this --init
+    # With adapters, four models stand on one trunk, if the reward model was adapted from this same --init.
+    reward_model = GPT.from_pretrained(config.reward, trunk=policy if policy.rank else None)
     reward_model = tokenizer.fit(reward_model, encoding).to(job.device)
     run.require(reward_model.config.head == "score", f"--reward {config.reward} has no scalar head: train one with reward.py")
     theirs = chat.extend(tokenizer.load(config.reward))  # the reward model reads the policy's ids: they must mean the same to both

@@ -14,9 +14,10 @@ a response is sampled, scored and trained on is the same list of ids, because on
 Three facts that follow:
 - The end-of-turn token of an assistant turn is supervised (a model that never sees it in the loss never stops); the newline behind it
   is not.
-- Content goes through `encode_ordinary`, so a special token spelled inside a message is text: nobody can forge a role.
-- An assistant's header is encoded apart from its content, since that is where generation begins; any other turn is encoded as one
-  string. So the ids are those of the whole template string (transformers' apply_chat_template) for all content that spells no special
+- Content goes through `encode_ordinary`, so a special token spelled inside a message is text: nobody can forge a role. (Alpaca's headers
+  are plain text, and anybody can type them: that is what chat tokens are for.)
+- An assistant's header is encoded apart from its content, since that is where generation begins; all other text that touches is encoded as
+  one string. So the ids are those of the whole template string (transformers' apply_chat_template) for all content that spells no special
   token, except where an *assistant's* content starts with white space that the split pattern would join to the header's newline:
   with GPT-2's pattern two or more spaces, two or more newlines, or nothing but white space; with Llama 3's and Qwen's a newline.
 """

@@ -270,6 +270,12 @@ def choose(given: str, init: str, default: str | Path) -> tiktoken.Encoding:
     return encoding
 
 
+def has_template(directory: str | Path) -> bool:
+    """Whether the model in a directory was taught a chat format: as a file of its own, or in older checkpoints as a field."""
+    config = Path(directory) / "tokenizer_config.json"
+    return (Path(directory) / "chat_template.jinja").exists() or (config.exists() and bool(_read_json(config).get("chat_template")))
+
+
 def fit(model, encoding: tiktoken.Encoding):
     """The model, with embeddings for every id of the vocabulary: tokens added to it (the chat tokens) get new rows. Its config learns
     which ids end a turn and which one pads, for other people's tools.

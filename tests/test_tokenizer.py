@@ -283,6 +283,15 @@ def test_only_a_chat_model_is_saved_with_a_template(trained, tmp_path):
     assert (config["eos_token"], config["pad_token"]) == ("<|endoftext|>", "<|pad|>")
 
 
+def test_a_chat_template_is_seen_in_a_file_and_in_a_field(trained, tmp_path):
+    tokenizer.save(trained, tmp_path)
+    assert tokenizer.has_template(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    assert tokenizer.has_template(tmp_path)
+    tokenizer.save(trained, tmp_path, chat=False)
+    assert not tokenizer.has_template(tmp_path) and not tokenizer.has_template(tmp_path / "nowhere")
+
+
 def test_padding_is_never_the_token_that_ends_a_turn(tmp_path):
     bare = tokenizer.train(CORPUS, 300, ["<|endoftext|>"])
     for chats, pad in ((True, "<|endoftext|>"), (False, None)):
