@@ -44,7 +44,7 @@ import kernels
 import run
 from data import annotators, chat, formats, tokenizer, world
 from data.collate import collate, encode_pairs, encode_unpaired, epochs, hold_out, in_batches, longest_side, reply_kl
-from model import GPT
+from model import GPT, TARGETS
 
 LOSSES = ["dpo", "cdpo", "robust", "ipo", "hinge", "simpo", "orpo", "kto"]
 BETA = {"ipo": 0.5, "simpo": 1.0}  # the embedded world's defaults, where not .2
@@ -82,6 +82,9 @@ class Config:
     steps: int = 0  # optimiser steps (default: one and a half epochs)
     batch_size: int = 64  # pairs per optimiser step
     lr: float = 0.0  # peak learning rate (default: 1e-4, orpo 1e-3; for real models 5e-7 to 1e-6)
+    lora_rank: int = 0  # train low-rank adapters of this rank beside frozen weights (0: train all weights)
+    lora_alpha: float = 0.0  # LoRA: the adapter counts alpha / rank (default: 2 * rank)
+    lora_targets: str = TARGETS  # LoRA: the matrices of a block that get an adapter
     shape: str = "llama:4x96x128"  # of a model from scratch: architecture:layers x width x context
     seed: int = 0  # of data and order
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -234,7 +237,7 @@ def pair_logps(model, pairs, second=True):
 @torch.no_grad()
 def all_logps(model, pairs, size=256):
     """pair_logps of many pairs without gradients: (N, 2)."""
-    return in_batches(lambda batch: pair_logps(model, batch), pairs, longest_side, size)
+    return in_batches(lambda batch: pair_logps(model, batch), pairs, longest_side, size, model)
 
 
 # -------------------------------------------------------------------------------------------------- comparisons, round by round
@@ -253,12 +256,17 @@ class Comparisons(NamedTuple):
 
 
 def starting_policy(config, encoding, device):
-    """The model that training starts from; the reference is this one, read again, wherever its log-probs are needed later."""
+    """The model that training starts from."""
     torch.manual_seed(config.seed)  # a vocabulary that grows draws its new rows: the same ones every time
     scratch = config.init == "scratch"
     model = GPT.from_scratch(config.shape, encoding.n_vocab) if scratch else GPT.from_pretrained(config.init)
     run.require(model.config.head == "lm", f"--init {config.init} has a scalar head and cannot write: name a language model")
     return tokenizer.fit(model, encoding).to(device)
+
+
+def reference(config, policy, encoding):
+    """The starting policy, when the policy has moved on: under adapters it is still there, otherwise it is read again."""
+    return policy.reference() if policy.rank else starting_policy(config, encoding, policy.device)
 
 
 def load_source(config):
@@ -369,7 +377,7 @@ def main(config):
 
     # --- policy and data
     encoding = chat.extend(tokenizer.choose(config.tokenizer, config.init, world.TOKENIZER))
-    policy = starting_policy(config, encoding, job.device)
+    policy = starting_policy(config, encoding, job.device).adapt(config.lora_rank, config.lora_alpha, config.lora_targets)
     learnt = config.judge not in ("", "world")
     judge = annotators.open_reward_model(config.judge, encoding, job.device, "--judge") if learnt else None
     source, rounds, questions = load_source(config), 1, []
@@ -383,6 +391,8 @@ def main(config):
     questions = questions or data.questions[: config.watch]
 
     # --- training
+    longest = max(map(longest_side, data.pairs))
+    job.ledger({"policy": policy}, tokens=2 * config.batch_size * longest)
     steps = config.steps or rounds * math.ceil(1.5 * len(data.training) / config.batch_size)
     optimizer = run.optimizer(policy, config.lr)
     for step in job.steps(steps):
@@ -390,7 +400,7 @@ def main(config):
         if step and first == 0:  # a new round: fresh replies, and what the reference makes of them
             refreshed = config.spin or config.refresh_ref
             records = round_records(config, policy, encoding, judge, source, turn)
-            data = prepare(config, records, policy if refreshed else starting_policy(config, encoding, job.device), encoding, job)
+            data = prepare(config, records, policy if refreshed else reference(config, policy, encoding), encoding, job)
         if first == 0:
             batches = epochs([longest_side(data.pairs[i]) for i in data.training], config.batch_size, config.seed)
         rows = data.training[next(batches)]  # (B,)
@@ -408,7 +418,7 @@ def main(config):
                 now = all_logps(policy, [data.pairs[i] for i in rows])  # (N, 2)
             metrics["held_out_loss"] = batch_losses(config, now, data.ref_logps[rows], data.sizes[rows], data.labels[rows]).mean()
         if questions and run.due(step, steps):
-            metrics |= own_replies(config, policy, starting_policy(config, encoding, job.device), encoding, questions)
+            metrics |= own_replies(config, policy, reference(config, policy, encoding), encoding, questions)
         job.log(step, **metrics)
 
     def save(directory):

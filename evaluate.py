@@ -4,7 +4,7 @@
     python evaluate.py recipe --seeds 1 2 3 --out DIR    the same once per seed; means, intervals and the worst seed
     python evaluate.py methods --seeds 1 2 3             every method from the same SFT model, with the same number of labels
     python evaluate.py scoreboard --runs out/*/          measure run directories: table, JSON and an HTML report
-    python evaluate.py chat out/dpo                      talk to any of them in the terminal
+    python evaluate.py chat out/dpo                      talk to any of them in the terminal (/reset, /samples 4, --system TEXT)
 
 On the embedded world every reply has a true score, which no training ever saw. Per model, on held-out prompts, sampling at
 temperature 1 (what the model believes, not only what it would say first):
@@ -20,6 +20,7 @@ temperature 1 (what the model believes, not only what it would say first):
 (by score).
 """
 
+import codecs
 import html
 import json
 import math
@@ -28,6 +29,7 @@ import random
 import statistics
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,7 +53,7 @@ def open_run(directory, device="cpu"):
     """(model, encoding, whether it was taught the chat format) of a checkpoint directory."""
     encoding = tokenizer.load(directory)
     model = GPT.from_pretrained(directory).to(device)
-    return model.eval(), encoding, (Path(directory) / "chat_template.jinja").exists()
+    return model.eval(), encoding, tokenizer.has_template(directory)
 
 
 def asked(messages, encoding, chats):
@@ -544,29 +546,73 @@ def frontier_picture(rows, best, path):
     pyplot.close(figure)
 
 
-def chat_main(directory):
-    """A conversation in the terminal. An empty line or end of file leaves; /reset forgets what was said."""
-    model, encoding, chats = open_run(directory, "cuda" if torch.cuda.is_available() else "cpu")
+@dataclass
+class Chat:
+    system: str = ""  # a system message before the first turn
+    temperature: float = 0.7  # 0: the most likely token, always
+    top_k: int = 0  # choose among so many most likely tokens (0: all)
+    top_p: float = 1.0  # choose among the most likely tokens that hold this much probability
+    max_new_tokens: int = 512  # longest reply
+    seed: int = 0  # of what is sampled
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+
+
+def chat_main(directory, config=None):
+    """A conversation in the terminal. An empty line or end of file leaves; /reset forgets what was said; /samples N answers the last
+    question N times more, side by side, without remembering them.
+    """
+    config = config or Chat()
+    model, encoding, chats = open_run(directory, run.device(config.device))
     run.require(model.config.head == "lm", f"{directory} is a reward model: it scores text and cannot talk")
-    room = model.config.context // 2
-    messages = []
+    generator = torch.Generator(model.device).manual_seed(config.seed)
+    opening = [{"role": "system", "content": config.system}] if config.system else []
+    messages = [*opening]
     while True:
         try:
             text = input("you: ").strip()
         except EOFError:
             return
+        command, _, number = text.partition(" ")
         if not text:
             return
         if text == "/reset":
-            messages = []
-            continue
-        messages.append({"role": "user", "content": text})
+            messages = [*opening]
+        elif command == "/samples":
+            question = messages[: max((i + 1 for i, m in enumerate(messages) if m["role"] == "user"), default=0)]
+            if not question or not number.isdigit() or int(number) < 1:
+                print("/samples N answers the last question N times: ask one first, and say how often", flush=True)
+                continue
+            for i, reply in enumerate(reply_to(model, encoding, question, chats, config, generator, samples=int(number))):
+                print(f"{i + 1}: {reply}", flush=True)
+        else:
+            messages.append({"role": "user", "content": text})
+            print("model: ", end="", flush=True)
+            messages.append({"role": "assistant", "content": reply_to(model, encoding, messages, chats, config, generator)[0]})
+
+
+def reply_to(model, encoding, messages, chats, config, generator, samples=1):
+    """The texts of so many replies; a single one is printed as it is written. Says at the end how fast they came.
+
+    Where the conversation outgrows the context, its oldest turns are forgotten, but not the system message.
+    """
+    room = min(config.max_new_tokens, model.config.context // 2)
+    prompt, stops = asked(messages, encoding, chats)
+    while len(prompt) > model.config.context - room and len(messages) > 2:
+        start = messages[0]["role"] == "system"  # the first turn that may go, with the answer to it
+        messages = messages[:start] + messages[start + 2 :]
         prompt, stops = asked(messages, encoding, chats)
-        run.require(len(prompt) < model.config.context, f"the conversation of {len(prompt)} tokens has filled the context: start again")
-        reply = model.generate([prompt], room, 0.7, stop_id=stops)[0]
-        reply = encoding.decode([token for token in reply if token not in stops]).strip()
-        print(f"model: {reply}", flush=True)
-        messages.append({"role": "assistant", "content": reply})
+    run.require(len(prompt) < model.config.context, f"a message of {len(prompt)} tokens does not fit the context of {model.config.context}")
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
+
+    def show(_, tokens):
+        print("" if tokens[0] in stops else decoder.decode(encoding.decode_single_token_bytes(tokens[0])), end="", flush=True)
+
+    began = time.perf_counter()
+    options = dict(stop_id=stops, generator=generator, samples=samples, stream=show if samples == 1 else None)
+    replies = model.generate([prompt], room, config.temperature, config.top_k, config.top_p, **options)
+    tokens, seconds = sum(map(len, replies)), time.perf_counter() - began
+    print(f"{decoder.decode(b'', final=True)}\n[{tokens} tokens, {tokens / seconds:.0f} a second]", flush=True)
+    return [encoding.decode([token for token in reply if token not in stops]).strip() for reply in replies]
 
 
 def main():
@@ -575,8 +621,10 @@ def main():
     if command in commands:
         sys.argv = [f"{sys.argv[0]} {command}", *sys.argv[2:]]
         run.script(*commands[command], __doc__)
-    elif command == "chat" and len(sys.argv) == 3:
-        run.guard(chat_main, sys.argv[2])
+    elif command == "chat" and len(sys.argv) > 2:
+        directory = sys.argv.pop(2)
+        sys.argv = [f"{sys.argv[0]} chat", *sys.argv[2:]]
+        run.script(lambda config: chat_main(directory, config), Chat, __doc__)
     else:
         print(__doc__)
         sys.exit(0 if command in ("-h", "--help") else 2)

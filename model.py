@@ -6,6 +6,8 @@
     feed-forward    GELU(x W1) W2                        (SiLU(x Wg) * (x Wu)) W2      (SwiGLU)
     heads           one key/value head per query head    several query heads may share one (grouped)
 
+Qwen2 is Llama with a bias on queries, keys and values; Qwen3 is Llama that normalises each query and key instead.
+
 A forward pass returns *hidden states*, not logits: `model(ids)` (B, T) -> (B, T, D). The head comes afterwards, because
 what follows differs: training asks `kernels` for log-probs without ever holding all (B, T, V) logits, generation wants
 logits of the last position only, and a reward model has a scalar head instead of a vocabulary.
@@ -20,13 +22,16 @@ sampled equal its log-probs when trained on. The one thing everybody gets wrong 
     replies = model.generate([[5, 8, 2], [7]], max_new_tokens=20, stop_id=3)
 
 Checkpoints are directories in the Hugging Face layout (config.json + model.safetensors); transformers opens what we write.
+With `model.adapt(rank)` only low-rank adapters learn (LoRA); what is frozen can then be shared between models (`share`).
 """
 
+import copy
 import json
 import math
 import os
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,6 +41,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import kernels
+from kernels.chunks import padded, pieces
+
+TARGETS = "qkv,out,up,down"  # the matrices of a block, as `adapt` names them
 
 
 @dataclass
@@ -50,19 +58,34 @@ class Config:
     head_dim: int = 64
     mlp_width: int = 3072
     context: int = 1024  # longest sequence, in tokens
-    arch: str = "gpt2"  # "gpt2" | "llama"
+    arch: str = "gpt2"  # "gpt2" | "llama" | "qwen2" | "qwen3"
     norm_eps: float = 1e-5
-    rope_theta: float = 10000.0  # llama only: the base of the rotary wavelengths
+    rope_theta: float = 10000.0  # all but gpt2: the base of the rotary wavelengths
+    rope_scaling: tuple | None = None  # Llama 3.1's (factor, low, high, original context): see `rope_frequencies`
     tied: bool = True  # the LM head is the embedding matrix
     head: str = "lm"  # "lm": a vocabulary | "score": one scalar per position (reward models, critics)
     score_bias: float = 0.0  # score head only: transformers' layout has no bias, so it lives in config.json
     score_gain: float = 1.0  # by how much normalisation scaled the scores: score / score_gain are the trained log-odds
-    eos_token_id: int | None = None  # the id that ends a turn, recorded for other people's tools
+    eos_token_id: int | list | None = None  # the ids that end a turn, recorded for other people's tools
     pad_token_id: int | None = None  # likewise; this code masks by position, never by id
     init_std: float = 0.02
 
 
 # ---------------------------------------------------------------------------------------------------------------- blocks
+
+
+def rope_frequencies(config):
+    """The angle (d/2,) by which each pair of a head's coordinates turns from one position to the next, theta^(-2i/d).
+
+    Llama 3.1 stretches a context of `original` tokens by `factor`: a pair that turns fewer than `low` times within it is slowed down by
+    that factor, one that turns more than `high` times is not (it tells neighbours apart), and in between the two are mixed.
+    """
+    frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)  # (d/2,)
+    if config.rope_scaling is None:
+        return frequencies
+    factor, low, high, original = config.rope_scaling
+    fast = ((original * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)  # (d/2,) 1: left as it is
+    return frequencies * (fast + (1 - fast) / factor)
 
 
 def rotate(x, cos, sin):
@@ -105,18 +128,52 @@ class Cache:
         self.keys, self.values, self.lengths = self.keys[:, rows], self.values[:, rows], self.lengths[rows]
 
 
+class Linear(nn.Linear):
+    """x W^T + b. With an adapter W stands still and x A^T B^T alpha / r is added, of rank r: LoRA (Hu et al. 2021, eq. 3).
+
+    parts: the heights of the matrices that stand stacked in W (queries, keys, values). Checkpoints hold them apart, so each has an A
+    and a B of its own.
+    """
+
+    def __init__(self, inputs, *parts, bias):
+        super().__init__(inputs, sum(parts), bias=bias)
+        self.parts, self.scale = parts, 1.0
+        self.register_parameter("A", None)  # (parts * r, inputs)
+        self.register_parameter("B", None)  # (sum(parts), r)
+
+    def forward(self, x):
+        y = super().forward(x)
+        if self.A is None:
+            return y
+        low = (F.linear(x, self.A) * self.scale).chunk(len(self.parts), dim=-1)  # (..., r) per part
+        return y + torch.cat([F.linear(x, B) for x, B in zip(low, self.B.split(self.parts), strict=True)], dim=-1)
+
+    def merged(self):
+        """W with its adapter added, (sum(parts), inputs); W itself without one."""
+        if self.A is None:
+            return self.weight
+        pairs = zip(self.A.chunk(len(self.parts)), self.B.split(self.parts), strict=True)
+        return self.weight + self.scale * torch.cat([B @ A for A, B in pairs])
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        bias = config.arch == "gpt2"
-        self.qkv = nn.Linear(config.width, (config.heads + 2 * config.kv_heads) * config.head_dim, bias=bias)
-        self.out = nn.Linear(config.heads * config.head_dim, config.width, bias=bias)
+        parts = [n * config.head_dim for n in (config.heads, config.kv_heads, config.kv_heads)]
+        parts = [sum(parts)] if config.arch == "gpt2" else parts  # GPT-2's files hold the three as one
+        self.qkv = Linear(config.width, *parts, bias=config.arch in ("gpt2", "qwen2"))
+        self.out = Linear(config.heads * config.head_dim, config.width, bias=config.arch == "gpt2")
+        if config.arch == "qwen3":
+            self.q_norm, self.k_norm = (nn.RMSNorm(config.head_dim, eps=config.norm_eps) for _ in range(2))
 
     def forward(self, x, rope, cache, layer):
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 Hkv, T, d)
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
+        if hasattr(self, "q_norm"):
+            q, k = qk.split([self.heads, self.kv_heads], dim=1)
+            qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)
         if rope is not None:
             qk = rotate(qk, *rope)
         q, k = qk.split([self.heads, self.kv_heads], dim=1)
@@ -132,9 +189,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.gated = config.arch == "llama"
-        self.up = nn.Linear(config.width, config.mlp_width * (2 if self.gated else 1), bias=not self.gated)
-        self.down = nn.Linear(config.mlp_width, config.width, bias=not self.gated)
+        self.gated = config.arch != "gpt2"
+        self.up = Linear(config.width, *[config.mlp_width] * (2 if self.gated else 1), bias=not self.gated)
+        self.down = Linear(config.mlp_width, config.width, bias=not self.gated)
 
     def forward(self, x):
         if not self.gated:
@@ -162,6 +219,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.origin, self.grown = "", False  # the checkpoint that it was opened from, and whether its vocabulary has grown since
         self.embed = nn.Embedding(config.vocab_size, config.width)
         if config.arch == "gpt2":
             self.positions = nn.Embedding(config.context, config.width)
@@ -172,9 +230,8 @@ class GPT(nn.Module):
             self.score_head = nn.Linear(config.width, 1)
         elif not config.tied:
             self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
-        if config.arch == "llama":
-            wavelengths = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)  # (d/2,)
-            angles = torch.outer(torch.arange(config.context), wavelengths)  # (context, d/2)
+        if config.arch != "gpt2":
+            angles = torch.outer(torch.arange(config.context), rope_frequencies(config))  # (context, d/2)
             self.register_buffer("cos", angles.cos(), persistent=False)
             self.register_buffer("sin", angles.sin(), persistent=False)
         self.apply(self._init)
@@ -240,7 +297,36 @@ class GPT(nn.Module):
             new = old.mean(0) + self.config.init_std * torch.randn(vocab_size - len(old), old.shape[1]).to(old)
             module.weight = nn.Parameter(torch.cat([old, new]))
         self.embed.num_embeddings = self.config.vocab_size = vocab_size
+        self.grown = True
         return self
+
+    # ----------------------------------------------------------------------------------------------------------- memory
+
+    def bytes_kept(self, T=32):
+        """What a forward pass keeps per token for its backward pass, as measured on a row of T tokens."""
+        own = {tensor.untyped_storage().data_ptr() for tensor in (*self.parameters(), *self.buffers())}
+        kept = {}
+
+        def note(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        T = min(T, self.config.context)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            hidden = self(torch.zeros(1, T, dtype=torch.long, device=self.device))  # noqa: F841 (it keeps the graph alive)
+        return sum(size for at, size in kept.items() if at not in own) / T
+
+    def bytes_of_logits(self, tokens):
+        """The piece of fp32 logits that `kernels` has at a time over so many tokens, and the gradient of a head that learns."""
+        if self.config.head != "lm":
+            return 0
+        row = 4 * padded(self.config.vocab_size)
+        return pieces(tokens, row, 2 << 30, self.device) * row + self.head_weight.nbytes * self.head_weight.requires_grad
+
+    def bytes_of_cache(self, tokens):
+        """Keys and values of so many tokens while `generate` writes them."""
+        c = self.config
+        return 2 * tokens * c.layers * c.kv_heads * c.head_dim * self.embed.weight.itemsize
 
     # ------------------------------------------------------------------------------------------------------- generation
 
@@ -256,6 +342,7 @@ class GPT(nn.Module):
         generator=None,
         return_logprobs=False,
         samples=1,
+        stream=None,
     ):
         """Continues each prompt (ragged lists of ids) by up to `max_new_tokens` tokens, cut short by the context.
 
@@ -264,6 +351,7 @@ class GPT(nn.Module):
         restrict sampling (0 / 1.0: off). stop_id: one id or several. With return_logprobs=True a second value holds the
         log-prob (nats, fp32) of each new token under the model's own distribution at this temperature (at 1 when greedy),
         before top-k / top-p: in RL those two stay off, or the ratio pi / pi_old would not be 1 on the first step.
+        stream(replies, tokens) is called after every step with the numbers of the replies that grew and their new tokens.
         """
         for row, prompt in enumerate(prompts):
             if not 0 < len(prompt) < self.config.context:
@@ -300,6 +388,8 @@ class GPT(nn.Module):
             token = sample(logits, temperature, top_k, top_p, generator)  # (B,)
             logprob = kernels.logprob_rows(logits, token, temperature=temperature or 1.0).logprob if return_logprobs else None
             steps.append((alive, token, logprob))
+            if stream:
+                stream(alive.tolist(), token.tolist())
             keep = ~torch.isin(token, stops) & (step + 1 < budget)
             left = int(keep.sum())
             if left == 0:
@@ -351,60 +441,210 @@ class GPT(nn.Module):
         )
 
     @classmethod
-    def from_pretrained(cls, directory, head=None):
-        """Opens a checkpoint directory in the Hugging Face layout, one file or sharded, fp32 master weights.
+    def from_pretrained(cls, directory, head=None, trunk=None):
+        """Opens a checkpoint directory in the Hugging Face layout, one file or sharded, fp32 master weights; an adapter's directory in
+        the PEFT layout gives its base model with the adapter merged.
 
         head: None takes the checkpoint's own; "score" on an LM checkpoint keeps the trunk and starts a new scalar head.
+        trunk: a model with adapters; a scalar-head checkpoint that is the same frozen weights with an adapter of its own shares them.
         Raises FileNotFoundError / ValueError with one sentence for anything missing, unexpected or misshapen.
         """
         directory = Path(directory)
+        if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
+            base = read_json(directory / "adapter_config.json").get("base_model_name_or_path") or ""
+            if not Path(base).is_dir():
+                raise ValueError(
+                    f"{directory} is an adapter of {base or 'a base model without a name'}, which is no directory here: name it"
+                )
+            return cls.from_pretrained(base, head).load_adapter(directory).merge()
         config = read_config(directory)
         own_head, config.head = config.head, head or config.head
+        if trunk is not None and trunk.carries(config) and own_head == "score" and (directory / "adapter").is_dir():
+            model = trunk.reference()._with_score_head(config).load_adapter(directory / "adapter")
+            ours = ((model.parameter(name), value) for name, value in read_parameters(directory, config, own_head))
+            if all(torch.allclose(own.cpu(), value, rtol=1e-4, atol=1e-6) for own, value in ours):
+                return model  # the checkpoint is this trunk with that adapter, number for number
         model = cls(config)
-        weights = read_weights(directory)
-        wanted = dict(model.state_dict())
-        for name, (keys, transposed) in layout(config).items():
-            if config.head != own_head and name.startswith(("score_head", "lm_head")):
-                continue  # the head that this checkpoint does not have keeps its fresh start
-            missing = [key for key in keys if key not in weights]
-            if missing:
-                raise ValueError(f"{directory} lacks the tensor {missing[0]} that its config.json promises")
-            parts = [weights.pop(key) for key in keys]
-            parts = [part.t() if transposed else part for part in parts]
-            value = torch.cat(parts) if len(parts) > 1 else parts[0]
-            if value.shape != wanted[name].shape:
-                raise ValueError(f"{directory}: {keys[0]} has shape {tuple(value.shape)}, config.json says {tuple(wanted[name].shape)}")
+        model.origin = str(directory)
+        wanted = model.state_dict()
+        for name, value in read_parameters(directory, config, own_head):
             wanted[name].copy_(value)
         if config.head == "score" and own_head == "score":
             model.score_head.bias.data.fill_(config.score_bias)
-        left = [key for key in weights if not re.search(r"attn\.(masked_)?bias$|rotary_emb\.inv_freq$", key)]
-        left = [key for key in left if key != "lm_head.weight"]  # a copy of the tied embedding, or a head given up
-        if left:
-            raise ValueError(f"{directory} holds a tensor that its config.json does not explain: {left[0]}")
         return model
 
     def save_pretrained(self, directory):
-        """Writes config.json and model.safetensors (fp32) so that transformers opens them; each file appears whole or not at all."""
+        """Writes config.json and model.safetensors (fp32) so that transformers opens them; each file appears whole or not at all.
+
+        Adapters are merged into the weights, and also written by themselves into `adapter/`, in the PEFT layout.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         if self.config.head == "score":
             self.config.score_bias = float(self.score_head.bias.detach())
-        state, tensors = self.state_dict(), {}
+        tensors = {}
         for name, (keys, transposed) in layout(self.config).items():
-            value = state[name].detach().float().cpu()
-            if len(keys) == 3:  # q, k, v
-                sizes = [self.config.heads, self.config.kv_heads, self.config.kv_heads]
-                parts = value.split([n * self.config.head_dim for n in sizes])
-            else:
-                parts = value.chunk(len(keys))
+            value = self.parameter(name).float().cpu()
+            parts = value.split(self.get_submodule(name.rpartition(".")[0]).parts) if len(keys) > 1 else [value]
             for key, part in zip(keys, parts, strict=True):
-                prefix = "" if key.startswith(("lm_head", "score")) else PREFIX[self.config.arch]
-                tensors[prefix + key] = (part.t() if transposed else part).contiguous()
-        save_file(tensors, directory / "model.safetensors.tmp", metadata={"format": "pt"})
-        os.replace(directory / "model.safetensors.tmp", directory / "model.safetensors")
-        text = json.dumps(write_config(self.config), indent=2) + "\n"
-        (directory / "config.json.tmp").write_text(text, encoding="utf-8")
-        os.replace(directory / "config.json.tmp", directory / "config.json")
+                tensors[prefixed(key, self.config)] = (part.t() if transposed else part).contiguous()
+        write_tensors(directory / "model.safetensors", tensors)
+        write_json(directory / "config.json", write_config(self.config))
+        if self.rank:
+            self.save_adapter(directory / "adapter")
+
+    @torch.no_grad()
+    def parameter(self, name):
+        """A parameter by its name in `layout`, any adapter merged into it."""
+        module, _, kind = name.rpartition(".")
+        module = self.get_submodule(module)
+        return (module.merged() if kind == "weight" and isinstance(module, Linear) else getattr(module, kind)).detach()
+
+    # --------------------------------------------------------------------------------------------------------- adapters
+
+    def adapt(self, rank, alpha=0.0, targets=TARGETS):
+        """From now on only adapters of this rank learn (and a scalar head); what was there is frozen. LoRA: Hu et al. 2021, sec. 4.
+
+        targets: names of TARGETS, comma-separated. alpha: 2 * rank unless given; the adapter counts alpha / rank. B starts at 0, so nothing
+        changes at first. Adapters that are there already learn on; rows that `grow` added stay as they were drawn. Rank 0 leaves the
+        model as it is. Raises ValueError for unknown targets and for a model from scratch.
+        """
+        if not rank:
+            return self
+        chosen = targets.split(",")
+        if not set(chosen) <= set(TARGETS.split(",")):
+            raise ValueError(f"--lora-targets {targets} should be names out of {TARGETS}, separated by commas")
+        if not self.origin:
+            raise ValueError("--lora-rank adapts a trained model, and random weights are none: name a checkpoint with --init")
+        self.requires_grad_(False)
+        present = self.rank
+        for name, module in self.linears():
+            if present and module.A is not None:  # own copies: those of before may be shared
+                module.A, module.B = (nn.Parameter(half.detach().clone()) for half in (module.A, module.B))
+            elif not present and name.rpartition(".")[2] in chosen:
+                bound = module.in_features**-0.5
+                module.A = nn.Parameter(
+                    torch.empty(len(module.parts) * rank, module.in_features, device=self.device).uniform_(-bound, bound)
+                )
+                module.B = nn.Parameter(torch.zeros(module.out_features, rank, device=self.device))
+                module.scale = (alpha or 2 * rank) / rank
+        if self.config.head == "score":
+            self.score_head = copy.deepcopy(self.score_head).requires_grad_(True)
+        return self
+
+    @property
+    def rank(self):
+        """The rank of the adapters, 0 without."""
+        return next((module.B.shape[1] for _, module in self.linears() if module.B is not None), 0)
+
+    def linears(self):
+        """(name, module) of every matrix in the blocks: all that adapters can stand beside."""
+        return [(name, module) for name, module in self.named_modules() if isinstance(module, Linear)]
+
+    @torch.no_grad()
+    def merge(self):
+        """Adds the adapters to the weights and forgets them; the outputs stay the same. All weights learn again."""
+        if self.rank:
+            for _, module in self.linears():
+                module.weight, module.A, module.B = nn.Parameter(module.merged()), None, None
+            self.requires_grad_(True)
+        return self
+
+    def share(self):
+        """A copy with parameters of its own where these are trained, and the very same ones where they are frozen."""
+        return copy.deepcopy(self, {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers()) if not tensor.requires_grad})
+
+    def reference(self):
+        """The frozen model that the training of this one started from. Of a model with adapters: its own weights, adapters off."""
+        model = self.share()
+        for _, module in model.linears():
+            module.A = module.B = None
+        return model.requires_grad_(False)
+
+    def carries(self, config):
+        """Whether a checkpoint of that shape with a scalar head could stand on this model's weights."""
+        shape = "arch vocab_size width layers heads kv_heads head_dim mlp_width context norm_eps rope_theta rope_scaling".split()
+        return config.head == "score" and all(getattr(config, name) == getattr(self.config, name) for name in shape)
+
+    def _with_score_head(self, config):
+        """The same trunk under the scalar head of another checkpoint of this shape, whose bias it takes over."""
+        self.config, self.score_head = config, nn.Linear(config.width, 1, device=self.device)
+        self._modules.pop("lm_head", None)
+        nn.init.constant_(self.score_head.bias, config.score_bias)
+        return self
+
+    def save_adapter(self, directory):
+        """Writes adapter_config.json and adapter_model.safetensors in the PEFT layout; a scalar head goes with them."""
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors, targets, stem, names = {}, set(), "base_model.model.", layout(self.config)
+        score = self.config.head == "score"
+        for name, module in self.linears():
+            if module.A is None:
+                continue
+            keys = [key.removesuffix(".weight") for key in names[f"{name}.weight"][0]]
+            for key, A, B in zip(keys, module.A.chunk(len(keys)), module.B.split(module.parts), strict=True):
+                tensors[f"{stem}{prefixed(key, self.config)}.lora_A.weight"] = A
+                tensors[f"{stem}{prefixed(key, self.config)}.lora_B.weight"] = B
+                targets.add(key.split(".", 2)[2])  # "layers.0.mlp.up_proj" -> "mlp.up_proj"
+            scale = module.scale
+        if score:
+            tensors[f"{stem}score.weight"] = self.score_head.weight
+        if self.grown:  # rows that the base model does not have: PEFT, too, then writes the whole matrices
+            for name in {"embed.weight", "lm_head.weight"} & names.keys():
+                tensors[stem + prefixed(names[name][0][0], self.config)] = self.parameter(name)
+        tensors = {key: value.detach().float().cpu().contiguous() for key, value in tensors.items()}
+        write_tensors(directory / "adapter_model.safetensors", tensors)
+        facts = {"peft_type": "LORA", "task_type": "SEQ_CLS" if score else "CAUSAL_LM", "base_model_name_or_path": self.origin}
+        facts |= {"r": self.rank, "lora_alpha": scale * self.rank, "target_modules": sorted(targets), "lora_dropout": 0.0, "bias": "none"}
+        facts |= {"fan_in_fan_out": self.config.arch == "gpt2", "modules_to_save": ["score"] if score else None, "inference_mode": True}
+        write_json(directory / "adapter_config.json", facts)
+
+    def load_adapter(self, directory):
+        """Puts an adapter in the PEFT layout beside this model's weights, which stay as they are and are frozen.
+
+        Raises ValueError, in one sentence, for another method than plain LoRA and for tensors that have no place here.
+        """
+        directory = Path(directory)
+        facts, where = read_json(directory / "adapter_config.json"), tensors_of(directory / "adapter_model.safetensors")
+        odd = [key for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias") if facts.get(key)]
+        if facts.get("peft_type") != "LORA" or odd or type(facts.get("r")) is not int or not facts.get("lora_alpha"):
+            raise ValueError(
+                f"{directory / 'adapter_config.json'} describes no plain LoRA adapter ({', '.join(odd) or facts.get('peft_type')})"
+            )
+        self.requires_grad_(False)
+        if self.config.head == "score":
+            self.score_head = copy.deepcopy(self.score_head).requires_grad_(True)
+        names, rank = layout(self.config), facts["r"]
+        found = {re.sub(r"^base_model\.model\.((transformer|model)\.)?", "", key): key for key in where}
+        for name, module in self.linears():
+            stems = [key.removesuffix(".weight") for key in names[f"{name}.weight"][0]]
+            if not any(f"{stem}.lora_A.weight" in found for stem in stems):
+                continue
+            A = torch.zeros(len(stems) * rank, module.in_features)  # a matrix that this adapter leaves alone: A = B = 0 for ever
+            B = torch.zeros(module.out_features, rank)
+            for stem, a, b in zip(stems, A.chunk(len(stems)), B.split(module.parts), strict=True):
+                for half, suffix in ((a, "lora_A.weight"), (b, "lora_B.weight")):
+                    key = found.pop(f"{stem}.{suffix}", None)
+                    value = half if key is None else where[key]()
+                    if value.shape != half.shape:
+                        raise ValueError(f"{directory}: {key} has shape {tuple(value.shape)}, this model needs {tuple(half.shape)}")
+                    half.copy_(value)
+            module.A, module.B, module.scale = nn.Parameter(A.to(self.device)), nn.Parameter(B.to(self.device)), facts["lora_alpha"] / rank
+        if self.config.head == "score" and "score.weight" in found:
+            self.score_head.weight.data = where[found.pop("score.weight")]().float().to(self.device)
+        for name in ("embed.weight", "lm_head.weight"):  # there if the vocabulary had grown
+            key = found.pop(names[name][0][0], None) if name in names else None
+            if key is None:
+                continue
+            value = where[key]().float().to(self.device)
+            if len(value) > self.config.vocab_size:
+                self.grow(len(value))
+            module = self.get_submodule(name.partition(".")[0])
+            if not torch.equal(module.weight, value):  # a weight of its own: the one of before may be shared
+                module.weight = nn.Parameter(value, requires_grad=False)
+        if found:
+            raise ValueError(f"{directory} holds a tensor that has no place in {self.origin or 'this model'}: {next(iter(found.values()))}")
+        return self
 
 
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
@@ -424,7 +664,19 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
 # -------------------------------------------------------------------------------------------- the Hugging Face layout
 
-PREFIX = {"gpt2": "transformer.", "llama": "model."}
+PREFIX = {"gpt2": "transformer.", "llama": "model.", "qwen2": "model.", "qwen3": "model."}
+CLASSES = {"gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+# What published files hold beside the weights: the causal mask, the rotary table. All of it is computed here.
+BUFFERS = re.compile(r"attn\.(masked_)?bias$|rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+
+
+def is_head(key):
+    return key.startswith(("lm_head", "score"))
+
+
+def prefixed(key, config):
+    """A name in the checkpoint with the prefix that transformers' classes give the trunk."""
+    return key if is_head(key) else PREFIX[config.arch] + key
 
 
 def layout(config):
@@ -449,11 +701,13 @@ def layout(config):
             "mlp.up": (["mlp.gate_proj", "mlp.up_proj"], False),
             "mlp.down": (["mlp.down_proj"], False),
         }
+        if config.arch == "qwen3":
+            block |= {"attn.q_norm": (["self_attn.q_norm"], False), "attn.k_norm": (["self_attn.k_norm"], False)}
         names = {"embed.weight": (["embed_tokens.weight"], False)}
         blocks, norm, kinds = "layers", "norm", ["weight"]
     for i in range(config.layers):
         for ours, (theirs, transposed) in block.items():
-            for kind in kinds:
+            for kind in kinds + ["bias"] * (config.arch == "qwen2" and ours == "attn.qkv"):
                 keys = [f"{blocks}.{i}.{name}.{kind}" for name in theirs]
                 names[f"blocks.{i}.{ours}.{kind}"] = (keys, transposed and kind == "weight")
     for kind in kinds:
@@ -465,119 +719,175 @@ def layout(config):
     return names
 
 
-def read_weights(directory):
-    """Every tensor of the checkpoint by its name without prefix; memory-mapped, so nothing is read twice."""
+def read_parameters(directory, config, own_head):
+    """(our name, value) of every parameter of the checkpoint, one at a time: the file is mapped, and no two are in memory at once.
+
+    own_head: the checkpoint's; where config asks for another head, the new one is left out.
+    """
     index = directory / "model.safetensors.index.json"
-    try:
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    except (ValueError, KeyError, TypeError, AttributeError):  # not UTF-8, not JSON, or of another form
-        raise ValueError(f"{index} is not a readable index of shards: fetch the checkpoint again") from None
+    files = ["model.safetensors"]
+    if index.exists():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
+            raise ValueError(f"{index} is not a readable index of shards: fetch the checkpoint again")
+        files = sorted(set(shards.values()))
     weights = {}
     for file in files:
-        if not (directory / file).exists():
-            raise FileNotFoundError(f"{directory / file} does not exist: a checkpoint needs it (only safetensors are read)")
+        for key, read in tensors_of(directory / file).items():
+            bare = re.sub(r"^(transformer|model)\.", "", key)
+            if bare in weights:
+                raise ValueError(f"{directory} holds the tensor {bare} twice: fetch or save it again")
+            weights[bare] = read
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in GPT(config).state_dict().items()}
+    for name, (keys, transposed) in layout(config).items():
+        if config.head != own_head and is_head(keys[0]):
+            continue
+        missing = [key for key in keys if key not in weights]
+        if missing:
+            raise ValueError(f"{directory} lacks the tensor {missing[0]} that its config.json promises")
+        parts = [weights.pop(key)() for key in keys]
+        parts = [part.t() if transposed and part.dim() == 2 else part for part in parts]
         try:
-            with safe_open(directory / file, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 (safe_open is no dict)
-                    weights[re.sub(r"^(transformer|model)\.", "", key)] = tensors.get_tensor(key)
-        except SafetensorError as error:
-            raise ValueError(f"{directory / file} is not a whole safetensors file ({error}): fetch or save it again") from None
-    return weights
+            value = torch.cat(parts) if len(parts) > 1 else parts[0]
+        except RuntimeError:  # parts that do not even fit one another
+            value = parts[0]
+        if value.shape != shapes[name] or not value.is_floating_point():
+            kind = f"shape {tuple(value.shape)} ({value.dtype})"
+            raise ValueError(f"{directory}: {keys[0]} has {kind}, config.json says {tuple(shapes[name])}")
+        yield name, value
+    # lm_head: a copy of the tied embedding, or a head given up
+    left = [key for key in weights if not BUFFERS.search(key) and key != "lm_head.weight"]
+    if left:
+        raise ValueError(f"{directory} holds a tensor that its config.json does not explain: {left[0]}")
 
 
-SIZES = {"vocab_size", "n_embd", "n_head", "n_layer", "n_positions", "hidden_size", "intermediate_size"}
-SIZES |= {"num_attention_heads", "num_hidden_layers", "max_position_embeddings"}
+def tensors_of(path):
+    """{key: a function that reads its tensor} of a safetensors file. Each opens the file anew, so that its pages are given back."""
+    if not path.exists():
+        pickles = sorted([*path.parent.glob("*.bin"), *path.parent.glob("*.pt"), *path.parent.glob("*.pth")])
+        remedy = f"; {pickles[0].name} is a pickle, which could run any code: convert it" if pickles else ""
+        raise FileNotFoundError(f"{path} does not exist: a checkpoint needs it (only safetensors are read{remedy})")
+
+    def read(key):
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(key)
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: partial(read, key) for key in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}): fetch or save it again") from None
+
+
+def write_tensors(path, tensors):
+    save_file(tensors, f"{path}.tmp", metadata={"format": "pt"})
+    os.replace(f"{path}.tmp", path)
+
+
+def write_json(path, value):
+    path.with_name(path.name + ".tmp").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(path.with_name(path.name + ".tmp"), path)
+
+
+def read_json(path):
+    """The JSON object in a file of a checkpoint. Raises FileNotFoundError / ValueError, in one sentence."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: {path.parent} is not a checkpoint directory")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not UTF-8 or not JSON
+        raise ValueError(f"{path} is not valid JSON ({error}): fetch or save the checkpoint again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} should hold a JSON object, but it holds a {type(value).__name__}")
+    return value
+
+
+# Fields of config.json that count something, and ours that they become.
+SIZES = {
+    "gpt2": {"n_embd": "width", "n_layer": "layers", "n_head": "heads", "n_positions": "context"},
+    "llama": {
+        "hidden_size": "width",
+        "num_hidden_layers": "layers",
+        "num_attention_heads": "heads",
+        "max_position_embeddings": "context",
+        "intermediate_size": "mlp_width",
+    },
+}
+# What would be another architecture under the same name.
+VARIANTS = "scale_attn_by_inverse_layer_idx attention_bias mlp_bias use_sliding_window quantization_config".split()
 
 
 def read_config(directory):
     """config.json in either spelling (top-level rope_theta and torch_dtype, or transformers 5's nested ones) -> Config."""
     path = Path(directory) / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: {directory} is not a checkpoint directory")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not UTF-8 or not JSON
-        raise ValueError(f"{path} is not valid JSON ({error}): fetch or save the checkpoint again") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} should hold a JSON object, but it holds a {type(raw).__name__}")
-    for field, value in raw.items():
-        if field in SIZES and not (type(value) is int and value > 0):
-            raise ValueError(f"{path}: {field} should be a positive number, but it is {value!r}")
+    raw = read_json(path)
     kind = raw.get("model_type")
-    score = any("SequenceClassification" in name for name in raw.get("architectures") or [])
-    common = {
-        "head": "score" if score else "lm",
-        "score_bias": raw.get("score_bias", 0.0),
-        "score_gain": raw.get("score_gain", 1.0),
-        "eos_token_id": raw.get("eos_token_id"),
-        "pad_token_id": raw.get("pad_token_id"),
-        "init_std": raw.get("initializer_range", 0.02),
-    }
-    try:
-        if kind == "gpt2":
-            if raw.get("scale_attn_by_inverse_layer_idx") or raw.get("activation_function", "gelu_new") not in (
-                "gelu_new",
-                "gelu_pytorch_tanh",
-            ):
-                raise ValueError(f"{path}: this variant of GPT-2 (attention scaling or activation) is not supported")
-            width, heads = raw["n_embd"], raw["n_head"]
-            return Config(
-                arch="gpt2",
-                vocab_size=raw["vocab_size"],
-                width=width,
-                layers=raw["n_layer"],
-                heads=heads,
-                kv_heads=heads,
-                head_dim=width // heads,
-                mlp_width=raw.get("n_inner") or 4 * width,
-                context=raw["n_positions"],
-                norm_eps=raw.get("layer_norm_epsilon", 1e-5),
-                tied=raw.get("tie_word_embeddings", True),
-                **common,
-            )
-        if kind == "llama":
-            rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-            if rope.get("rope_type", rope.get("type", "default")) != "default":
-                raise ValueError(f"{path}: rope scaling of type {rope.get('rope_type')} is not supported")
-            if raw.get("attention_bias") or raw.get("mlp_bias") or raw.get("hidden_act", "silu") != "silu":
-                raise ValueError(f"{path}: this variant of Llama (biases or activation) is not supported")
-            width, heads = raw["hidden_size"], raw["num_attention_heads"]
-            return Config(
-                arch="llama",
-                vocab_size=raw["vocab_size"],
-                width=width,
-                layers=raw["num_hidden_layers"],
-                heads=heads,
-                kv_heads=raw.get("num_key_value_heads") or heads,
-                head_dim=raw.get("head_dim") or width // heads,
-                mlp_width=raw["intermediate_size"],
-                context=raw["max_position_embeddings"],
-                norm_eps=raw.get("rms_norm_eps", 1e-6),
-                rope_theta=rope.get("rope_theta") or raw.get("rope_theta") or 10000.0,
-                tied=raw.get("tie_word_embeddings", False),
-                **common,
-            )
-    except KeyError as error:
-        raise ValueError(f"{path} lacks the field {error}") from None
-    raise ValueError(f"{path}: the architecture {kind!r} is not supported; gpt2 and llama are")
+    if kind not in CLASSES:
+        raise ValueError(f"{path}: the architecture {kind!r} is not supported; {', '.join(CLASSES)} are")
+    names = {"vocab_size": "vocab_size"} | SIZES["gpt2" if kind == "gpt2" else "llama"]
+    for field in [*names, "num_key_value_heads", "head_dim", "n_inner"]:
+        if field in names and field not in raw:
+            raise ValueError(f"{path} lacks the field {field!r}")
+        if (field in names or raw.get(field) is not None) and not (type(raw[field]) is int and raw[field] > 0):
+            raise ValueError(f"{path}: {field} should be a positive number, but it is {raw[field]!r}")
+    odd = [field for field in VARIANTS if raw.get(field)] + ["scale_attn_weights"] * (raw.get("scale_attn_weights") is False)
+    activation = raw.get("activation_function" if kind == "gpt2" else "hidden_act", "gelu_new" if kind == "gpt2" else "silu")
+    odd += [activation] * (activation not in (("gelu_new", "gelu_pytorch_tanh") if kind == "gpt2" else ("silu", "swish")))
+    if odd:
+        raise ValueError(f"{path}: this variant of {CLASSES[kind]} ({', '.join(odd)}) is not supported")
+    common = {ours: raw[theirs] for theirs, ours in names.items()}
+    common |= {"arch": kind, "init_std": raw.get("initializer_range", 0.02)}
+    common |= {"score_bias": raw.get("score_bias", 0.0), "score_gain": raw.get("score_gain", 1.0)}
+    common |= {"eos_token_id": raw.get("eos_token_id"), "pad_token_id": raw.get("pad_token_id")}
+    common["head"] = "score" if any("SequenceClassification" in name for name in raw.get("architectures") or []) else "lm"
+    width, heads = common["width"], common["heads"]
+    if kind == "gpt2":
+        return Config(
+            kv_heads=heads,
+            head_dim=width // heads,
+            mlp_width=raw.get("n_inner") or 4 * width,
+            norm_eps=raw.get("layer_norm_epsilon", 1e-5),
+            tied=raw.get("tie_word_embeddings", True),
+            **common,
+        )
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    scaling, fields = rope.get("rope_type", rope.get("type", "default")), ["factor", "low_freq_factor", "high_freq_factor"]
+    fields += ["original_max_position_embeddings"]
+    if scaling not in ("default", "llama3") or (scaling == "llama3" and not all(rope.get(field) for field in fields)):
+        raise ValueError(f"{path}: rope scaling of type {scaling} is not supported, or its numbers are not all there; llama3's is")
+    return Config(
+        kv_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=raw.get("head_dim") or width // heads,
+        norm_eps=raw.get("rms_norm_eps", 1e-6),
+        rope_theta=rope.get("rope_theta") or raw.get("rope_theta") or 10000.0,
+        rope_scaling=tuple(rope[field] for field in fields) if scaling == "llama3" else None,
+        tied=raw.get("tie_word_embeddings", False),
+        **common,
+    )
 
 
 def write_config(config):
     """Config -> the dictionary that config.json holds, in both spellings where they differ."""
     c = config
-    raw = {"architectures": [{"gpt2": "GPT2", "llama": "Llama"}[c.arch] + ("LMHeadModel" if c.arch == "gpt2" else "ForCausalLM")]}
+    ending = "ForSequenceClassification" if c.head == "score" else "LMHeadModel" if c.arch == "gpt2" else "ForCausalLM"
+    raw = {"architectures": [CLASSES[c.arch] + ending]}
     if c.head == "score":
-        raw["architectures"] = [{"gpt2": "GPT2", "llama": "Llama"}[c.arch] + "ForSequenceClassification"]
         raw |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
         raw |= {"score_bias": c.score_bias, "score_gain": c.score_gain}
     raw |= {"model_type": c.arch, "vocab_size": c.vocab_size, "tie_word_embeddings": c.tied, "initializer_range": c.init_std}
     raw |= {"bos_token_id": None, "eos_token_id": c.eos_token_id, "pad_token_id": c.pad_token_id}
     raw |= {"dtype": "float32", "torch_dtype": "float32"}
+    raw |= {theirs: getattr(c, ours) for theirs, ours in SIZES["gpt2" if c.arch == "gpt2" else "llama"].items()}
     if c.arch == "gpt2":
-        raw |= {"n_embd": c.width, "n_layer": c.layers, "n_head": c.heads, "n_positions": c.context, "n_inner": c.mlp_width}
-        raw |= {"layer_norm_epsilon": c.norm_eps, "activation_function": "gelu_new"}
+        raw |= {"n_inner": c.mlp_width, "layer_norm_epsilon": c.norm_eps, "activation_function": "gelu_new"}
         return raw | {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-    raw |= {"hidden_size": c.width, "num_hidden_layers": c.layers, "intermediate_size": c.mlp_width, "head_dim": c.head_dim}
-    raw |= {"num_attention_heads": c.heads, "num_key_value_heads": c.kv_heads, "max_position_embeddings": c.context}
-    raw |= {"rms_norm_eps": c.norm_eps, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-    return raw | {"rope_theta": c.rope_theta, "rope_parameters": {"rope_theta": c.rope_theta, "rope_type": "default"}}
+    rope = {"rope_theta": c.rope_theta, "rope_type": "default"}
+    if c.rope_scaling:
+        factor, low, high, original = c.rope_scaling
+        rope |= {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high}
+        rope |= {"original_max_position_embeddings": original}
+    raw |= {"head_dim": c.head_dim, "num_key_value_heads": c.kv_heads, "rms_norm_eps": c.norm_eps, "hidden_act": "silu"}
+    raw |= {"attention_bias": False, "mlp_bias": False} if c.arch != "qwen2" else {}
+    raw |= {"rope_scaling": rope} if c.rope_scaling else {}
+    return raw | {"rope_theta": c.rope_theta, "rope_parameters": rope}

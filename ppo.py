@@ -33,7 +33,6 @@ score sits on it, not one position later; a reply that never ends gets a fixed l
 """
 
 import contextlib
-import copy
 import random
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -44,7 +43,7 @@ import kernels
 import run
 from data import annotators, chat, formats, tokenizer, world
 from data.collate import Batch, collate, score
-from model import GPT
+from model import GPT, TARGETS
 
 ADVANTAGES = ["gae", "rloo", "grpo", "dr-grpo"]
 OWNERS = {"group_size": ADVANTAGES[1:]} | {name: ["gae"] for name in ("critic_warmup", "critic_lr", "gamma", "lam")}
@@ -75,6 +74,9 @@ class Config:
     no_end_score: float = -2.0  # of a reply without an end-of-turn token, instead of the reward model's
     lr: float = 5e-4  # peak learning rate of the policy (for real models 1e-6)
     critic_lr: float = 1e-3  # gae: peak learning rate of the critic
+    lora_rank: int = 0  # train low-rank adapters of this rank beside frozen weights (0: train all weights)
+    lora_alpha: float = 0.0  # LoRA: the adapter counts alpha / rank (default: 2 * rank)
+    lora_targets: str = TARGETS  # LoRA: the matrices of a block that get an adapter
     shape: str = "llama:4x96x128"  # of a policy from scratch: architecture:layers x width x context
     seed: int = 0  # of prompts and samples
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -233,10 +235,14 @@ def main(config):
     encoding = chat.extend(tokenizer.choose(config.tokenizer, config.init, config.reward))
     policy = GPT.from_scratch(config.shape, encoding.n_vocab) if scratch else GPT.from_pretrained(config.init)
     run.require(policy.config.head == "lm", f"--init {config.init} has a scalar head and cannot write: name a language model")
-    policy = tokenizer.fit(policy, encoding).to(job.device)
-    reward_model = annotators.open_reward_model(config.reward, encoding, job.device, "--reward")
-    ref = copy.deepcopy(policy).requires_grad_(False)
-    critic = None if groups else copy.deepcopy(reward_model).requires_grad_(True)
+    policy = tokenizer.fit(policy, encoding).to(job.device).adapt(config.lora_rank, config.lora_alpha, config.lora_targets)
+    # With adapters, four models stand on one trunk, if the reward model was adapted from this same --init.
+    trunk = policy if policy.rank else None
+    reward_model = annotators.open_reward_model(config.reward, encoding, job.device, "--reward", trunk)
+    ref = policy.reference()
+    reward_model.requires_grad_(not policy.rank)  # what is frozen is shared: a critic of adapters stands on the reward model's trunk
+    critic = None if groups else reward_model.share().adapt(config.lora_rank, config.lora_alpha, config.lora_targets)
+    reward_model.requires_grad_(False)
 
     # --- prompts
     if config.data:
@@ -249,6 +255,9 @@ def main(config):
     run.require(fitting, f"none of the {len(prompts)} prompts leaves room for a reply of {config.max_new_tokens} tokens in the context")
     job.say(f"ppo: {len(fitting)} prompts, {len(prompts) - len(fitting)} dropped for their length")
     shuffle, queue = random.Random(config.seed), []
+    models = {"policy": policy, "ref": ref, "reward_model": reward_model} | ({"critic": critic} if critic else {})
+    longest = max(len(prompt) for prompt, _ in fitting) + config.max_new_tokens
+    job.ledger(models, -(-config.batch_size // config.minibatches) * longest, sampled=config.batch_size * longest)
 
     # --- training
     stops, generator = chat.stop_ids(encoding), torch.Generator(job.device).manual_seed(config.seed)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import run
 from data import annotators, chat, formats, tokenizer, world
 from data.collate import encode_pairs, epochs, hold_out, in_batches, longest_side, score
-from model import GPT
+from model import GPT, TARGETS
 
 
 @dataclass
@@ -42,6 +42,9 @@ class Config:
     batch_size: int = 64  # pairs per optimiser step
     lr: float = 1e-3  # peak learning rate
     weight_decay: float = 0.05  # AdamW's, on matrices
+    lora_rank: int = 0  # train low-rank adapters of this rank beside frozen weights (0: train all weights)
+    lora_alpha: float = 0.0  # LoRA: the adapter counts alpha / rank (default: 2 * rank)
+    lora_targets: str = TARGETS  # LoRA: the matrices of a block that get an adapter
     shape: str = "llama:4x96x128"  # of a model from scratch: architecture:layers x width x context
     seed: int = 0  # of the new head, data and order
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -66,7 +69,7 @@ def score_pairs(model, pairs):
 @torch.no_grad()
 def score_all(model, pairs, size=256):
     """(chosen_scores, rejected_scores), each (N,), without gradients."""
-    return in_batches(lambda batch: torch.stack(score_pairs(model, batch), dim=1), pairs, longest_side, size).unbind(1)
+    return in_batches(lambda batch: torch.stack(score_pairs(model, batch), dim=1), pairs, longest_side, size, model).unbind(1)
 
 
 @torch.no_grad()
@@ -103,7 +106,7 @@ def main(config):
         model = GPT.from_scratch(config.shape, encoding.n_vocab, head="score")
     else:
         model = GPT.from_pretrained(config.init, head="score")
-    model = tokenizer.fit(model, encoding).to(job.device)
+    model = tokenizer.fit(model, encoding).to(job.device).adapt(config.lora_rank, config.lora_alpha, config.lora_targets)
     pairs, labels, usable = encode_pairs(records, encoding, model.config.context)
     source = ", ".join(map(str, config.data)) or "the embedded world"
     run.require(pairs, f"none of the {len(records)} pairs of {source} fits the model's context of {model.config.context} tokens")
@@ -112,6 +115,7 @@ def main(config):
     labels = torch.tensor(labels, device=job.device)  # (N, 2) label, margin
 
     # --- training
+    job.ledger({"model": model}, tokens=2 * config.batch_size * max(map(longest_side, pairs)))
     steps = config.steps or math.ceil(1.5 * len(kept) / config.batch_size)
     optimizer = run.optimizer(model, config.lr, config.weight_decay)
     batches = epochs([longest_side(pairs[i]) for i in kept], config.batch_size, config.seed)

@@ -194,6 +194,34 @@ class Job:
         }
         write_json(self.partial / "run.json", facts)
 
+    def ledger(self, models, tokens, sampled=0):
+        """Says where the memory will go. models by name; tokens of the largest forward pass that keeps what its backward needs, and of the
+        cache while `sampled` are. What a token keeps is measured on a short row; a weight that models share is counted once.
+
+        Returns the parts in bytes, `peak` among them: activations and sampling are never there at the same time.
+        """
+        weights, counted = {}, set()
+        for name, model in models.items():
+            own = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers()) if t.data_ptr() not in counted}
+            counted |= own.keys()
+            weights[name] = sum(own.values())
+        learning = [model for model in models.values() if any(p.requires_grad for p in model.parameters())]
+        gradients = sum(p.nbytes for model in learning for p in model.parameters() if p.requires_grad)
+        with self.autocast():
+            kept = max(model.bytes_kept() for model in learning)
+        parts = {"weights": sum(weights.values()), "gradients": gradients, "Adam": 2 * gradients, "activations": int(kept * tokens)}
+        parts["logits"] = max(model.bytes_of_logits(tokens) for model in learning)
+        parts["sampling"] = learning[0].bytes_of_cache(sampled)
+        passing = max(parts["activations"] + parts["logits"], parts["sampling"])
+        parts["peak"] = parts["weights"] + gradients + parts["Adam"] + passing
+        shown = ", ".join(f"{name} {value / 2**20:.4g}" for name, value in parts.items() if value and name not in ("weights", "peak"))
+        each = ", ".join(f"{name} {value / 2**20:.4g}" for name, value in weights.items())
+        total, own = parts["peak"] / 2**20, parts["weights"] / 2**20
+        self.say(
+            f"{self.stage}: memory in MiB: about {total:.0f} at the peak: weights {own:.4g} ({each}), {shown} ({tokens} tokens at most)"
+        )
+        return parts
+
     def autocast(self):
         """Matrix products in --dtype; master weights, norms and losses stay fp32."""
         if self.dtype == torch.float32:

@@ -24,8 +24,8 @@ import torch
 import kernels
 import run
 from data import chat, formats, tokenizer, world
-from data.collate import collate, epochs, hold_out
-from model import GPT
+from data.collate import collate, epochs, hold_out, rows_at_once
+from model import GPT, TARGETS
 
 
 @dataclass
@@ -36,12 +36,17 @@ class Config:
     out: str = ""  # run directory (default: out/base or out/sft, replaced when complete)
     overwrite: bool = False  # replace a run that --out already holds
     pretrain: bool = False  # raw text, every token in the loss
+    template: str = ""  # chat format: chatml, llama3 or alpaca (default: the vocabulary's own, else chatml)
+    last_only: bool = False  # of a conversation with several answers, only the last one counts
     prompt_weight: float = 0.1  # with --pretrain: what a token counts that only sets the scene (a question nobody could predict)
     steps: int = 0  # optimiser steps (default: 3000 with --pretrain, else 800)
     batch_size: int = 32  # sequences per optimiser step
     micro_batch_size: int = 0  # sequences per forward pass; gradients add up to the same step (0: the whole batch)
     lr: float = 0.0  # peak learning rate (default: 1.5e-3 with --pretrain, else 1e-3)
     weight_decay: float = 0.01  # AdamW's, on matrices
+    lora_rank: int = 0  # train low-rank adapters of this rank beside frozen weights (0: train all weights)
+    lora_alpha: float = 0.0  # LoRA: the adapter counts alpha / rank (default: 2 * rank)
+    lora_targets: str = TARGETS  # LoRA: the matrices of a block that get an adapter
     shape: str = "llama:4x96x128"  # of a model from scratch: architecture:layers x width x context
     seed: int = 0  # of weights, data and order
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -61,8 +66,8 @@ def batch_loss(model, batch, divisor):
 
 
 @torch.no_grad()
-def held_out_loss(model, examples, size=128):
-    """Mean loss per supervised token (nats) over examples that training does not see."""
+def held_out_loss(model, examples, size):
+    """Mean loss per supervised token (nats) over examples that training does not see, `size` of them at a time."""
     batches = [collate(examples[i : i + size]).to(model.device) for i in range(0, len(examples), size)]
     total = sum(batch.weights.sum() for batch in batches)
     return sum(batch_loss(model, batch, total) for batch in batches)
@@ -70,7 +75,7 @@ def held_out_loss(model, examples, size=128):
 
 def load_examples(config, encoding, context):
     """(ids, weights) examples from --data or the embedded world."""
-    end = encoding._special_tokens.get(chat.END_OF_TEXT)
+    end = chat.end_of_text_id(encoding)
     examples, long = [], 0
     if config.data:
         kind = "document" if config.pretrain else "conversation"
@@ -85,7 +90,7 @@ def load_examples(config, encoding, context):
             scene, rest = encoding.encode_ordinary(scene), encoding.encode_ordinary(rest) + ([] if end is None else [end])
             ids, weights = scene + rest, [config.prompt_weight] * len(scene) + [1.0] * len(rest)
         else:
-            ids, weights = chat.render(record.messages, encoding)
+            ids, weights = chat.render(record.messages, encoding, config.last_only)
         long += len(ids) > context + 1
         ids, weights = ids[: context + 1], weights[: context + 1]  # one more than the context: the last is only a target
         if any(weights[1:]):
@@ -102,10 +107,10 @@ def main(config):
 
     # --- model and vocabulary
     scratch = config.init == "scratch"
-    encoding = chat.extend(tokenizer.choose(config.tokenizer, config.init, world.TOKENIZER))
+    encoding = chat.extend(tokenizer.choose(config.tokenizer, config.init, world.TOKENIZER), config.template)
     model = GPT.from_scratch(config.shape, encoding.n_vocab) if scratch else GPT.from_pretrained(config.init)
     run.require(model.config.head == "lm", f"--init {config.init} has a scalar head and cannot learn to write: name a language model")
-    model = tokenizer.fit(model, encoding).to(job.device)
+    model = tokenizer.fit(model, encoding).to(job.device).adapt(config.lora_rank, config.lora_alpha, config.lora_targets)
 
     # --- data
     examples, long, empty = load_examples(config, encoding, model.config.context)
@@ -116,6 +121,8 @@ def main(config):
     job.say(f"{stage}: {len(examples)} examples ({long} cut to the context, {empty} dropped with nothing to learn)")
 
     # --- training
+    rows, longest = config.micro_batch_size or config.batch_size, max(len(ids) for ids, _ in examples)
+    job.ledger({"model": model}, tokens=rows * longest)
     optimizer = run.optimizer(model, config.lr, config.weight_decay)
     order = epochs([len(ids) for ids, _ in examples], config.batch_size, config.seed)
     for step in job.steps(config.steps):
@@ -131,7 +138,7 @@ def main(config):
         lr, grad_norm = run.update(optimizer, model, step, config.steps, config.lr, warmup=config.steps // 20)
         metrics = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": supervised}
         if held_out and run.due(step, config.steps, times=10):
-            metrics["held_out_loss"] = held_out_loss(model, held_out)
+            metrics["held_out_loss"] = held_out_loss(model, held_out, rows_at_once(128, longest, model))
         job.log(step, **metrics)
 
     def save(directory):

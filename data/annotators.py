@@ -87,9 +87,12 @@ def gold_gaps(pairs):
     return [world.judge(m, a[2], a[1])["gold"] - world.judge(m, b[2], b[1])["gold"] for m, a, b in pairs]
 
 
-def open_reward_model(directory, encoding, device, flag):
-    """The reward model of a checkpoint directory. It reads a policy's ids, so it must be of that vocabulary; errors name the flag."""
-    model = tokenizer.fit(GPT.from_pretrained(directory), encoding).to(device)
+def open_reward_model(directory, encoding, device, flag, trunk=None):
+    """The reward model of a checkpoint directory. It reads a policy's ids, so it must be of that vocabulary; errors name the flag.
+
+    trunk: a model whose frozen weights it may share, if it was adapted from the same checkpoint.
+    """
+    model = tokenizer.fit(GPT.from_pretrained(directory, trunk=trunk), encoding).to(device)
     run.require(model.config.head == "score", f"{flag} {directory} has no scalar head: train one with reward.py")
     theirs = chat.extend(tokenizer.load(directory))
     same = (theirs._mergeable_ranks, theirs._special_tokens) == (encoding._mergeable_ranks, encoding._special_tokens)

@@ -87,12 +87,18 @@ def hold_out(n, most, seed):
     return order[:kept_back], order[kept_back:]
 
 
-def in_batches(function, rows, length, size=256):
+def rows_at_once(size, length, model):
+    """Of `size` rows of so many tokens, as many as a forward pass without gradients takes through this model in half a gigabyte."""
+    return max(1, min(size, 128 * 256 * 96 // (length * model.config.width)))
+
+
+def in_batches(function, rows, length, size=256, model=None):
     """function(list of up to `size` rows) -> tensor (b, ...), called for all rows -> (N, ...), in the order of the rows.
 
-    length(row): what it is padded by; rows of like length go together, so little is.
+    length(row): what it is padded by; rows of like length go together, so little is. model: whose memory bounds the size.
     """
     order = sorted(range(len(rows)), key=lambda i: length(rows[i]))
+    size = size if model is None else rows_at_once(size, length(rows[order[-1]]), model)
     found = torch.cat([function([rows[i] for i in order[start : start + size]]) for start in range(0, len(rows), size)])
     return torch.empty_like(found).index_copy_(0, torch.tensor(order, device=found.device), found)
 

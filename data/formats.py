@@ -260,6 +260,14 @@ def two_outputs(question, verdict):  # {"instruction": "2 + 2?", "output_1": "4"
     return convert
 
 
+def ultrafeedback(record, where):  # {"instruction": "2 + 2?", "completions": [{"response": "4", "overall_score": 9.0}, ..]}, as published
+    ranked = sorted(record["completions"], key=lambda one: one["overall_score"], reverse=True)
+    best, worst = ranked[0], ranked[-1]
+    if best["overall_score"] == worst["overall_score"]:
+        return "tie"
+    return pair(where, asked(record, "instruction"), best["response"], worst["response"])
+
+
 def few_shot(record, where):  # {"prompt": "\n\nHuman: hi\n\nAssistant:", "corrects": ["hello"], "incorrects": ["go away"]}
     return pair(where, asked(record, "prompt"), record["corrects"][0], record["incorrects"][0])
 
@@ -338,6 +346,7 @@ SHAPES = [  # the first row whose fields are all there decides; a second row wit
     ("HH-RLHF", ("chosen", "rejected"), "preference", compared()),
     ("AlpacaEval", ("instruction", "output_1", "output_2", "preference"), "preference", two_outputs("instruction", "preference")),
     ("LLMBar", ("input", "output_1", "output_2", "label"), "preference", two_outputs("input", "label")),
+    ("UltraFeedback", ("instruction", "completions"), "preference", ultrafeedback),
     ("scored samples", ("rl_prompt", "sampled_answers"), "preference", scored_samples),
     ("critiques and revisions", ("rl_prompt", "cst"), "conversation", revisions),
     ("stepwise", ("prompt", "completions", "labels"), "process", stepwise),

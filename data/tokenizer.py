@@ -21,20 +21,25 @@ from pathlib import Path
 import regex  # installed with tiktoken; the standard library's re does not know \p{L}
 import tiktoken
 
-from data.chat import END, END_OF_TEXT, TEMPLATE, extend
+from data.chat import ENDS_OF_TEXT, TEMPLATES, end_of_text_id, extend, name_of, stop_ids
 
 GPT2 = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 # Each digit cut off before GPT-2's pattern applies (SmolLM2): spaces before a digit then end their piece and stay together.
 GPT2_DIGITS = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"""
 CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN = CL100K.replace("{1,3}", "")  # a token a digit
+_LETTERS = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]%s[\p{Ll}\p{Lm}\p{Lo}\p{M}]%s(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+O200K = rf"{_LETTERS % ('*', '+')}|{_LETTERS % ('+', '*')}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 # A .tiktoken file holds ranks and nothing else: the pattern and the special tokens go by its name.
+LLAMA3 = ["<|begin_of_text|>", "<|end_of_text|>", "", "", "", "", "<|start_header_id|>", "<|end_header_id|>", "", "<|eot_id|>"]
 FIM = {"<|fim_prefix|>": 100258, "<|fim_middle|>": 100259, "<|fim_suffix|>": 100260}
 NAMED = {
     **dict.fromkeys(("gpt2", "r50k_base", "p50k_base"), (GPT2, {"<|endoftext|>": 50256})),
     "cl100k_base": (CL100K, {"<|endoftext|>": 100257, **FIM, "<|endofprompt|>": 100276}),
+    "o200k_base": (O200K, {"<|endoftext|>": 199999, "<|endofprompt|>": 200018}),
     "qwen": (QWEN, {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645}),
+    "tokenizer.model": (CL100K, {token: 128000 + i for i, token in enumerate(LLAMA3) if token}),  # as Meta publishes Llama 3's
 }
 
 
@@ -68,8 +73,18 @@ def load(directory: str | Path) -> tiktoken.Encoding:
     vocab.json + merges.txt, *.tiktoken. Added tokens become special tokens of the Encoding, also those that the file calls not special
     (Qwen's <tool_call>): their ids exist and decode, but plain text never produces them.
 
+    A chat_template.jinja beside it that is one of ours (data/chat.py) chooses that template; of any other template nothing is read.
     Raises FileNotFoundError or ValueError, in one sentence, for a missing or malformed file and for a tokenizer of another kind."""
     path = Path(directory)
+    encoding = _load(path)
+    template = (path if path.is_dir() else path.parent) / "chat_template.jinja"
+    if template.exists():
+        text = template.read_bytes()
+        encoding.template = next((name for name, one in TEMPLATES.items() if one.jinja.encode() == text), name_of(encoding))
+    return encoding
+
+
+def _load(path: Path) -> tiktoken.Encoding:
     if not path.exists():
         raise FileNotFoundError(f"there is no tokenizer at {path}: no such file or directory")
     folder, only = (path, None) if path.is_dir() else (path.parent, path.name)
@@ -82,8 +97,9 @@ def load(directory: str | Path) -> tiktoken.Encoding:
     for vocab, merges in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
         if only in (None, vocab, merges) and (folder / vocab).exists() and (folder / merges).exists():
             return _from_vocab_and_merges(folder / vocab, folder / merges)
-    rank_files = sorted(path.glob("*.tiktoken")) if path.is_dir() else [path]
-    if len(rank_files) == 1 and rank_files[0].suffix == ".tiktoken":
+    candidates = [*sorted(path.glob("*.tiktoken")), path / "tokenizer.model"] if path.is_dir() else [path]
+    rank_files = [file for file in candidates if _holds_ranks(file)]
+    if len(rank_files) == 1:
         return _from_tiktoken(rank_files[0])
     if len(rank_files) > 1:
         raise ValueError(f"{path} holds {len(rank_files)} .tiktoken files: name the one that is meant")
@@ -143,6 +159,11 @@ def _from_vocab_and_merges(vocab_path: Path, merges_path: Path) -> tiktoken.Enco
     return _encoding(vocab_path, pattern or GPT2, ranks, special)
 
 
+def _holds_ranks(path: Path) -> bool:
+    """Whether this is a .tiktoken file; Llama 3's, as Meta publishes it, is called tokenizer.model, as SentencePiece's files are."""
+    return path.suffix == ".tiktoken" or (path.name == "tokenizer.model" and path.exists() and path.read_bytes()[:7] == b"IQ== 0\n")
+
+
 def _from_tiktoken(path: Path) -> tiktoken.Encoding:
     """Lines of base64 bytes and a rank. Pattern and special tokens come from tokenizer_config.json beside it, else from the file's name
     (see NAMED), else they are GPT-2's pattern and no special tokens."""
@@ -155,7 +176,7 @@ def _from_tiktoken(path: Path) -> tiktoken.Encoding:
             except ValueError:
                 raise ValueError(f"{path}, line {number}: expected a token in base64 and its rank, got {line[:60]!r}") from None
     pattern, special = _hints(path)
-    named_pattern, named_special = NAMED.get(path.stem, (GPT2, {}))
+    named_pattern, named_special = NAMED.get(path.name.removesuffix(".tiktoken"), (GPT2, {}))
     return _encoding(path, pattern or named_pattern, ranks, special or named_special)
 
 
@@ -249,15 +270,30 @@ def choose(given: str, init: str, default: str | Path) -> tiktoken.Encoding:
     return encoding
 
 
+def has_template(directory: str | Path) -> bool:
+    """Whether the model in a directory was taught a chat format: as a file of its own, or in older checkpoints as a field."""
+    config = Path(directory) / "tokenizer_config.json"
+    return (Path(directory) / "chat_template.jinja").exists() or (config.exists() and bool(_read_json(config).get("chat_template")))
+
+
 def fit(model, encoding: tiktoken.Encoding):
-    """The model, with embeddings for every id of the vocabulary: tokens added to it (the chat tokens) get new rows.
+    """The model, with embeddings for every id of the vocabulary: tokens added to it (the chat tokens) get new rows. Its config learns
+    which ids end a turn and which one pads, for other people's tools.
 
     Raises ValueError where they cannot belong together. A model may have a few rows more than ids: padding, or room to grow."""
     rows, ids = model.config.vocab_size, encoding.n_vocab
     added = ids - rows
     if added > len(encoding._special_tokens) or rows > ids + 1024:
         raise ValueError(f"the vocabulary of {ids} ids does not fit a model with {rows} embeddings: pass the checkpoint's own --tokenizer")
+    model.config.eos_token_id, pad = stop_ids(encoding), _pad_token(encoding)
+    model.config.pad_token_id = None if pad is None else encoding._special_tokens[pad]
     return model.grow(ids) if added > 0 else model
+
+
+def _pad_token(encoding: tiktoken.Encoding) -> str | None:
+    """Never the token that ends a turn: whoever masks padding by its id would mask the end too, and the model would not learn to stop."""
+    turn = TEMPLATES[name_of(encoding)].tokens[-1]
+    return next((token for token in ("<|pad|>", *ENDS_OF_TEXT) if token in encoding._special_tokens and token != turn), None)
 
 
 # ----------------------------------------------------------------------------------------------------------------- writing
@@ -266,13 +302,13 @@ def fit(model, encoding: tiktoken.Encoding):
 def save(encoding: tiktoken.Encoding, directory: str | Path, chat: bool = True) -> None:
     """Writes tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer opens with the same ids, and the chat template.
 
-    chat: the model behind it was taught the chat format: the chat tokens join the vocabulary if they are not in it, <|im_end|> becomes
-    eos_token, and the template is written (to chat_template.jinja and into tokenizer_config.json: readers of different age look in one).
-    A base model is saved with chat=False: the absence of chat_template.jinja is what says so."""
+    chat: the model behind it was taught the chat format: the chat tokens join the vocabulary if they are not in it, the end of a turn
+    becomes eos_token, and the template is written, to chat_template.jinja and into tokenizer_config.json: readers of different age look in
+    one. A base model is saved with chat=False: the absence of chat_template.jinja is what says so."""
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     encoding = extend(encoding) if chat else encoding
-    special = encoding._special_tokens
+    special, template = encoding._special_tokens, TEMPLATES[name_of(encoding)]
     # Special tokens stand in the vocabulary too: readers give an added token that is not there the next free id, not its own.
     vocab = {_spell(token): id for token, id in encoding._mergeable_ranks.items()} | special
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -295,22 +331,21 @@ def save(encoding: tiktoken.Encoding, directory: str | Path, chat: bool = True) 
             "merges": [[_spell(left), _spell(right)] for left, right in _merges(encoding._mergeable_ranks)],
         },
     }
-    end_of_text = END_OF_TEXT if END_OF_TEXT in special else None
-    eos = END if chat else end_of_text
+    end_of_text = next((token for token, id in special.items() if id == end_of_text_id(encoding)), None)
+    eos = template.tokens[-1] if chat else end_of_text
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": int(1e30),  # transformers' "no limit": the context belongs to the model's config.json
         "clean_up_tokenization_spaces": False,  # else decoding "a ." gives "a."
-        "bos_token": end_of_text,
+        "bos_token": template.tokens[0] if template.begin == template.tokens[0] else end_of_text,
         "eos_token": eos,
-        # Never the token that ends a turn: whoever masks padding by its id would mask the end too, and the model would not learn to stop.
-        "pad_token": next((token for token in ("<|pad|>", END_OF_TEXT) if token in special and token != eos), None),
-        **({"chat_template": TEMPLATE} if chat else {}),
+        "pad_token": _pad_token(encoding) if chat or "<|pad|>" in special else None,
+        **({"chat_template": template.jinja} if chat else {}),
     }
     for name, value in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):
         (folder / name).write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     if chat:
-        (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+        (folder / "chat_template.jinja").write_text(template.jinja, encoding="utf-8")
     else:
         (folder / "chat_template.jinja").unlink(missing_ok=True)
 

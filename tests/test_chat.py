@@ -194,3 +194,105 @@ def test_template_renders_as_the_published_one():
     for prompted in (True, False):
         ours, theirs = (jinja2.Template(t).render(messages=TALK, add_generation_prompt=prompted) for t in (chat.TEMPLATE, published))
         assert ours == theirs == text_of(TALK) + "<|im_start|>assistant\n" * prompted
+
+
+# ------------------------------------------------------------------------------------------------------------ other templates
+
+LLAMA3_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+# As published with Meta-Llama-3-8B-Instruct; SmolLM2's and Qwen2.5's are chatml with a system turn of their own where there is none.
+PUBLISHED_LLAMA3 = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+PUBLISHED_CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+ALPACA_TEXT = """Below is an instruction that describes a task. Write a response that appropriately completes the request.
+
+### Instruction:
+hi
+
+### Response:
+hello<|endoftext|>
+
+### Instruction:
+again
+
+### Response:
+"""
+
+
+def vocabulary(tokens=()):
+    return tokenizer.train(["user assistant system hello ### Instruction:\n\n Response hi again\n\n\n"] * 3, 300, tokens, tokenizer.CL100K)
+
+
+def test_alpaca_is_plain_text_between_answers_and_ends_them_with_the_end_of_text():
+    encoding = chat.extend(vocabulary(), "alpaca")
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}, {"role": "user", "content": "again"}]
+    assert encoding.decode(chat.prompt(talk, encoding)) == ALPACA_TEXT
+    ids, mask = chat.render(talk[:2], encoding)
+    assert encoding.decode([id for id, counts in zip(ids, mask) if counts]) == "hello<|endoftext|>"
+    ruled = chat.prompt([{"role": "system", "content": "Be brief."}, *talk[:1]], encoding)
+    assert encoding.decode(ruled) == "Be brief.\n\n### Instruction:\nhi\n\n### Response:\n"
+    assert chat.stop_ids(encoding) == [encoding._special_tokens["<|endoftext|>"]]
+
+
+def test_llama_3s_vocabulary_brings_its_template():
+    encoding = vocabulary(LLAMA3_TOKENS)
+    assert chat.name_of(encoding) == "llama3" and chat.extend(encoding) is encoding
+    ids = chat.prompt([{"role": "user", "content": "hi"}], encoding)
+    text = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    assert encoding.decode(ids) == text
+    assert ids.count(encoding._special_tokens["<|begin_of_text|>"]) == 1
+    assert chat.stop_ids(encoding) == [encoding._special_tokens[token] for token in ("<|eot_id|>", "<|end_of_text|>")]
+
+
+@pytest.mark.parametrize("name", chat.TEMPLATES)
+def test_in_every_template_the_prompt_is_what_training_sees_and_only_answers_count(name):
+    encoding, rng = chat.extend(vocabulary(LLAMA3_TOKENS), name), random.Random(4)
+    for _ in range(50):
+        talk = [*random_talk(rng, tidy=True), {"role": "user", "content": "hi"}]
+        answer = random_talk(rng, tidy=True)[0]["content"]
+        ids, mask = chat.render([*talk, {"role": "assistant", "content": answer}], encoding, last_only=True)
+        start, reply = chat.prompt(talk, encoding), chat.completion(answer, encoding)
+        assert ids[: len(start) + len(reply)] == start + reply
+        assert mask == [False] * len(start) + [True] * len(reply) + [False] * (len(mask) - len(start) - len(reply))
+
+
+@pytest.mark.parametrize("name", chat.TEMPLATES)
+def test_every_template_travels_with_the_vocabulary(name, tmp_path):
+    encoding = chat.extend(vocabulary(LLAMA3_TOKENS), name)
+    tokenizer.save(encoding, tmp_path)
+    again = tokenizer.load(tmp_path)
+    assert chat.name_of(again) == name and chat.render(TALK, again) == chat.render(TALK, encoding)
+    assert chat.name_of(chat.extend(again)) == name
+
+
+@pytest.mark.parametrize("name", chat.TEMPLATES)
+def test_transformers_renders_every_template_as_we_do(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    encoding = chat.extend(vocabulary(LLAMA3_TOKENS), name)
+    tokenizer.save(encoding, tmp_path)
+    peer, rng = transformers.AutoTokenizer.from_pretrained(tmp_path), random.Random(2)
+    for messages in [TALK, TALK[1:], *(random_talk(rng, tidy=True) for _ in range(100))]:
+        assert peer.apply_chat_template(messages, return_dict=False) == chat.render(messages, encoding)[0]
+        assert peer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == chat.prompt(messages, encoding)
+
+
+@pytest.mark.parametrize("name, published", [("llama3", PUBLISHED_LLAMA3), ("chatml", PUBLISHED_CHATML)])
+def test_templates_render_as_the_checkpoints_own(name, published):
+    jinja2 = pytest.importorskip("jinja2")
+    for prompted in (True, False):
+        options = dict(messages=TALK, add_generation_prompt=prompted, bos_token="<|begin_of_text|>")
+        ours, theirs = (jinja2.Template(text).render(**options) for text in (chat.TEMPLATES[name].jinja, published))
+        assert ours == theirs
+
+
+def test_an_unknown_template_is_refused():
+    with pytest.raises(ValueError, match="vicuna.*chatml, llama3, alpaca"):
+        chat.extend(vocabulary(), "vicuna")

@@ -8,7 +8,9 @@ import json
 import pytest
 
 import evaluate
-from data import annotators, formats, world
+import run
+import sft
+from data import annotators, curate, formats, world
 
 pytestmark = pytest.mark.claims
 SEEDS = [1, 2, 3, 4, 5]
@@ -106,3 +108,34 @@ def test_self_play_improves_in_its_first_two_rounds(methods):
 def test_a_group_is_as_good_as_a_critic(methods, name):
     gain, half_width = ahead(methods, name, "ppo")
     assert gain + half_width >= 0
+
+
+# ------------------------------------------------------------------------------------------------------------- less is more
+
+
+def gold_after_sft(records, seed, base, out):
+    """Mean gold on held-out questions after 100 steps of SFT on these conversations."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "data.jsonl").write_text("".join(json.dumps({"messages": record.messages}) + "\n" for record in records))
+    flags = ["--init", str(base), "--data", str(out / "data.jsonl"), "--out", str(out / "sft"), "--steps", "100", "--seed", str(seed)]
+    sft.main(run.parse(sft.Config, [*flags, "--overwrite"]))
+    row, *_ = evaluate.measure(*evaluate.open_run(out / "sft"), world.prompts(650, 0, held=True))
+    return row["gold"]
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_300_careful_demonstrations_beat_3000_sloppy_ones(seed, out, tmp_path):
+    base = out / f"seed-{seed}/base"
+    careful = gold_after_sft(world.demonstrations(300, seed, wrong=0, misjudged=0, padded=0), seed, base, tmp_path / "careful")
+    sloppy = gold_after_sft(world.demonstrations(3000, seed + 100), seed, base, tmp_path / "sloppy")
+    print(f"seed {seed}: 300 careful {careful:.3f}, 3000 sloppy {sloppy:.3f}")
+    assert careful > sloppy + 0.05
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_the_better_half_of_a_pool_by_the_reward_model_beats_the_pool(seed, out, tmp_path):
+    base, pool = out / f"seed-{seed}/base", world.demonstrations(3000, seed + 100, wrong=0.3, misjudged=0.4, padded=0.4)
+    best, _ = curate.curate(pool, curate.Config(near=0, reward=str(out / f"seed-{seed}/reward"), top=1500))
+    half, whole = (gold_after_sft(records, seed, base, tmp_path / name) for name, records in (("half", best), ("whole", pool)))
+    print(f"seed {seed}: half of the pool {half:.3f}, the pool {whole:.3f}")
+    assert half > whole + 0.03

@@ -114,13 +114,75 @@ def test_the_summary_names_the_worst_seed_in_the_right_direction():
     assert "0.700 +-1.271 (0.600)" in evaluate.summary_table(rows)
 
 
-def test_chat_answers_and_refuses_to_talk_to_a_reward_model(runs, monkeypatch, capsys):
-    lines = iter(["repeat : cat dog", "/reset", "add 12 and 34", ""])
-    monkeypatch.setattr("builtins.input", lambda _: next(lines))
-    evaluate.chat_main(str(runs / "dpo"))
-    assert capsys.readouterr().out.count("model:") == 2
+@pytest.fixture
+def talked(runs, monkeypatch, capsys):
+    """talked(lines, **flags): a conversation in the terminal -> what was printed, and the conversations that the model saw."""
+
+    def talk(*lines, name="dpo", **flags):
+        waiting, seen = iter(lines), []
+
+        def say(_):
+            try:
+                return next(waiting)
+            except StopIteration:
+                raise EOFError from None
+
+        def noted(messages, *rest):
+            seen.append([m["content"] for m in messages])
+            return asked(messages, *rest)
+
+        asked = evaluate.asked
+        with monkeypatch.context() as patch:
+            patch.setattr("builtins.input", say)
+            patch.setattr(evaluate, "asked", noted)
+            evaluate.chat_main(str(runs / name), evaluate.Chat(device="cpu", **flags))
+        return capsys.readouterr().out, seen
+
+    return talk
+
+
+def test_chat_remembers_until_reset_and_says_how_fast_it_was(talked):
+    out, seen = talked("repeat : cat dog", "and now ?", "/reset", "add 12 and 34", "", "never said", max_new_tokens=6)
+    assert out.count("model: ") == 3 and out.count(" a second]") == 3
+    assert [turns[0::2] for turns in seen] == [["repeat : cat dog"], ["repeat : cat dog", "and now ?"], ["add 12 and 34"]]
+    assert out.splitlines()[0] == f"model: {seen[1][1]}".rstrip() or seen[1][1] in out  # what was streamed is what is remembered
+
+
+def test_chat_keeps_its_system_message_and_samples_the_last_question_again(talked):
+    out, seen = talked(
+        "/samples 2", "add 1 and 2", "/samples 4", "/samples x", "/reset", "add 3 and 4", system="be brief", max_new_tokens=4
+    )
+    assert [turns[0] for turns in seen] == ["be brief"] * 3
+    assert [turns[1] for turns in seen] == ["add 1 and 2"] * 2 + ["add 3 and 4"] and len(seen[1]) == 2
+    assert all(f"\n{i}: " in out for i in range(1, 5)) and "5: " not in out and out.count("ask one first") == 2
+
+
+def test_chat_forgets_the_oldest_turns_when_the_context_is_full(talked):
+    out, seen = talked(*["say " * 12] * 6, system="be brief", max_new_tokens=8)
+    assert out.count(" a second]") == 6 and seen[-1][0] == "be brief" and len(seen[-1]) < 12
+    with pytest.raises(ValueError, match="does not fit the context of 128"):
+        talked("say " * 300)
+
+
+def test_a_greedy_chat_is_the_same_every_time(talked):
+    assert (
+        talked("add 1 and 2", temperature=0.0, seed=1)[0].split("[")[0] == talked("add 1 and 2", temperature=0.0, seed=2)[0].split("[")[0]
+    )
+
+
+def test_chat_refuses_to_talk_to_a_reward_model(talked):
     with pytest.raises(ValueError, match="reward model"):
-        evaluate.chat_main(str(runs / "reward"))
+        talked("hi", name="reward")
+
+
+def test_chat_takes_its_flags_from_the_command_line(runs, monkeypatch, capsys):
+    monkeypatch.setattr("builtins.input", lambda _: "")
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "chat", str(runs / "dpo"), "--system", "be brief", "--top-p", "0.9"])
+    evaluate.main()
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "chat", str(runs / "nowhere")])
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main()
+    assert exit.value.code == 2 and "nowhere" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------- every method, side by side

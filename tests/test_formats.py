@@ -331,6 +331,18 @@ FORMATS = [  # one record, what it reads to (without where)
     ({"input": "a", "output_1": "b", "output_2": "c", "label": 1}, Preference([user("a")], [assistant("b")], [assistant("c")], "")),
     (
         {
+            "source": "s",
+            "instruction": "a",
+            "completions": [
+                {"response": "mid", "overall_score": 5.0},
+                {"response": "best", "overall_score": 8.5},
+                {"response": "worst", "overall_score": 1.0},
+            ],
+        },
+        Preference([user("a")], [assistant("best")], [assistant("worst")], ""),
+    ),
+    (
+        {
             "rl_prompt": "\n\nHuman: a\n\nAssistant:",
             "sampled_answers": [
                 {"sampled_string": " mid", "pm_scores": [{"pm_score": 0}]},

@@ -145,7 +145,7 @@ def test_a_token_counts_by_its_position_even_if_its_id_is_the_padding_s():
 
 def test_sft_examples_are_the_rendered_chats_and_pretraining_weighs_every_token(jsonl, chats, world_encoding):
     path = jsonl([{"messages": messages} for messages in chats])
-    config = SimpleNamespace(data=[path], pretrain=False, steps=1, batch_size=1, seed=0, prompt_weight=0.1)
+    config = SimpleNamespace(data=[path], pretrain=False, steps=1, batch_size=1, seed=0, prompt_weight=0.1, last_only=False)
     examples, *_ = sft.load_examples(config, world_encoding, 128)
     assert examples == [chat.render(messages, world_encoding) for messages in chats]
     config.pretrain, config.data = True, []

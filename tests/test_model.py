@@ -4,6 +4,7 @@ and no row of a batch knows of its padding or its neighbours."""
 import json
 import shutil
 import traceback
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -289,6 +290,30 @@ def point_to_missing_shard(directory):
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"norm.weight": "model-1.safetensors"}}))
 
 
+def only_a_pickle(directory):
+    torch.save({}, directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+
+
+def disguised_pickle(directory):
+    torch.save({"weight": torch.ones(3)}, directory / "model.safetensors")
+
+
+def both_spellings(directory):
+    tensors = load_file(directory / "model.safetensors")
+    save_file(tensors | {"norm.weight": torch.ones(32)}, directory / "model.safetensors")
+
+
+def integers(directory):
+    tensors = load_file(directory / "model.safetensors")
+    save_file(tensors | {"model.norm.weight": torch.ones(32, dtype=torch.int8)}, directory / "model.safetensors")
+
+
+def unequal_parts(directory):
+    tensors = load_file(directory / "model.safetensors")
+    save_file(tensors | {"model.layers.0.mlp.up_proj.weight": torch.ones(48)}, directory / "model.safetensors")
+
+
 def config_text(text):
     return lambda directory: (directory / "config.json").write_bytes(text)
 
@@ -310,6 +335,14 @@ FAULTS = {  # what is done to a good checkpoint -> (how, a word that the sentenc
     "a tensor missing": (drop_tensor, "layers.1.mlp.up_proj.weight"),
     "a tensor too many": (add_tensor, "layers.2.input_layernorm.weight"),
     "a tensor of another shape": (bend_tensor, "norm.weight"),
+    "only a pickle": (only_a_pickle, "pytorch_model.bin is a pickle"),
+    "a pickle by another name": (disguised_pickle, "not a whole safetensors file"),
+    "a tensor under two names": (both_spellings, "norm.weight twice"),
+    "integers for weights": (integers, "torch.int8"),
+    "parts that do not fit": (unequal_parts, "mlp.gate_proj.weight"),
+    "a sliding window": (config_field("use_sliding_window", True), "use_sliding_window"),
+    "quantised": (config_field("quantization_config", {"bits": 4}), "quantization_config"),
+    "llama3 rope without its numbers": (config_field("rope_parameters", {"rope_type": "llama3"}), "rope scaling"),
     "another vocabulary": (config_field("vocab_size", 99), "embed_tokens.weight"),
     "unknown architecture": (config_field("model_type", "mamba"), "mamba"),
     "unknown rope": (config_field("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}), "rope"),
@@ -483,6 +516,19 @@ def test_generation_does_not_change_the_prompts_or_keep_gradients(tiny):
 
 
 @torch.no_grad()
+def test_what_is_streamed_is_what_is_returned(writer, ragged):
+    heard = [[] for _ in range(2 * len(ragged))]
+
+    def stream(rows, tokens):
+        for row, token in zip(rows, tokens, strict=True):
+            heard[row].append(token)
+
+    options = dict(stop_id=list(range(0, 60, 8)), samples=2)
+    replies = writer.generate(ragged, 20, generator=torch.Generator().manual_seed(1), stream=stream, **options)
+    assert heard == replies == writer.generate(ragged, 20, generator=torch.Generator().manual_seed(1), **options)
+
+
+@torch.no_grad()
 def test_top_k_1_and_a_tiny_top_p_are_greedy(tiny, ragged):
     model = tiny()
     greedy = model.generate(ragged, 12, temperature=0)
@@ -527,3 +573,121 @@ def test_a_score_is_fp32_under_autocast(tiny):
     model = tiny(head="score")
     with torch.autocast("cpu", torch.bfloat16):
         assert model.score(model(torch.tensor([[1, 2, 3]]))).dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------------------- every architecture, as its peers see it
+
+
+FAMILY = {  # name -> how transformers calls it, and what is not Llama's default shape
+    "gpt2": ("GPT2", {}),
+    "llama": ("Llama", {}),
+    "llama, untied": ("Llama", dict(tie_word_embeddings=False)),
+    "llama 3.1": ("Llama", dict(llama3=True)),
+    "qwen2": ("Qwen2", {}),
+    "qwen2, untied": ("Qwen2", dict(tie_word_embeddings=False)),
+    "qwen3": ("Qwen3", dict(head_dim=16)),
+}
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+
+
+@pytest.fixture(params=FAMILY)
+def peer(request):
+    """make(score): a random model of transformers, in fp32, in which every parameter matters."""
+    transformers = pytest.importorskip("transformers")
+    name, changes = FAMILY[request.param]
+
+    def make(score=False):
+        shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+        shape |= dict(vocab_size=61, max_position_embeddings=64, tie_word_embeddings=True, pad_token_id=0, initializer_range=0.3)
+        if name == "GPT2":
+            shape = dict(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64, pad_token_id=0, initializer_range=0.3)
+        shape |= {key: value for key, value in changes.items() if key != "llama3"}
+        if "llama3" in changes:
+            shape["rope_parameters"] = {"rope_theta": 100.0, **LLAMA3}
+        torch.manual_seed(3)
+        ending = "ForSequenceClassification" if score else "LMHeadModel" if name == "GPT2" else "ForCausalLM"
+        config = getattr(transformers, f"{name}Config")(**shape, **({"num_labels": 1} if score else {}))
+        model = getattr(transformers, f"{name}{ending}")(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() < 2:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+        return model
+
+    return make
+
+
+@torch.no_grad()
+def test_transformers_models_give_their_logits_and_greedy_tokens(peer, tmp_path):
+    theirs = peer()
+    theirs.save_pretrained(tmp_path)
+    ours, ids = GPT.from_pretrained(tmp_path), torch.randint(1, 61, (3, 40), generator=torch.Generator().manual_seed(1))
+    assert relative(ours.logits(ours(ids)), theirs(ids).logits) < 1e-5
+    greedy = theirs.generate(ids[:, :20], max_new_tokens=20, do_sample=False, eos_token_id=None, attention_mask=torch.ones(3, 20))
+    assert ours.generate(ids[:, :20].tolist(), 20, temperature=0) == greedy[:, 20:].tolist()
+
+
+@torch.no_grad()
+def test_what_we_save_opens_in_transformers_with_the_same_logits(peer, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    peer().save_pretrained(tmp_path / "theirs")
+    ours = GPT.from_pretrained(tmp_path / "theirs")
+    theirs, found = transformers.AutoModelForCausalLM.from_pretrained(saved(ours, tmp_path / "ours"), output_loading_info=True)
+    assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ids = torch.arange(1, 60)[None]
+    assert relative(ours.logits(ours(ids)), theirs(ids).logits) < 1e-5
+    assert GPT.from_pretrained(tmp_path / "ours").config == ours.config
+
+
+@torch.no_grad()
+def test_reward_models_of_either_side_score_alike_up_to_the_constant_bias(peer, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs = peer(score=True)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = GPT.from_pretrained(tmp_path / "theirs")
+    ids, lengths = torch.randint(1, 61, (4, 20), generator=torch.Generator().manual_seed(2)), torch.tensor([20, 7, 13, 1])
+    ids[torch.arange(20) >= lengths[:, None]] = 0  # right-padded; 0 is the padding token
+    rows = torch.arange(4), lengths - 1
+    assert relative(ours.score(ours(ids))[rows], theirs(ids, attention_mask=(ids > 0).long()).logits[:, 0]) < 1e-5
+    ours.score_head.bias.fill_(0.7)
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(saved(ours, tmp_path / "ours")).eval()
+    scores = ours.score(ours(ids))[rows] - 0.7
+    assert relative(again(ids, attention_mask=(ids > 0).long()).logits[:, 0], scores) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_files_in_half_precision_open_as_fp32_master_weights(tiny, dtype, tmp_path):
+    saved(tiny("qwen3", head_dim=16), tmp_path)
+    halves = {key: value.to(dtype) for key, value in load_file(tmp_path / "model.safetensors").items()}
+    save_file(halves, tmp_path / "model.safetensors")
+    model = GPT.from_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert torch.equal(model.embed.weight, halves["model.embed_tokens.weight"].float())
+
+
+def test_llama_3s_rope_leaves_fast_pairs_and_slows_down_slow_ones(tiny):
+    plain = model_module.rope_frequencies(tiny(rope_theta=500000.0, head_dim=128).config)
+    scaled = model_module.rope_frequencies(tiny(rope_theta=500000.0, head_dim=128, rope_scaling=(8.0, 1.0, 4.0, 8192)).config)
+    turns = 8192 * plain / (2 * torch.pi)
+    assert torch.equal(scaled[turns > 4], plain[turns > 4])
+    torch.testing.assert_close(scaled[turns < 1], plain[turns < 1] / 8)
+    assert torch.all((scaled <= plain) & (scaled >= plain / 8.0001)) and 0 < ((turns > 1) & (turns < 4)).sum() < 20
+
+
+def test_a_checkpoint_is_read_without_a_second_copy(tiny, tmp_path, monkeypatch):
+    """No two tensors of the file are alive at once, but for those that are stacked into one of ours."""
+    saved(tiny(layers=4), tmp_path)
+    alive, most, tensors_of = [], [], model_module.tensors_of
+
+    def watched(path):
+        def read(key, get):
+            tensor = get()
+            alive[:] = [ref for ref in alive if ref() is not None] + [weakref.ref(tensor)]
+            most.append(len(alive))
+            return tensor
+
+        return {key: (lambda key=key, get=get: read(key, get)) for key, get in tensors_of(path).items()}
+
+    monkeypatch.setattr(model_module, "tensors_of", watched)
+    GPT.from_pretrained(tmp_path)
+    assert max(most) <= 4 and len(most) == 4 * 9 + 2

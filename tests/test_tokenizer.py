@@ -1,15 +1,18 @@
 """Vocabularies: every format read to the published ids, written to files that come back the same, trained by hand."""
 
 import base64
+import inspect
 import json
 import random
+import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import tiktoken
 
-from data import tokenizer
+from data import chat, tokenizer
+from model import GPT
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="the published sample files are not beside this checkout (../shared)")
@@ -54,6 +57,28 @@ def write(folder: Path, spec: dict) -> Path:
 def same(a: tiktoken.Encoding, b: tiktoken.Encoding) -> bool:
     fields = ("_mergeable_ranks", "_special_tokens", "_pat_str", "__class__")
     return all(getattr(a, field) == getattr(b, field) for field in fields)
+
+
+def test_named_patterns_are_openais_own():
+    """tiktoken's own table of encodings, read as text: calling it would download the ranks."""
+    source = inspect.getsource(pytest.importorskip("tiktoken_ext.openai_public"))
+    body = source[source.index("def o200k_base") : source.index("def o200k_harmony")] if "o200k_harmony" in source else source
+    assert "|".join(re.findall(r'r"""(.*?)""",', body)[:7]) == tokenizer.O200K
+    assert "<|endofprompt|>" in tokenizer.NAMED["o200k_base"][1] and "ENDOFPROMPT: 200018" in body
+
+
+def test_llama_3s_own_file_is_ranks_under_another_name(trained, tmp_path):
+    """A vocabulary of Llama 3's size would take seconds; its first line and its name are what tells it from SentencePiece's."""
+    ranks = {**{bytes([b]): b for b in range(256)}}
+    order = [b"!", *(token for token in ranks if token != b"!")]
+    text = "".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(order))
+    (tmp_path / "tokenizer.model").write_text(text)
+    encoding = tokenizer.load(tmp_path)
+    assert encoding._special_tokens["<|eot_id|>"] == 128009 and encoding._pat_str == tokenizer.CL100K
+    assert chat.name_of(encoding) == "llama3"
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
+    with pytest.raises(ValueError, match="SentencePiece"):
+        tokenizer.load(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------------------- reading
@@ -229,8 +254,8 @@ def test_merges_recovered_from_the_ids_are_gpt2s_published_merges(gpt2):
 
 
 def test_save_then_load_is_the_identity_for_a_trained_vocabulary(trained, tmp_path):
-    for chat in (True, False):
-        tokenizer.save(trained, tmp_path, chat=chat)
+    for chats in (True, False):
+        tokenizer.save(trained, tmp_path, chat=chats)
         assert same(tokenizer.load(tmp_path), trained)
 
 
@@ -258,11 +283,34 @@ def test_only_a_chat_model_is_saved_with_a_template(trained, tmp_path):
     assert (config["eos_token"], config["pad_token"]) == ("<|endoftext|>", "<|pad|>")
 
 
+def test_a_chat_template_is_seen_in_a_file_and_in_a_field(trained, tmp_path):
+    tokenizer.save(trained, tmp_path)
+    assert tokenizer.has_template(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    assert tokenizer.has_template(tmp_path)
+    tokenizer.save(trained, tmp_path, chat=False)
+    assert not tokenizer.has_template(tmp_path) and not tokenizer.has_template(tmp_path / "nowhere")
+
+
 def test_padding_is_never_the_token_that_ends_a_turn(tmp_path):
     bare = tokenizer.train(CORPUS, 300, ["<|endoftext|>"])
-    for chat, pad in ((True, "<|endoftext|>"), (False, None)):
-        tokenizer.save(bare, tmp_path, chat=chat)
+    for chats, pad in ((True, "<|endoftext|>"), (False, None)):
+        tokenizer.save(bare, tmp_path, chat=chats)
         assert json.loads((tmp_path / "tokenizer_config.json").read_text())["pad_token"] == pad
+
+
+@pytest.mark.parametrize(
+    "template, ends, pad", [("chatml", ["<|im_end|>", "<|endoftext|>"], "<|endoftext|>"), ("alpaca", ["<|endoftext|>"], None)]
+)
+def test_a_fitted_model_tells_other_tools_where_a_turn_ends_and_what_pads(tiny, template, ends, pad, tmp_path):
+    encoding = chat.extend(tokenizer.train(CORPUS, 300, ["<|endoftext|>"]), template)
+    model = tokenizer.fit(tiny(vocab_size=encoding.n_vocab - 1), encoding)
+    special = encoding._special_tokens
+    assert model.config.eos_token_id == [special[token] for token in ends] and model.config.pad_token_id == (pad and special[pad])
+    model.save_pretrained(tmp_path)
+    assert GPT.from_pretrained(tmp_path).config == model.config
+    transformers = pytest.importorskip("transformers")
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id == model.config.eos_token_id
 
 
 def test_saved_files_are_the_same_bytes_every_time(trained, tmp_path):

@@ -1,0 +1,328 @@
+"""LoRA: an adapter changes nothing at first, is nothing but a product of low rank, travels in the PEFT layout, and lets four models share
+one trunk."""
+
+import itertools
+import json
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import dpo
+import ppo
+import reward
+import run
+import sft
+from data import chat, tokenizer, world
+from model import GPT
+
+ARCHS = {"gpt2": {}, "llama": {}, "qwen2": {}, "qwen3": dict(head_dim=16)}
+IDS = torch.arange(24).view(2, 12)
+
+
+@pytest.fixture
+def opened(tiny, tmp_path):
+    """opened(arch, head): a tiny checkpoint as `from_pretrained` gives it."""
+
+    def open_(arch="llama", head="lm", name="base", **changes):
+        tiny(arch, head=head, **(ARCHS[arch] | changes)).save_pretrained(tmp_path / name)
+        return GPT.from_pretrained(tmp_path / name)
+
+    return open_
+
+
+def trained(model, seed=1):
+    """As if it had learnt something: no A and no B is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def bytes_of(*models):
+    """Bytes of all distinct tensors of the models."""
+    return sum({p.data_ptr(): p.nbytes for model in models for p in model.parameters()}.values())
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_new_adapter_changes_nothing_and_only_it_learns(opened, arch):
+    model = opened(arch)
+    before = model(IDS).detach()
+    frozen = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    assert model.adapt(3) is model and model.rank == 3
+    assert torch.equal(model(IDS), before)
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert learning == {f"blocks.{i}.{m}.{x}" for i in range(2) for m in ("attn.qkv", "attn.out", "mlp.up", "mlp.down") for x in "AB"}
+    optimizer = run.optimizer(model, 0.1)
+    for step in range(2):
+        model.logits(model(IDS)).square().mean().backward()
+        run.update(optimizer, model, step, 2, 0.1)
+    assert not torch.allclose(model(IDS), before)
+    assert all(torch.equal(dict(model.named_parameters())[name], value) for name, value in frozen.items())
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@torch.no_grad()
+def test_merged_and_unmerged_logits_agree(opened, arch, tmp_path):
+    model = trained(opened(arch).adapt(3, alpha=5.0))
+    apart = model.logits(model(IDS))
+    model.save_pretrained(tmp_path / "saved")
+    merged, beside = GPT.from_pretrained(tmp_path / "saved"), opened(arch, name="again").load_adapter(tmp_path / "saved/adapter")
+    for other in (merged, beside, GPT.from_pretrained(tmp_path / "saved/adapter"), model.merge()):
+        assert (other.logits(other(IDS)) - apart).abs().max() < 1e-5 * apart.abs().max()
+    assert merged.rank == model.rank == 0 and beside.rank == 3
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_adapter_s_own_matrices_are_added_with_alpha_over_rank(opened):
+    model = opened()
+    attn = model.blocks[0].attn.qkv
+    before = attn.weight.clone()
+    trained(model.adapt(2, alpha=6.0, targets="qkv"))
+    height = 32  # q is 4 x 8, k and v are 2 x 8 each: three adapters of rank 2
+    assert attn.A.shape == (3 * 2, 32) and attn.B.shape == (64, 2)
+    delta = attn.merged() - before
+    torch.testing.assert_close(delta[:height], 3.0 * attn.B[:height] @ attn.A[:2])
+    torch.testing.assert_close(delta[height : height + 16], 3.0 * attn.B[height : height + 16] @ attn.A[2:4])
+    assert torch.linalg.matrix_rank(delta[:height]) == 2 and model.blocks[0].mlp.up.A is None
+
+
+@pytest.mark.parametrize("targets", ["attn", "qkv,", "q_proj", ""])
+def test_unknown_targets_are_refused_in_one_sentence(opened, targets):
+    with pytest.raises(ValueError, match="--lora-targets.*qkv,out,up,down"):
+        opened().adapt(2, targets=targets)
+
+
+def test_random_weights_are_nothing_to_adapt(tiny):
+    with pytest.raises(ValueError, match="--lora-rank.*--init"):
+        tiny().adapt(2)
+
+
+# --------------------------------------------------------------------------------------------------------- one trunk, four models
+
+
+def test_reference_critic_and_reward_model_share_the_trunk(opened, tmp_path):
+    """The fourth check is what PPO does: a reward model that was trained with LoRA from the same checkpoint costs its adapter only."""
+    trunk = bytes_of(opened())
+    trained(GPT.from_pretrained(tmp_path / "base", head="score").adapt(4)).save_pretrained(tmp_path / "reward")
+    policy = GPT.from_pretrained(tmp_path / "base").adapt(2)
+    alone = GPT.from_pretrained(tmp_path / "reward")
+    reward_model = GPT.from_pretrained(tmp_path / "reward", trunk=policy)
+    torch.testing.assert_close(reward_model.score(reward_model(IDS)), alone.score(alone(IDS)), rtol=1e-4, atol=1e-4)
+    critic, ref, before = reward_model.share(), policy.reference(), policy(IDS).detach()
+    adapters = bytes_of(policy, reward_model) - trunk
+    assert bytes_of(policy, ref) < trunk + adapters
+    assert bytes_of(policy, ref, critic, reward_model) < trunk + 2 * adapters
+    trained(policy)
+    assert torch.equal(ref(IDS), before) and not torch.allclose(policy(IDS), before)
+    scores = reward_model.score(reward_model(IDS)).detach()
+    critic_before = critic.score(critic(IDS)).detach()
+    assert torch.equal(critic_before, scores)
+    for parameter in critic.parameters():
+        assert parameter.requires_grad == any(parameter is p for p in set(critic.parameters()) - set(reward_model.parameters()))
+    trained(critic)
+    assert torch.equal(reward_model.score(reward_model(IDS)), scores) and torch.equal(ref(IDS), before)
+    assert not torch.allclose(critic.score(critic(IDS)), scores)
+
+
+def test_a_reward_model_of_another_trunk_is_opened_whole(opened, tmp_path):
+    opened()
+    trained(GPT.from_pretrained(tmp_path / "base", head="score").adapt(4)).save_pretrained(tmp_path / "reward")
+    other = trained(opened(name="other")).save_pretrained(tmp_path / "other")
+    policy = GPT.from_pretrained(tmp_path / "other").adapt(2)
+    reward_model, alone = GPT.from_pretrained(tmp_path / "reward", trunk=policy), GPT.from_pretrained(tmp_path / "reward")
+    assert other is None and reward_model.rank == 0
+    assert torch.equal(reward_model.score(reward_model(IDS)), alone.score(alone(IDS)))
+
+
+def test_a_critic_beside_a_reward_model_of_its_own_trunk_costs_an_adapter_and_a_head(opened):
+    reward_model = opened(head="score")
+    critic = reward_model.requires_grad_(False).share().adapt(2)
+    assert bytes_of(reward_model, critic) - bytes_of(reward_model) == sum(p.nbytes for p in critic.parameters() if p.requires_grad)
+    scores = reward_model.score(reward_model(IDS))
+    trained(critic)
+    assert torch.equal(reward_model.score(reward_model(IDS)), scores) and not torch.allclose(critic.score(critic(IDS)), scores)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_of_a_grown_vocabulary_go_with_the_adapter(opened, tied, tmp_path):
+    model = trained(opened(tied=tied).grow(64).adapt(2))
+    model.save_pretrained(tmp_path / "saved")
+    again = GPT.from_pretrained(tmp_path / "saved/adapter")
+    torch.testing.assert_close(again.logits(again(IDS + 40)), model.logits(model(IDS + 40)), rtol=1e-4, atol=1e-4)
+    small = trained(GPT.from_pretrained(tmp_path / "base").adapt(2))
+    small.save_pretrained(tmp_path / "small")
+    assert not any("embed" in key for key in load_file(tmp_path / "small/adapter/adapter_model.safetensors"))
+
+
+def test_a_reward_model_of_another_shape_is_opened_whole(opened, tmp_path):
+    opened(layers=3)
+    trained(GPT.from_pretrained(tmp_path / "base", head="score").adapt(4)).save_pretrained(tmp_path / "reward")
+    policy = opened(name="other").adapt(2)
+    assert GPT.from_pretrained(tmp_path / "reward", trunk=policy).config.layers == 3
+
+
+def test_a_shared_reward_model_never_writes_into_the_policy(opened, tmp_path):
+    """An adapter with grown rows carries the whole embedding; where the policy's is another, nothing is shared and nothing overwritten."""
+    trained(opened().grow(64).adapt(2)).save_pretrained(tmp_path / "grown")
+    trained(GPT.from_pretrained(tmp_path / "base", head="score").grow(64).adapt(4)).save_pretrained(tmp_path / "reward")
+    policy = GPT.from_pretrained(tmp_path / "grown").adapt(2)
+    before = policy.embed.weight.clone()
+    reward_model = GPT.from_pretrained(tmp_path / "reward", trunk=policy)
+    assert torch.equal(policy.embed.weight, before)
+    alone = GPT.from_pretrained(tmp_path / "reward")
+    torch.testing.assert_close(reward_model.score(reward_model(IDS)), alone.score(alone(IDS)), rtol=1e-4, atol=1e-4)
+
+
+def test_without_adapters_copies_share_no_weight(opened):
+    model = opened()
+    for other in (model.share(), model.reference()):
+        assert bytes_of(model, other) == 2 * bytes_of(model)
+        assert torch.equal(other(IDS), model(IDS))
+
+
+# ------------------------------------------------------------------------------------------------------------------- the PEFT layout
+
+
+def test_the_adapter_s_files_name_what_peft_names(opened, tmp_path):
+    trained(opened().adapt(2, targets="qkv,down")).save_pretrained(tmp_path / "saved")
+    facts = json.loads((tmp_path / "saved/adapter/adapter_config.json").read_text())
+    assert facts["peft_type"] == "LORA" and (facts["r"], facts["lora_alpha"]) == (2, 4.0)
+    assert facts["target_modules"] == ["mlp.down_proj", "self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj"]
+    tensors = load_file(tmp_path / "saved/adapter/adapter_model.safetensors")
+    stem = "base_model.model.model.layers.1.self_attn.k_proj"
+    assert tensors[f"{stem}.lora_A.weight"].shape == (2, 32) and tensors[f"{stem}.lora_B.weight"].shape == (16, 2)
+    assert len(tensors) == 2 * 4 * 2
+
+
+@pytest.mark.parametrize("head", ["lm", "score"])
+@pytest.mark.parametrize("arch", ARCHS)
+@torch.no_grad()
+def test_peft_opens_our_adapters_and_we_open_its(opened, arch, head, tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    model = trained(opened(arch, head, pad_token_id=0).adapt(3, alpha=5.0))
+    model.save_pretrained(tmp_path / "saved")
+    auto = transformers.AutoModelForSequenceClassification if head == "score" else transformers.AutoModelForCausalLM
+    theirs = peft.PeftModel.from_pretrained(auto.from_pretrained(tmp_path / "base"), tmp_path / "saved/adapter").eval()
+    ids = IDS + 1
+    ours = (model.score(model(ids))[:, -1:] - model.score_head.bias) if head == "score" else model.logits(model(ids))
+    torch.testing.assert_close(theirs(ids, attention_mask=torch.ones_like(ids)).logits, ours, rtol=1e-4, atol=1e-4)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = opened(arch, head, name="again").load_adapter(tmp_path / "theirs")
+    torch.testing.assert_close(again(ids), model(ids), rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_of_queries_and_values_alone_leaves_the_keys(opened, tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    opened()
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    theirs = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = GPT.from_pretrained(tmp_path / "base").load_adapter(tmp_path / "theirs")
+    torch.testing.assert_close(ours.logits(ours(IDS)), theirs(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def edit(field, value):
+    def damage(directory):
+        path = directory / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+
+    return damage
+
+
+FAULTS = {
+    "DoRA": (edit("use_dora", True), "use_dora"),
+    "another method": (edit("peft_type", "IA3"), "IA3"),
+    "another rank": (edit("r", 5), "shape"),
+    "no weights": (lambda directory: (directory / "adapter_model.safetensors").unlink(), "adapter_model.safetensors"),
+    "no config": (lambda directory: (directory / "adapter_config.json").unlink(), "adapter_config.json"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_bad_adapter_is_refused_in_one_sentence(opened, fault, tmp_path):
+    model = opened().adapt(2)
+    model.save_pretrained(tmp_path / "saved")
+    damage, word = FAULTS[fault]
+    damage(tmp_path / "saved/adapter")
+    with pytest.raises((ValueError, FileNotFoundError), match=word) as caught:
+        GPT.from_pretrained(tmp_path / "base").load_adapter(tmp_path / "saved/adapter")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_for_a_deeper_model_is_refused(opened, tmp_path):
+    opened(layers=3, name="deep").adapt(2).save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="no place.*layers.2"):
+        opened().load_adapter(tmp_path / "saved/adapter")
+
+
+# ------------------------------------------------------------------------------------------------------------------ four stages
+
+
+STAGES = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """{stage: (the parts of the ledger, the peak measured from there on)} of the four stages with LoRA, each from the one before."""
+    home, found = tmp_path_factory.mktemp("stages"), {}
+    pairs = home / "pairs.jsonl"
+    rows = ((a, b) for a in range(10, 18) for b in range(10, 18))  # all of the same length, so that every batch is the largest
+    pairs.write_text(
+        "".join(json.dumps(dict(prompt=f"add {a} and {b} " * 5, chosen=f" {a + b}", rejected=f" {b}5")) + "\n" for a, b in rows)
+    )
+    torch.manual_seed(0)
+    encoding = chat.extend(tokenizer.load(world.TOKENIZER))
+    GPT.from_scratch("gpt2:4x256x128", encoding.n_vocab).save_pretrained(home / "base")
+    tokenizer.save(encoding, home / "base")
+    common = ["--data", pairs, "--steps", 2, "--batch-size", 16, "--lora-rank", 4, "--lr", 1e-3, "--device", "cpu"]
+    flags = {name: ["--init", home / ("base" if name == "sft" else "sft")] for name in STAGES}
+    flags["ppo"] += ["--reward", home / "reward", "--max-new-tokens", 8]
+    ledger, finish, now = run.Job.ledger, run.Job.finish, {}
+
+    def noted(job, *arguments, **options):
+        now["parts"] = ledger(job, *arguments, **options)
+        now["from"] = time.time_ns()
+        return now["parts"]
+
+    def ended(job, *arguments, **options):
+        now["to"] = time.time_ns()
+        finish(job, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.Job, "ledger", noted)
+        patch.setattr(run.Job, "finish", ended)
+        patch.setattr(run, "curves", lambda metrics, path: None)
+        for name, script in STAGES.items():
+            config = run.parse(script.Config, [*map(str, flags[name] + common), "--out", str(home / name)])
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+                script.main(config)
+            events = sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+            sizes = [event.nbytes() for event in events if now["from"] < event.start_ns() < now["to"]]
+            found[name] = now["parts"], now["parts"]["weights"] + max(itertools.accumulate(sizes))
+    return found, home
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_ledger_is_what_is_measured(measured, stage):
+    parts, peak = measured[0][stage]
+    assert parts["peak"] == pytest.approx(peak, rel=0.15)
+
+
+def test_ppo_needs_little_more_than_sft(measured):
+    found, _ = measured
+    assert found["ppo"][1] <= 1.4 * found["sft"][1]
+    assert found["ppo"][0]["weights"] <= 1.1 * found["sft"][0]["weights"]  # four models, one trunk
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_leaves_a_whole_model_and_its_adapter(measured, stage):
+    home = measured[1]
+    model = GPT.from_pretrained(home / stage)
+    base = GPT.from_pretrained(home / ("base" if stage == "sft" else "sft"), head=model.config.head)
+    beside = base.load_adapter(home / stage / "adapter")
+    torch.testing.assert_close(beside(IDS), model(IDS), rtol=1e-5, atol=1e-5)
+    assert torch.equal(base.embed.weight, model.embed.weight) and beside.rank == 4
