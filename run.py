@@ -37,7 +37,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-COUNTS = {"batch_size", "minibatches", "ppo_epochs", "prompts", "group_size", "max_new_tokens"}  # flags of which 0 means nothing
+# Flags of which 0 means nothing:
+COUNTS = set("batch_size minibatches ppo_epochs prompts group_size max_new_tokens annotators completions".split())
 
 
 # ----------------------------------------------------------------------------------------------------------------- flags

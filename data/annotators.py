@@ -2,19 +2,27 @@
 
 An annotator sees two replies and prefers the first with the probability of Bradley and Terry (1952),
 
-    P(a preferred to b) = sigmoid(strength * (gold(a) - gold(b)))
+    P(a preferred to b) = sigmoid(strength * (u(a) - u(b)))              u = gold, what the judge says
 
 so a clear difference is seen more often than a small one, and two replies of equal worth are a coin flip. The strength is set
 so that, over the pairs that have a better side, annotators agree with the judge as often as asked: 60-75 % in published data.
+People are not only noisy but biased, and a bias does not average out. Four dials, all 0 unless asked for, in units of gold:
+
+    u(a) = gold(a) + length_bias * words(a) + flattery_bias * [a praises the question] + position_bias * [a was shown first]
+    P(no opinion) = abstain * 4 p (1 - p)          p the probability above: sure of a clear case, silent before a coin flip
 
     python -m data.annotators --init out/sft --out out/pairs.jsonl       two samples a prompt, compared, as ordinary JSONL
+    python -m data.annotators --data a.jsonl b.jsonl --annotators 3      two files of answers to the same prompts, compared
+
+With several annotators the majority chooses, and its share of the votes becomes the pair's soft label. Fleiss' kappa says by how much
+they agree beyond chance.
 
 This is the only way in which anything that is trained hears of the judge: through noisy choices.
 """
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,13 +33,25 @@ from data.collate import in_batches, score
 from data.formats import Preference
 from model import GPT
 
+PRAISE = "great question"  # the flattery of this world; see world.OPENERS
+DIMENSIONS = ["helpful", "harmless", "honest"]
+RATING_NOISE = 0.75  # standard deviation of a rating, on its scale from 1 to 5
+
 
 @dataclass
 class Config:
     init: str = "out/sft"  # checkpoint whose replies are compared
+    data: list = field(default_factory=list)  # instead of samples: two files of answers to the same prompts, in the same order
+    judge: str = ""  # checkpoint of a reward model that knows the truth (default: the embedded world's judge)
     out: str = "out/pairs.jsonl"  # file of preferences to write
-    prompts: int = 20000  # questions; a pair of identical replies is dropped
+    prompts: int = 20000  # without --data: questions; a pair of identical replies is dropped
     agreement: float = 0.75  # how often annotators agree with the judge on pairs that have a better side
+    annotators: int = 1  # who compare each pair; their majority chooses, a tie is dropped
+    length_bias: float = 0.0  # what a word more is worth to them, in gold
+    position_bias: float = 0.0  # what it is worth to be shown first, in gold
+    flattery_bias: float = 0.0  # what praise of the question is worth, in gold
+    abstain: float = 0.0  # how often they have no opinion on two replies of equal worth
+    ratings: bool = False  # also rate both sides from 1 to 5: helpful, harmless, honest
     held_out: bool = False  # ask the held-out part of the world
     seed: int = 0  # of prompts, samples and annotators
     device: str = "auto"  # auto, cpu, cuda
@@ -69,6 +89,82 @@ def sample(model, encoding, prompts, max_new_tokens, temperature=1.0, seed=0, sa
     return [reply for group in replies for reply in group]
 
 
+def votes(gaps, differences, agreement, annotators=1, position_bias=0.0, abstain=0.0, seed=0):
+    """Each annotator's choice on each pair -> one tuple per pair: 1 the first reply, 0 the second, None no opinion.
+
+    gaps: gold(a) - gold(b) of each pair, which set the strength; differences: u(a) - u(b), what the annotators see of it.
+    """
+    steep, rows = strength(gaps, agreement), []
+    for k in range(annotators):
+        rng = random.Random(f"annotators {seed}" + f" {k}" * (k > 0))
+        order = random.Random(f"order {seed} {k}")  # streams of their own: a bias of 0 leaves every choice as it was
+        silence = random.Random(f"silence {seed} {k}")
+        choices = []
+        for difference in differences:
+            shown = position_bias * order.choice([1, -1]) if position_bias else 0.0
+            p = 1 / (1 + math.exp(min(-steep * (difference + shown), 500.0)))
+            choice = int(rng.random() <= p)
+            choices.append(None if silence.random() < abstain * 4 * p * (1 - p) else choice)
+        rows.append(choices)
+    return list(zip(*rows, strict=True))
+
+
+def fleiss_kappa(rows):
+    """Agreement beyond chance (Fleiss 1971, eq. 7) of rows (N pairs, n >= 2 annotators) of choices; "no opinion" is a choice too.
+
+    1: they always agree; 0: as often as if each had drawn from all choices at random. 1 as well where all choices are the same.
+    """
+    n, kinds = len(rows[0]), {choice for row in rows for choice in row}
+    run.require(n > 1, "agreement between annotators needs at least two of them for each pair")
+    counts = [[row.count(kind) for kind in kinds] for row in rows]  # (N, kinds)
+    observed = sum((sum(c * c for c in row) - n) / (n * (n - 1)) for row in counts) / len(rows)
+    shares = [sum(column) / (n * len(rows)) for column in zip(*counts, strict=True)]
+    chance = sum(share * share for share in shares)
+    return (observed - chance) / (1 - chance) if chance < 1 else 1.0
+
+
+def utility(judged, text, length_bias=0.0, flattery_bias=0.0):
+    """What a reply is worth to a biased annotator."""
+    return judged["gold"] + length_bias * len(text.split()) + flattery_bias * (PRAISE in text)
+
+
+def rated(judged, annotators, rng):
+    """Ratings of one reply in each dimension that its judge knows, from 1 to 5, a mean over annotators."""
+    known = [name for name in DIMENSIONS if name in judged]
+    marks = {name: [round(1 + 4 * judged[name] + rng.gauss(0, RATING_NOISE)) for _ in range(annotators)] for name in known}
+    return {name: sum(min(max(mark, 1), 5) for mark in own) / annotators for name, own in marks.items()}
+
+
+def compare(pairs, judge, agreement=0.75, seed=0, ratings=False, length_bias=0.0, flattery_bias=0.0, **habits):
+    """pairs of (messages, reply a, reply b), a reply being (ids, ended, text), compared by annotators.
+
+    judge: a function of a list of (messages, reply) -> a dict of each with `gold`, and the dimensions that it knows. habits: those of
+    `votes`. Returns Preference records, the votes of every pair, and the gold gaps of every pair; ties of the votes give no record.
+    """
+    verdicts = judge([(messages, reply) for messages, a, b in pairs for reply in (a, b)])
+    texts = [reply[2] for _, a, b in pairs for reply in (a, b)]
+    golds = [one["gold"] for one in verdicts]
+    worths = [utility(one, text, length_bias, flattery_bias) for one, text in zip(verdicts, texts, strict=True)]
+    gaps, differences = ([a - b for a, b in zip(values[::2], values[1::2], strict=True)] for values in (golds, worths))
+    rows, rng, records = votes(gaps, differences, agreement, seed=seed, **habits), random.Random(f"ratings {seed}"), []
+    for i, ((prompt, a, b), row) in enumerate(zip(pairs, rows, strict=True)):
+        marks = [rated(one, len(row), rng) for one in verdicts[2 * i : 2 * i + 2]] if ratings else [{}, {}]
+        opinions = [choice for choice in row if choice is not None]
+        first = sum(opinions)
+        if 2 * first == len(opinions):
+            continue
+        label = max(first, len(opinions) - first) / len(opinions)
+        if 2 * first < len(opinions):
+            a, b, marks = b, a, marks[::-1]
+        marks = {name: (marks[0][name], marks[1][name]) for name in marks[0]}
+        records.append(preference(prompt, a, b, f"annotated pair {len(records)}", label, marks))
+    return records, rows, gaps
+
+
+def world_judge(rows):
+    return [world.judge(messages, reply[2], reply[1]) for messages, reply in rows]
+
+
 def two_replies(model, encoding, prompts, max_new_tokens=world.MAX_NEW_TOKENS, seed=0):
     """Two samples of the model for each prompt -> (messages, reply, reply) of those that can be compared, replies as `sample` gives them.
 
@@ -76,10 +172,14 @@ def two_replies(model, encoding, prompts, max_new_tokens=world.MAX_NEW_TOKENS, s
     """
     messages = [record.messages for record in prompts]
     replies = sample(model, encoding, messages, max_new_tokens, seed=seed, samples=2)
-    pairs = [(m, a, b) for m, a, b in zip(messages, replies[::2], replies[1::2], strict=True) if a[2] != b[2]]
-    pairs = [(m, a, b) for m, a, b in pairs if a[2].strip() and b[2].strip()]
-    run.require(pairs, "no prompt got two different replies: there is nothing to compare")
-    return pairs
+    return different(zip(messages, replies[::2], replies[1::2], strict=True), "no prompt")
+
+
+def different(pairs, nothing):
+    """The pairs that have something to compare. Raises ValueError if nothing is left."""
+    kept = [(m, a, b) for m, a, b in pairs if a[2] != b[2] and a[2].strip() and b[2].strip()]
+    run.require(kept, f"{nothing} got two different replies: there is nothing to compare")
+    return kept
 
 
 def gold_gaps(pairs):
@@ -110,21 +210,59 @@ def score_gaps(reward_model, encoding, pairs):
     return (a - b).tolist()
 
 
-def preference(prompt, better, worse, where, label=1.0):
+def preference(prompt, better, worse, where, label=1.0, ratings=None):
     chosen, rejected = ([{"role": "assistant", "content": text}] for _, _, text in (better, worse))
-    return Preference(prompt, chosen, rejected, where, label)
+    return Preference(prompt, chosen, rejected, where, label, ratings=ratings or {})
 
 
-def preferences(model, encoding, prompts, agreement=0.75, seed=0):
-    """Two samples of the model for each world prompt, compared by annotators -> Preference records. Deterministic in `seed`."""
-    pairs = two_replies(model, encoding, prompts, seed=seed)
-    gaps = gold_gaps(pairs)
-    steep, rng, records = strength(gaps, agreement), random.Random(f"annotators {seed}"), []
-    for (prompt, a, b), gap in zip(pairs, gaps, strict=True):
-        if rng.random() > 1 / (1 + math.exp(min(-steep * gap, 500.0))):
-            a, b = b, a
-        records.append(preference(prompt, a, b, f"annotated pair {len(records)}"))
-    return records
+def preferences(model, encoding, prompts, agreement=0.75, seed=0, **dials):
+    """Two samples of the model for each world prompt, compared by annotators -> Preference records. Deterministic in `seed`.
+
+    dials: those of `compare` and `votes`.
+    """
+    return compare(two_replies(model, encoding, prompts, seed=seed), world_judge, agreement, seed, **dials)[0]
+
+
+def reward_judge(directory, device):
+    """A judge for any text: the opinion of a reward model, as `compare` wants it."""
+    encoding = chat.extend(tokenizer.load(directory))
+    model = open_reward_model(directory, encoding, device, "--judge")
+
+    @torch.no_grad()
+    def judge(rows):
+        ids = [chat.prompt(messages, encoding) + chat.completion(reply[2], encoding) for messages, reply in rows]
+        longest = max(map(len, ids))
+        run.require(longest <= model.config.context, f"--judge {directory}: an answer of {longest} tokens is beyond its context")
+        return [{"gold": gold} for gold in in_batches(lambda batch: score(model, batch), ids, len).tolist()]
+
+    return judge
+
+
+def two_files(paths):
+    """The answers of two files to the same prompts, record by record -> pairs for `compare`."""
+    run.require(len(paths) == 2, f"--data takes two files of answers to the same prompts, not {len(paths)}")
+    sides, pairs = [formats.read(path, "conversation") for path in paths], []
+    for a, b in zip(*sides, strict=False):
+        run.require(
+            a.messages[:-1] == b.messages[:-1], f"{a.where} and {b.where} answer two different prompts: sort both files the same way"
+        )
+        replies = [([], True, record.messages[-1]["content"]) for record in (a, b)]
+        pairs.append((a.messages[:-1], *replies))
+    few, many = sorted(len(side) for side in sides)
+    run.require(few == many, f"--data: one file has {few} answers and the other {many}; both need one for each prompt")
+    return different(pairs, f"no prompt of {paths[0]}")
+
+
+def summary(records, rows, gaps):
+    """What a reader of the labels should know: agreement with the judge, between annotators, and with length."""
+    single = [choice == (gap > 0) for row, gap in zip(rows, gaps, strict=True) for choice in row if gap and choice is not None]
+    lines = [f"an annotator agrees with the judge on {sum(single) / max(1, len(single)):.3f} of the pairs that have a better side"]
+    if len(rows[0]) > 1:
+        lines.append(f"annotators agree among themselves with Fleiss' kappa {fleiss_kappa(rows):.3f}")
+    lengths = [[len(side[0]["content"].split()) for side in (r.chosen, r.rejected)] for r in records]
+    longer = [a > b for a, b in lengths if a != b]
+    lines.append(f"the longer reply was chosen in {sum(longer) / max(1, len(longer)):.3f} of the pairs of unequal length")
+    return lines
 
 
 def judged(pairs, gaps, soft=False):
@@ -146,7 +284,11 @@ def write(records, path):
     """Preference records -> JSONL with prompt, chosen and rejected as lists of messages; whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    run.write_lines(path, ({"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in records))
+    rows = []
+    for r in records:
+        more = ({"label": r.label} if r.label != 1 else {}) | ({"ratings": r.ratings} if r.ratings else {})
+        rows.append({"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} | more)
+    run.write_lines(path, rows)
 
 
 def check_free(path):
@@ -163,16 +305,29 @@ def check_free(path):
 
 def main(config):
     check_agreement(config.agreement)
-    run.require(Path(config.init).is_dir(), f"--init {config.init}: there is no such directory; run sft.py before, or name a checkpoint")
+    run.require(config.abstain <= 1, f"--abstain must lie in [0, 1], not {config.abstain}")
+    run.require(
+        config.data or Path(config.init).is_dir(),
+        f"--init {config.init}: there is no such directory; run sft.py before, or name a checkpoint",
+    )
     check_free(Path(config.out))
     device = run.device(config.device)
-    encoding = chat.extend(tokenizer.load(config.init))
-    model = tokenizer.fit(GPT.from_pretrained(config.init), encoding).to(device)
-    run.require(model.config.head == "lm", f"--init {config.init} has a scalar head and writes no replies: name a language model")
-    prompts = world.prompts(config.prompts, config.seed, config.held_out)
-    records = preferences(model, encoding, prompts, config.agreement, config.seed)
+    judge = reward_judge(config.judge, device) if config.judge else world_judge
+    if config.data:
+        pairs = two_files(config.data)
+    else:
+        encoding = chat.extend(tokenizer.load(config.init))
+        model = tokenizer.fit(GPT.from_pretrained(config.init), encoding).to(device)
+        run.require(model.config.head == "lm", f"--init {config.init} has a scalar head and writes no replies: name a language model")
+        pairs = two_replies(model, encoding, world.prompts(config.prompts, config.seed, config.held_out), seed=config.seed)
+    biases = dict(length_bias=config.length_bias, flattery_bias=config.flattery_bias, position_bias=config.position_bias)
+    options = dict(annotators=config.annotators, abstain=config.abstain, ratings=config.ratings, **biases)
+    records, rows, gaps = compare(pairs, judge, config.agreement, config.seed, **options)
+    run.require(records, "every vote was a tie: ask more annotators, or an odd number of them")
     write(records, config.out)
-    print(f"{len(records)} pairs of {config.prompts} prompts (the others got two equal replies), written to {config.out}")
+    for line in summary(records, rows, gaps):
+        print(line)
+    print(f"{len(records)} pairs of {len(rows)} that had two different replies, written to {config.out}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import math
 import re
 import zlib
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 
@@ -51,6 +51,7 @@ class Preference:
     where: str
     label: float = 1.0  # in [0, 1]: a soft label from a field "label" or from a graded judge
     margin: float = 0.0  # how much better, from a field "margin"
+    ratings: dict = field(default_factory=dict)  # {dimension: (chosen's rating, rejected's)}, from a field "ratings"
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,12 +221,12 @@ def oasst_pairs(record, where):  # the same tree: for each user turn with two or
     return found
 
 
-def pair(where, prompt, chosen, rejected, label=1.0, margin=0.0):
+def pair(where, prompt, chosen, rejected, label=1.0, margin=0.0, ratings=None):
     """What every preference format ends in: the two answers are the last turns of conversations that agree up to there."""
     chosen, rejected = joined(prompt, chosen, "chosen"), joined(prompt, rejected, "rejected")
     if chosen[:-1] != rejected[:-1]:
         return "prompts of the two sides differ"
-    return Preference(chosen[:-1], chosen[-1:], rejected[-1:], where, label, margin)
+    return Preference(chosen[:-1], chosen[-1:], rejected[-1:], where, label, margin, ratings or {})
 
 
 def compared(question=None, chosen="chosen", rejected="rejected", given=None):
@@ -242,7 +243,12 @@ def compared(question=None, chosen="chosen", rejected="rejected", given=None):
         if not isinstance(margin, int | float) or not math.isfinite(margin):
             raise ValueError(f"the margin {margin!r} of a pair is no finite number")
         prompt = asked(record, question, given) if question else []
-        return pair(where, prompt, record[chosen], record[rejected], float(label), float(margin))
+        ratings = record.get("ratings") or {}
+        if not isinstance(ratings, dict) or not all(
+            isinstance(both, list) and len(both) == 2 and all(isinstance(one, int | float) for one in both) for both in ratings.values()
+        ):
+            raise ValueError("the field ratings of a pair is no object of two numbers (chosen's and rejected's) for each dimension")
+        return pair(where, prompt, record[chosen], record[rejected], float(label), float(margin), ratings)
 
     return convert
 
@@ -336,6 +342,20 @@ def math_shepherd(record, where):
     return Process([message("user", question.strip())], [step.strip() for step in (mark + first, *chunks[1:])], labels, where)
 
 
+def gsm8k_steps(record, where):
+    # {"question": "2 + 2 + 2?", "answer": "2 + 2 is <<2+2=4>>4\n4 + 2 is <<4+2=6>>6\n#### 6"}
+    # Published answers are right, and a model that is shown nothing wrong learns nothing. So beside each line with a calculator mark
+    # stands the same line with the mark's result one too large: a planted error, rated bad.
+    steps = [line for line in text(record["answer"], "answer").split("\n") if line.strip()]
+    marks = [re.search(r"=(\d+)>>\1(?!\d)", step) for step in steps]
+    wrong = [
+        (t, f"{step[: mark.start()]}={int(mark[1]) + 1}>>{int(mark[1]) + 1}{step[mark.end() :]}", -1)
+        for t, (step, mark) in enumerate(zip(steps, marks, strict=True))
+        if mark
+    ]
+    return Process([message("user", record["question"], "question")], steps, [1] * len(steps), where, tuple(wrong))
+
+
 SHAPES = [  # the first row whose fields are all there decides; a second row with the same fields is another reading of the same records
     ("HHH", ("text_correct", "text_incorrect"), "preference", compared(None, "text_correct", "text_incorrect")),
     ("few-shot preference", ("prompt", "corrects", "incorrects"), "preference", few_shot),
@@ -366,6 +386,7 @@ SHAPES = [  # the first row whose fields are all there decides; a second row wit
     ("templated Dolly", ("prompt", "answer"), "conversation", answered("prompt", "answer")),
     ("FLAN", ("inputs", "targets"), "conversation", answered("inputs", "targets")),
     ("GSM8K", ("question", "answer"), "conversation", answered("question", "answer")),
+    ("GSM8K", ("question", "answer"), "process", gsm8k_steps),
     ("MATH", ("problem", "solution"), "conversation", answered("problem", "solution")),
     # {"turns": ["Write a poem.", "Shorter."]}: the second turn is about the model's answer to the first, so it cannot be asked alone
     ("MT-Bench", ("turns",), "prompt", lambda record, where: Prompt([message("user", record["turns"][0], "turns")], where)),
