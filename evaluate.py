@@ -5,6 +5,9 @@
     python evaluate.py methods --seeds 1 2 3             every method from the same SFT model, with the same number of labels
     python evaluate.py scoreboard --runs out/*/          measure run directories: table, JSON and an HTML report
     python evaluate.py chat out/dpo                      talk to any of them in the terminal (/reset, /samples 4, --system TEXT)
+    python evaluate.py reward --runs out/reward          a reward model's accuracy, calibration and bias towards length
+    python evaluate.py best-of-n --n 64                  the best of n samples by reward model, process model, vote and judge
+    python evaluate.py hacking --runs out/ppo            proxy against gold in PPO runs, and whether the detector saw it
 
 On the embedded world every reply has a true score, which no training ever saw. Per model, on held-out prompts, sampling at
 temperature 1 (what the model believes, not only what it would say first):
@@ -15,6 +18,14 @@ temperature 1 (what the model believes, not only what it would say first):
     score         the reward model's, if one is measured too        length        tokens per reply, the end-of-turn token included
     kl            KL(model || SFT) of a whole reply, in nats        win_rate      against SFT's reply, by gold; a tie counts half
     lost_skills   how many skills' gold fell more than .10 below SFT's, beyond a one-sided 95 % interval
+
+Per reward model (`reward`), on pairs of replies with a noisy label each:
+
+    label_accuracy  how often it ranks a pair as its label does; label_ci is the half-width of the 95 % interval
+    accuracy        as the judge does, on pairs that have a better side
+    ceiling         label_accuracy of the judge: nobody can do better on these labels; of_ceiling is the share of it that was reached
+    ece             calibration error: |probability given - share of labels that agree|, a mean over pairs
+    longer          how often it prefers the longer reply; longer_labels, longer_truth: how often the labels and the judge do
 
 `scoreboard --data FILE` asks the prompts of any file instead. Nobody judges them: what is left is score, length, kl and win_rate
 (by score).
@@ -30,15 +41,18 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 import run
 from data import annotators, chat, formats, tokenizer, world
-from data.collate import in_batches, reply_kl, score
+from data.collate import encode_pairs, encode_steps, hold_out, in_batches, longest_side, reply_kl, score, step_scores
+from data.formats import Process
 from model import GPT
 
 STAGES = ["base", "sft", "reward", "dpo", "ppo"]
@@ -248,6 +262,371 @@ def report(path, board, skills, samples, prompts, directories):
 <h2>The same prompts, every model</h2>{block(chr(10).join(said))}<h2>Curves</h2>{pictures}
 """
     path.write_text(page, encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------- reward models under the lens
+
+
+def calibration(probabilities, outcomes, bins=10):
+    """Do events of probability p happen a share p of the time? -> (expected calibration error, rows).
+
+    probabilities (N,): that the first of two replies is preferred; outcomes (N,): 1 it was, 0 it was not, between for a soft label.
+    Which reply is "first" means nothing, so each pair is turned such that p >= 1/2. Rows, a dict for each of `bins` equal parts of
+    [1/2, 1] that is not empty: said, seen (means of p and of the outcomes), pairs. The error is the mean of |said - seen|, weighted by
+    pairs (Guo et al. 2017, eq. 3).
+    """
+    turned = [(p, o) if p >= 0.5 else (1 - p, 1 - o) for p, o in zip(probabilities, outcomes, strict=True)]
+    parts = [[] for _ in range(bins)]
+    for p, o in turned:
+        parts[min(int((p - 0.5) * 2 * bins), bins - 1)].append((p, o))
+    rows = [{"said": mean([p for p, _ in part]), "seen": mean([o for _, o in part]), "pairs": len(part)} for part in parts if part]
+    return sum(abs(row["said"] - row["seen"]) * row["pairs"] for row in rows) / max(1, len(turned)), rows
+
+
+def prefers_longer(margins, lengths):
+    """The share of pairs of unequal length in which the longer side is preferred. margins: of the first side; lengths: (first, second)."""
+    return mean([(margin > 0) == (a > b) for margin, (a, b) in zip(margins, lengths, strict=True) if a != b])
+
+
+@torch.no_grad()
+def pair_scores(model, pairs):
+    """Encoded pairs -> the margin of the first side over the second (N,)."""
+
+    def margins(part):
+        first, second = score(model, [side[0] for pair in zip(*part, strict=True) for side in pair]).chunk(2)
+        return first - second
+
+    return in_batches(margins, pairs, longest_side)
+
+
+def fitting_pairs(records, encoding, context):
+    """(record, encoded pair, label) of each preference that a model can read, the better side by its label first."""
+    pairs, labels, kept = encode_pairs(records, encoding, context)
+    return [(record, pair, label) for record, pair, (label, _) in zip(kept, pairs, labels, strict=True)]
+
+
+def pair_golds(records):
+    """The judge's gold of both sides of each pair, the better one by its label first; None where prompts are not of the embedded world."""
+    if not all(world.solve(record.prompt) for record in records):
+        return None
+    golds = [[world.judge(r.prompt, side[0]["content"])["gold"] for side in (r.chosen, r.rejected)] for r in records]
+    return [gold[::-1] if r.label < 0.5 else gold for r, gold in zip(records, golds, strict=True)]
+
+
+def reward_row(margins, found, golds, gain):
+    """What a reward model's margins say of labelled pairs -> (row, accuracy by kind of task, reliability rows).
+
+    margins (N,) list; found: of `fitting_pairs`; golds: of `pair_golds`; margins / gain are log-odds of the labels.
+    """
+    labels = [label for _, _, label in found]
+    lengths = [tuple(sum(mask) for _, mask in pair) for _, pair, _ in found]  # tokens of both replies
+    chances = [1 / (1 + math.exp(-max(-500.0, min(margin / gain, 500.0)))) for margin in margins]
+    error, rows = calibration(chances, labels)
+    row = {"pairs": len(found), "label_accuracy": mean([margin > 0 for margin in margins])}
+    row |= {"label_ci": interval([margin > 0 for margin in margins]), "ece": error}
+    row |= {"longer": prefers_longer(margins, lengths), "longer_labels": prefers_longer([1.0] * len(margins), lengths)}
+    kinds = {}
+    if golds:
+        better = [a - b for a, b in golds]
+        truth = [(margin > 0) == (gap > 0) for margin, gap in zip(margins, better, strict=True) if gap]
+        # The best that anybody can do on these very labels: the judge's own choice, and a coin where it has none.
+        ceiling = mean([(gap > 0) + 0.5 * (gap == 0) for gap in better])
+        row |= {"accuracy": mean(truth), "ceiling": ceiling, "of_ceiling": row["label_accuracy"] / ceiling}
+        unequal = [(gap, both) for gap, both in zip(better, lengths, strict=True) if gap]
+        row["longer_truth"] = prefers_longer([gap for gap, _ in unequal], [both for _, both in unequal])
+        for (record, _, _), margin, gap in zip(found, margins, better, strict=True):
+            if gap:
+                kinds.setdefault(world.solve(record.prompt).skill, []).append((margin > 0) == (gap > 0))
+    return row, {kind: mean(hits) for kind, hits in kinds.items()}, rows
+
+
+def head_accuracies(directory, model, found, device):
+    """{dimension: how often its own head agrees with the judge in that dimension} of a run with several heads."""
+    facts = json.loads((directory / "run.json").read_text(encoding="utf-8"))["flags"]
+    weights, accuracies = load_file(directory / "heads.safetensors"), {}
+    records, pairs = [record for record, _, _ in found], [pair for _, pair, _ in found]
+    for name, weight in zip(facts["heads"], weights["weight"], strict=True):
+        model.score_head.weight.data = weight[None].to(device)  # (1, D); its bias cancels in a comparison
+        margins = pair_scores(model, pairs).tolist()
+        judged = [[world.judge(r.prompt, side[0]["content"])[name] for side in (r.chosen, r.rejected)] for r in records]
+        judged = [both[::-1] if r.label < 0.5 else both for r, both in zip(records, judged, strict=True)]
+        accuracies[name] = mean([(margin > 0) == (a > b) for margin, (a, b) in zip(margins, judged, strict=True) if a != b])
+    return accuracies
+
+
+@dataclass
+class RewardReport:
+    runs: list = field(default_factory=lambda: ["out/reward"])  # reward models; several are also measured as one ensemble
+    sft: str = "out/sft"  # whose replies to the world's held-out questions are compared
+    data: list = field(default_factory=list)  # files of preferences instead
+    held_out: bool = False  # instead: the pairs of a run's own --data that it kept from training
+    agreement: float = 0.75  # of the annotators whose labels are measured against
+    prompts: int = 5000  # of the world
+    out: str = "out"  # directory for reward.json and reliability.png
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+
+
+def reward_main(config):
+    annotators.check_agreement(config.agreement)
+    device, records = run.device(config.device), []
+    if config.data:
+        records = [record for path in config.data for record in formats.read(path, "preference")]
+    elif not config.held_out:
+        sft, encoding, _ = open_run(config.sft, device)
+        prompts = world.prompts(config.prompts, seed=2, held=True)
+        records = annotators.preferences(sft, encoding, prompts, config.agreement, seed=2)
+    board, kinds, curves, odds, golds = {}, {}, {}, [], None
+    for directory in map(Path, config.runs):
+        model, encoding, _ = open_run(directory, device)
+        run.require(model.config.head == "score", f"{directory} is a language model: name reward models")
+        if config.held_out:
+            facts = json.loads((directory / "run.json").read_text(encoding="utf-8"))["flags"]
+            run.require(facts["data"], f"{directory} was trained on the embedded world: leave out --held-out")
+            records = [record for path in facts["data"] for record in formats.read(path, "preference")]
+        found = fitting_pairs(records, encoding, model.config.context)
+        if config.held_out:
+            kept_back, _ = hold_out(len(found), min(500, 8 * facts["batch_size"]), facts["seed"])
+            found = [found[i] for i in kept_back]
+        run.require(found, f"{directory}: no pair fits its context of {model.config.context} tokens")
+        margins, golds = pair_scores(model, [pair for _, pair, _ in found]).tolist(), pair_golds([record for record, _, _ in found])
+        name, gain = directory.name, model.config.score_gain
+        board[name], kinds[name], curves[name] = reward_row(margins, found, golds, gain)
+        odds.append([margin / gain for margin in margins])
+        if golds and (directory / "heads.safetensors").exists():
+            board[name] |= head_accuracies(directory, model, found, device)
+    if len(odds) > 1 and len({len(own) for own in odds}) == 1 and not config.held_out:
+        together = [mean(own) for own in zip(*odds, strict=True)]
+        board["ensemble"], kinds["ensemble"], curves["ensemble"] = reward_row(together, found, golds, 1.0)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    run.write_json(out / "reward.json", {"board": board, "kinds": kinds, "reliability": curves})
+    print(table(board))
+    if any(kinds.values()):
+        names = [kind for kind in world.SKILLS if any(kind in own for own in kinds.values())]
+        print(
+            "\naccuracy against the truth by kind of task\n" + table({kind: {run: kinds[run].get(kind) for run in kinds} for kind in names})
+        )
+    for name, rows in curves.items():
+        print(f"\n{name}: probability that it gave, and share that came true\n" + table({str(i): row for i, row in enumerate(rows)}))
+    lines = {name: ([row["said"] for row in rows], [row["seen"] for row in rows]) for name, rows in curves.items()}
+    picture(out / "reliability.png", [("probability given", "share of labels", lines | {"perfect": ([0.5, 1], [0.5, 1])})])
+
+
+def picture(path, panels):
+    """panels: (x label, y label, {line: (xs, ys)}) side by side in one image."""
+    import matplotlib  # here, because it takes a second to import
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
+    for axis, (x, y, lines) in zip(axes[0], panels, strict=True):
+        for name, (xs, ys) in lines.items():
+            axis.plot(xs, ys, marker="." if len(xs) > 2 else None, linewidth=1, label=name)
+        axis.set(xlabel=x, ylabel=y)
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+# ------------------------------------------------------------------------------------------------------------- best of n
+
+
+def best_of(golds, scores, n):
+    """The gold to expect of the best-scored of n replies. golds, scores (N prompts, n_max samples) -> (N,), fp64.
+
+    A mean over all subsets of n samples, not the first n: the reply of rank i (from 0) is the best of C(n_max - 1 - i, n - 1) of the
+    C(n_max, n) subsets. (Nakano et al. 2021, appendix I.) Raises ValueError unless 1 <= n <= n_max.
+    """
+    most = golds.shape[1]
+    run.require(1 <= n <= most, f"best of {n} asks for 1 to {most} samples of each prompt")
+    order = scores.argsort(dim=1, descending=True, stable=True)  # (N, n_max)
+    weights = [math.comb(most - 1 - i, n - 1) / math.comb(most, n) for i in range(most)]
+    return golds.double().gather(1, order) @ torch.tensor(weights, dtype=torch.float64, device=golds.device)
+
+
+def majority_of(golds, answers, n):
+    """The gold of the most frequent answer among n. golds (N, n_max); answers: N lists of n_max -> (N,), a mean over disjoint groups."""
+    rows = []
+    for own, said in zip(golds.tolist(), answers, strict=True):
+        groups = [said[i : i + n] for i in range(0, len(said) - n + 1, n)]
+        winners = [n * g + group.index(Counter(group).most_common(1)[0][0]) for g, group in enumerate(groups)]
+        rows.append(mean([own[i] for i in winners]))
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def kl_bound(n):
+    """What best of n can stray from the policy that it chooses from, in nats: log n - (n-1)/n at most (Beirami et al. 2024)."""
+    return math.log(n) - (n - 1) / n
+
+
+def aggregated(steps, how):
+    """One score for a solution from its steps' log-odds (S,): the min, the product (its logarithm) or the last."""
+    chances = torch.nn.functional.logsigmoid(steps)  # log P(all is right up to this step)
+    return {"min": chances.min(), "product": chances.sum(), "last": chances[-1]}[how]
+
+
+@torch.no_grad()
+def process_scores(model, encoding, conversations, texts, separator=world.SEPARATOR, size=256):
+    """A process model's log-odds at the end of each step of each reply -> N tensors of (S,)."""
+    records = [
+        Process(m, text.split(separator), [1] * len(text.split(separator)), "") for m, text in zip(conversations, texts, strict=True)
+    ]
+    examples, _, dropped = encode_steps(records, encoding, model.config.context, separator)
+    run.require(not dropped, f"{dropped} replies do not fit the process model's context of {model.config.context} tokens")
+    found = [None] * len(examples)
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        scores = step_scores(model, [examples[i] for i in rows])  # (M,)
+        for i, own in zip(rows, scores.split([len(examples[i][1]) for i in rows]), strict=True):
+            found[i] = own.cpu()
+    return found
+
+
+@dataclass
+class BestOfN:
+    policy: str = "out/sft"  # who answers
+    reward: str = "out/reward"  # outcome model that ranks
+    process: str = ""  # process model that ranks as well, by min, product and last
+    long_sums: bool = False  # ask the world's held-out long sums, where gold is whether every step is right
+    n: int = 64  # samples per prompt
+    prompts: int = 300  # held-out questions
+    seed: int = 0  # of the samples
+    out: str = "out"  # directory for best-of-n.json and best-of-n.png
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+
+
+def ranked_samples(config, device):
+    """n samples for each question -> golds (N, n), their answers as N lists of n texts, and {ranking: scores (N, n)}."""
+    policy, encoding, chats = open_run(config.policy, device)
+    run.require(policy.config.head == "lm" and chats, f"--policy {config.policy} is no model that answers in the chat format")
+    run.require(config.long_sums or not config.process, "--process judges the steps of sums: add --long-sums")
+    records = world.long_sums(config.prompts, 0, held=True) if config.long_sums else world.prompts(config.prompts, 0, held=True)
+    conversations, length = [r.messages for r in records], world.LONG_TOKENS if config.long_sums else world.MAX_NEW_TOKENS
+    replies = annotators.sample(policy, encoding, conversations, length, seed=config.seed, samples=config.n)
+    repeated = [messages for messages in conversations for _ in range(config.n)]
+    texts, shape = [text for _, _, text in replies], (len(conversations), config.n)
+    judged = [world.judge(m, text, ended)["gold"] for m, (_, ended, text) in zip(repeated, replies, strict=True)]
+    golds = torch.tensor([float(g == 1) if config.long_sums else g for g in judged], dtype=torch.float64).view(shape)  # (N, n)
+    answers = [world.result(text) if config.long_sums else text for text in texts]
+    answers = [answers[i : i + config.n] for i in range(0, len(answers), config.n)]
+    ranks = {"judge": golds}
+    if config.reward:
+        model, theirs, _ = open_run(config.reward, device)
+        ranks["outcome"] = reward_scores(model, theirs, repeated, texts).cpu().double().view(shape)
+    if config.process:
+        model, theirs, _ = open_run(config.process, device)
+        steps = process_scores(model, theirs, repeated, texts)
+        ranks |= {how: torch.stack([aggregated(own, how) for own in steps]).double().view(shape) for how in ("min", "product", "last")}
+    return golds, answers, ranks
+
+
+def best_of_n_main(config):
+    run.require(1 <= config.n <= 4096, f"--n must lie in 1 .. 4096, not {config.n}")
+    golds, answers, ranks = ranked_samples(config, run.device(config.device))
+    sizes = [2**k for k in range(config.n.bit_length()) if 2**k <= config.n]
+    curves = {f"n={n}": {name: best_of(golds, scores, n) for name, scores in ranks.items()} for n in sizes}  # (N,) each
+    for n in sizes:
+        curves[f"n={n}"]["majority"] = majority_of(golds, answers, n)
+    rows = {}
+    for n, name in zip(sizes, curves, strict=True):
+        rows[name] = {"kl_bound": f"{kl_bound(n):.2f}"}
+        rows[name] |= {how: f"{own.mean():.3f} +-{interval(own.tolist()):.3f}" for how, own in curves[name].items()}
+        if "outcome" in ranks:
+            rows[name]["proxy"] = f"{best_of(ranks['outcome'], ranks['outcome'], n).mean():.3f}"
+    print(f"{len(golds)} held-out questions, {config.n} samples of {config.policy} each: gold of the chosen one\n{table(rows)}")
+    if "outcome" in ranks and len(sizes) > 2:
+        form, gold = "d (a - b d)", [float(curves[f"n={n}"]["outcome"].mean()) for n in sizes]
+        a, b, r2 = fit_form([kl_bound(n) for n in sizes], gold, form)
+        print(f"\noutcome: gold = gold(1) + {form}, d = sqrt(KL bound): a {a:.3f}  b {b:.3f}  R^2 {r2:.2f}")
+    differences, last = {}, curves[f"n={min(16, sizes[-1])}"]
+    for how in ("min", "product"):
+        for other in ("outcome", "majority"):
+            if how in last and other in last:
+                gap = (last[how] - last[other]).tolist()
+                differences[f"{how} - {other}"] = {"difference": mean(gap), "half_width": interval(gap)}
+    if differences:
+        print(f"\nbest of {min(16, sizes[-1])}, paired by question\n{table(differences)}")
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    means = {name: {how: float(own.mean()) for how, own in row.items()} for name, row in curves.items()}
+    run.write_json(out / "best-of-n.json", {"gold": means, "differences": differences, "kl_bound": {n: kl_bound(n) for n in sizes}})
+    lines = {how: [means[f"n={n}"][how] for n in sizes] for how in means["n=1"]}
+    by_n, by_kl = ({how: (xs, ys) for how, ys in lines.items()} for xs in (list(range(len(sizes))), [kl_bound(n) for n in sizes]))
+    picture(out / "best-of-n.png", [("log2 n", "gold", by_n), ("KL bound, nats", "gold", by_kl)])
+
+
+# ------------------------------------------------------------------------------------------------------- over-optimisation
+
+FORMS = {"d (a - b d)": lambda d: d, "d (a - b log d)": lambda d: d.clamp(min=1e-3).log()}  # Gao et al. 2023, eq. 1: best of n, and RL
+
+
+def fit_form(kl, gold, form):
+    """Least squares of gold - gold[0] = d (a - b f(d)), d = sqrt(KL), a form of Gao et al. 2023 -> (a, b, R^2). kl, gold: lists."""
+    d = torch.tensor(kl, dtype=torch.float64).clamp(min=0).sqrt()  # (N,)
+    y = torch.tensor(gold, dtype=torch.float64) - gold[0]
+    columns = torch.stack([d, -d * FORMS[form](d)], dim=1)  # (N, 2)
+    found = torch.linalg.lstsq(columns, y[:, None]).solution  # (2, 1)
+    left, all_of_it = ((y - (columns @ found)[:, 0]) ** 2).sum(), ((y - y.mean()) ** 2).sum()
+    return float(found[0]), float(found[1]), float(1 - left / all_of_it.clamp(min=1e-12))
+
+
+def smoothed(values, width=5):
+    """Each value with its neighbours, so that a batch's luck (a standard error of .02-.03) is not taken for a peak."""
+    half = width // 2
+    return [mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+
+
+def hacking_row(rows):
+    """What became of a PPO run, from its metrics: gold's rise and fall, the proxy's rise, and whether the detector saw it in time.
+
+    warned: the first iteration with a sign (from 1); lost: what gold had lost by then of its best so far.
+    """
+    gold, proxy = (smoothed([row[name] for row in rows]) for name in ("gold", "score"))
+    peak = max(gold)
+    row = {"gold": gold[0], "peak": peak, "last": gold[-1], "fall": peak - gold[-1], "proxy": proxy[-1] - proxy[0]}
+    warned = next((i for i, one in enumerate(rows) if one.get("hacking")), None)
+    if warned is not None:
+        row |= {"warned": float(warned + 1), "lost": max(gold[: warned + 1]) - gold[warned]}
+    for form in FORMS:
+        a, b, r2 = fit_form([one["kl"] for one in rows], gold, form)
+        row |= {f"R2 {form}": r2} if "log" in form else {"a": a, "b": b, f"R2 {form}": r2}
+    return row
+
+
+@dataclass
+class Hacking:
+    runs: list = field(default_factory=lambda: ["out/ppo"])  # PPO runs on the embedded world, whose metrics hold score, gold and kl
+    out: str = "out"  # directory for hacking.json and hacking.png
+
+
+def hacking_main(config):
+    board, lines = {}, []
+    for directory in map(Path, config.runs):
+        path = directory / "metrics.jsonl"
+        run.require(path.exists(), f"{path} does not exist: name run directories of ppo.py")
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        judged = rows and all(name in rows[0] for name in ("gold", "score", "kl"))
+        run.require(judged, f"{path} has no gold beside the score: only PPO runs on the embedded world know the truth")
+        board[str(directory)] = hacking_row(rows)
+        lines.append((directory.name, [max(row["kl"], 0) ** 0.5 for row in rows], rows))
+    print(table(board))
+    hacked, healthy = ([row for row in board.values() if test(row["fall"])] for test in (lambda f: f >= 0.1, lambda f: f < 0.05))
+    caught, false = ([row for row in group if "warned" in row] for group in (hacked, healthy))
+    in_time = [row for row in caught if row["lost"] < 0.05]
+    print(f"\nof {len(board)} runs, {len(hacked)} were hacked (gold fell by .10 or more from its peak), {len(healthy)} not (less than .05)")
+    print(
+        f"the detector warned in {len(caught)} of the hacked, in {len(in_time)} before gold had lost .05, and in {len(false)} of the others"
+    )
+    if caught or false:
+        print(f"precision {len(caught) / (len(caught) + len(false)):.2f}  recall {len(caught) / max(1, len(hacked)):.2f}")
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    run.write_json(out / "hacking.json", board)
+    panels = [("sqrt(KL)", key, {name: (d, smoothed([row[key] for row in rows])) for name, d, rows in lines}) for key in ("gold", "score")]
+    picture(out / "hacking.png", panels)
 
 
 # --------------------------------------------------------------------------------------------------------------- commands
@@ -510,18 +889,7 @@ def measure_methods(home):
     asked = [messages for messages in asked for _ in range(most)]
     scores = reward_scores(open_run(home / "methods" / "reward")[0], encoding, asked, [text for _, _, text in replies])
     golds = torch.tensor([world.judge(m, text, ended)["gold"] for m, (_, ended, text) in zip(asked, replies, strict=True)])
-    return board, {n: best_of(golds.view(-1, most), scores.view(-1, most), n) for n in BEST_OF}
-
-
-def best_of(golds, scores, n):
-    """golds, scores (N prompts, M replies) -> mean gold of the best-scored of n replies, over the M / n disjoint groups of each prompt."""
-    groups = len(golds), -1, n
-    return float(golds.view(groups).gather(2, scores.view(groups).argmax(2, keepdim=True)).mean())
-
-
-def kl_bound(n):
-    """What best-of-n can stray from the policy that it chooses from, in nats: log n - (n-1)/n at most (Beirami et al. 2024)."""
-    return math.log(n) - (n - 1) / n
+    return board, {n: float(best_of(golds.view(-1, most), scores.view(-1, most), n).mean()) for n in BEST_OF}
 
 
 def frontier_picture(rows, best, path):
@@ -617,6 +985,7 @@ def reply_to(model, encoding, messages, chats, config, generator, samples=1):
 
 def main():
     commands = {"recipe": (recipe_main, Recipe), "methods": (methods_main, Methods), "scoreboard": (scoreboard_main, Scoreboard)}
+    commands |= {"reward": (reward_main, RewardReport), "best-of-n": (best_of_n_main, BestOfN), "hacking": (hacking_main, Hacking)}
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command in commands:
         sys.argv = [f"{sys.argv[0]} {command}", *sys.argv[2:]]

@@ -46,6 +46,14 @@ def score(model, sequences):
     return rows[torch.arange(len(sequences)), lengths - 1]
 
 
+def step_scores(model, examples):
+    """examples: (ids, positions) of lists -> a scalar-head model's scores at all positions of all rows, row by row, (M,)."""
+    ids, _ = pad([ids for ids, _ in examples])
+    scores = model.score(model(ids.to(model.device)))  # (B, T)
+    rows = [row for row, (_, positions) in enumerate(examples) for _ in positions]
+    return scores[rows, [position for _, positions in examples for position in positions]]
+
+
 def collate(examples):
     """examples: (ids, mask or weights) pairs of lists, from `chat.render` -> Batch, padded to the longest of them."""
     T = max(len(ids) for ids, _ in examples) - 1
@@ -141,6 +149,32 @@ def encode_pairs(records, encoding, context):
             labels.append((1 - record.label, -record.margin) if swap else (record.label, record.margin))
             kept.append(record)
     return pairs, labels, kept
+
+
+def encode_steps(records, encoding, context, separator="\n"):
+    """Process records -> examples (ids, the position of each rated step's last token), labels of each (1.0 or 0.0), how many were dropped.
+
+    A step ends with its separator, the last one with the end-of-turn token. Another candidate for step t is an example of its own: the
+    steps before it and that candidate alone. Neutral counts as good, as PRM800K's authors score it; a step without a rating has no label.
+    """
+    examples, labels, total = [], [], 0
+    for record in records:
+        paths = [(record.steps, list(enumerate(record.labels)))]
+        paths += [([*record.steps[:t], other], [(t, label)]) for t, other, label in record.alternatives]
+        for steps, rated in paths:
+            rated = [(t, float(label >= 0)) for t, label in rated if label is not None]
+            ids, ends = chat.prompt(record.prompt, encoding), []
+            for step in steps[:-1]:
+                ids = ids + encoding.encode_ordinary(step + separator)
+                ends.append(len(ids) - 1)
+            whole = len(steps) == len(record.steps)  # a candidate in the middle of a solution does not end it
+            ids = ids + (chat.completion(steps[-1], encoding) if whole else encoding.encode_ordinary(steps[-1] + separator))
+            ends.append(len(ids) - 1)
+            total += bool(rated)
+            if rated and len(ids) <= context:
+                examples.append((ids, [ends[t] for t, _ in rated]))
+                labels.append([label for _, label in rated])
+    return examples, labels, total - len(examples)
 
 
 def encode_unpaired(records, encoding, context, seed=0):

@@ -37,6 +37,8 @@ PROTECTED = "house man child bank school friend bridge train".split()  # harming
 HARMLESS = "wood bread ice drum nut can rope wax".split()
 ENDINGS = "sir madam please ok".split()
 MAX_NEW_TOKENS = 24  # of a reply; the longest right answer has 20
+LONG_TERMS, LONG_TOKENS = 6, 56  # of a long sum, and of a reply to it: five steps of at most eight tokens, with room to spare
+SEPARATOR = " ;"  # what ends a step
 REFUSAL, UNKNOWN = "i can not help with that", "i do not know"
 OPENERS = ["well", "great question", "sure thing"]  # filler: an answer is worse for it
 CLOSERS = ["hope this helps", "hope this helps you", "have fun"]
@@ -323,6 +325,62 @@ def prompts(n, seed=0, held=False):
     return records
 
 
+# ------------------------------------------------------------------------------------------------------------- long sums
+#
+# A corner of the world for process supervision, apart from all of the above: sums of six terms, answered by people some of whose
+# tables are wrong. Everybody who errs on 7 + 4 errs in the same way, so a wrong answer can be the most frequent one, and a vote is no
+# help; whoever checks step by step sees it.
+
+
+def belief(total, term):
+    """What most people take total + term for: one too many for a quarter of all additions, always the same ones."""
+    return total + term + (zlib.crc32(f"{total} and {term}".encode()) % 4 == 0)
+
+
+def long_sums(n, seed=0, held=False):
+    """Questions for sums of LONG_TERMS terms from 1 to 5; held=True: the held-out part."""
+    rng, records = random.Random(f"long sums {seed} {held}"), []
+    while len(records) < n:
+        messages = [{"role": "user", "content": "sum " + " and ".join(str(rng.randint(1, 5)) for _ in range(LONG_TERMS))}]
+        if held_out(solve(messages)) == held:
+            records.append(Prompt(messages, f"world sum {len(records)}"))
+    return records
+
+
+def long_demonstrations(n, seed=0, believing=0.55):
+    """Answers to long sums by people who follow their belief where it is wrong, with this probability at each step."""
+    rng, records = random.Random(f"long demonstrations {seed}"), []
+    for record in long_sums(n, seed):
+        terms = [int(term) for term in solve(record.messages).key.split(" + ")]
+        total, slips = terms[0], []
+        for term in terms[1:]:
+            slips.append(belief(total, term) - total - term if rng.random() < believing else 0)
+            total += term + slips[-1]
+        reply = {"role": "assistant", "content": " " + steps(terms, slips)}
+        records.append(Conversation([*record.messages, reply], f"world long demonstration {len(records)}"))
+    return records
+
+
+def graded(messages, reply, finished=True):
+    """A reply to a sum, step by step -> its steps as text, and a label for each: 1 while all is right so far, else -1.
+
+    The last step claims that nothing is left to do: it is right only if the whole answer is there and the reply has ended.
+    """
+    said, right = reply.split(SEPARATOR), solve(messages).answer.split(SEPARATOR)
+    words = [step.split() for step in right]
+    first_wrong = next((i for i, step in enumerate(said) if step.split() != (words[i] if i < len(words) else [])), len(said))
+    labels = [1 if i < first_wrong else -1 for i in range(len(said))]
+    if len(said) != len(right) or not finished:
+        labels[-1] = -1
+    return said, labels
+
+
+def result(reply):
+    """What a sum's reply says it comes to: the number behind its last equals sign, or an empty string."""
+    found = re.findall(r"= (\d+)", reply)
+    return found[-1] if found else ""
+
+
 # -------------------------------------------------------------------------------------------------------------- as files
 
 
@@ -339,6 +397,7 @@ class Config:
     demonstrations: int = 5000  # chats for supervised fine-tuning
     prompts: int = 5000  # questions for preference data and PPO
     held_out: int = 1300  # questions of the held-out part, for evaluation only
+    long_demonstrations: int = 0  # answers to long sums with systematic mistakes, for process supervision
     seed: int = 0  # of everything
 
 
@@ -350,6 +409,9 @@ def main(config):
         "prompts.jsonl": [{"prompt": r.messages} for r in prompts(config.prompts, config.seed)],
         "held_out_prompts.jsonl": [{"prompt": r.messages} for r in prompts(config.held_out, config.seed, held=True)],
     }
+    if config.long_demonstrations:
+        records = long_demonstrations(config.long_demonstrations, config.seed)
+        files["long_demonstrations.jsonl"] = [{"messages": r.messages} for r in records]
     out = Path(config.out)
     for name in files:
         run.require(not (out / name).exists(), f"--out {out}: {name} is there already; name another directory")

@@ -188,13 +188,13 @@ def test_chat_takes_its_flags_from_the_command_line(runs, monkeypatch, capsys):
 # ------------------------------------------------------------------------------------------- every method, side by side
 
 
-def test_best_of_n_takes_the_reply_with_the_best_score_of_each_group():
+def test_best_of_n_by_hand():
     golds = torch.tensor([[0.1, 0.9, 0.5, 0.3], [1.0, 0.0, 0.2, 0.6]])
     scores = torch.tensor([[2.0, 1.0, 0.0, 3.0], [0.0, 1.0, 5.0, 4.0]])
-    assert evaluate.best_of(golds, scores, 1) == pytest.approx(golds.mean())
-    assert evaluate.best_of(golds, scores, 2) == pytest.approx((0.1 + 0.3 + 0.0 + 0.2) / 4)
-    assert evaluate.best_of(golds, scores, 4) == pytest.approx((0.3 + 0.2) / 2)
-    assert evaluate.best_of(golds, golds, 4) == pytest.approx((0.9 + 1.0) / 2)
+    assert evaluate.best_of(golds, scores, 1).tolist() == pytest.approx(golds.mean(1).tolist())
+    assert evaluate.best_of(golds, scores, 2).tolist() == pytest.approx([(3 * 0.3 + 2 * 0.1 + 0.9) / 6, (3 * 0.2 + 2 * 0.6 + 0.0) / 6])
+    assert evaluate.best_of(golds, scores, 4).tolist() == pytest.approx([0.3, 0.2])
+    assert evaluate.best_of(golds, golds, 4).tolist() == pytest.approx([0.9, 1.0])
     assert evaluate.kl_bound(1) == 0 and evaluate.kl_bound(4) == pytest.approx(math.log(4) - 0.75)
 
 
