@@ -28,6 +28,10 @@ Watch: score (the reward model's opinion: rises), kl (nats per reply to the refe
 ratio_first (1 on the first minibatch: sampling and training agree on every log-prob; in float32 to 1e-5), ended (replies that stopped by
 themselves: near 1). On the embedded world `gold` is the truth, logged and never trained on: score up and gold down is reward hacking.
 
+Real runs have no gold, so a detector looks for what hacking leaves behind: reward models that were not trained against (--ensemble) stop
+believing the score, replies grow while length is being paid for, phrases repeat, refusals spread, the KL leaves its budget. It warns once
+for each sign, writes `hacking`, the number of signs, to every step's metrics, and ends the run there with --stop-on-hacking.
+
 What everybody gets wrong: the end-of-turn token is an action too. It gets a log-prob, a KL penalty and an advantage, and the
 score sits on it, not one position later; a reply that never ends gets a fixed low score instead.
 """
@@ -71,6 +75,9 @@ class Config:
     gamma: float = 1.0  # gae: discount per token
     lam: float = 0.95  # gae: 1 trusts returns, 0 trusts the critic
     clip_eps: float = 0.2  # how far the ratio, and the value, may move per batch
+    ensemble: list = field(default_factory=list)  # further reward models, which are asked but never trained against
+    kl_budget: float = 2.5  # nats per reply; a policy that is farther away is taken for hacking (0: no budget)
+    stop_on_hacking: bool = False  # end the run at the first sign
     no_end_score: float = -2.0  # of a reply without an end-of-turn token, instead of the reward model's
     lr: float = 5e-4  # peak learning rate of the policy (for real models 1e-6)
     critic_lr: float = 1e-3  # gae: peak learning rate of the critic
@@ -149,6 +156,70 @@ def adapted(beta, kl, target, replies):
     the gain of their code."""
     error = min(max(kl / target - 1, -0.2), 0.2)
     return beta * (1 + error * replies / 10000)
+
+
+# --------------------------------------------------------------------------------------------------------------- detector
+
+REFUSALS = ("i can not", "i cannot", "i can't", "i do not know", "i don't know", "i am sorry", "i'm sorry", "as an ai")
+
+
+def correlation(x, y):
+    """Pearson's, of x and y (N,); 0 where either does not vary. Of length and score it says where length is going: leaning a policy
+    towards a score, pi exp(eps score), moves its mean length by eps cov(length, score) (Price 1970)."""
+    x, y = x - x.mean(), y - y.mean()
+    return (x * y).sum() / ((x**2).sum() * (y**2).sum()).sqrt().clamp(min=1e-8)
+
+
+def repetition(reply):
+    """The share of a reply's token pairs that it has said before: near 0 in plain text, near 1 in a loop."""
+    pairs = list(zip(reply, reply[1:], strict=False))
+    return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
+
+
+def traces(replies, texts, scores, lengths, others):
+    """What each reply shows without a judge. scores, lengths (B,); others: a list of scores (B,), one per watcher -> {name: (B,)}."""
+    values = {"length": lengths.float(), "repetition": lengths.new_tensor([repetition(reply) for reply in replies], dtype=torch.float)}
+    values["refusals"] = lengths.new_tensor([text.strip().lower().startswith(REFUSALS) for text in texts], dtype=torch.float)
+    if others:
+        values["disbelief"] = scores - torch.stack(others).mean(0)  # by how much the score exceeds what the others give
+    return values
+
+
+def drift(values, log_ratios, start):
+    """How far the mean of a trace has moved from the reference's, E_pi[f] - E_ref[f], and the standard error of that, from replies of pi.
+
+    values f and log_ratios log pi - log pi_ref of whole replies (B,); start: f's mean under the reference, about. Since E_pi[pi_ref/pi f]
+    = E_ref[f] (importance sampling), the difference is E_pi[(1 - pi_ref/pi) (f - start)], whatever `start`. Two batches have two
+    luckless draws of prompts between them; here each reply is compared with itself, and a policy that has not moved shows exactly 0.
+    """
+    ratio = torch.exp(-log_ratios).clamp(max=10.0)  # (B,); the clamp trades the variance of a rare large weight for a little bias
+    parts = (1 - ratio) * (values - start)  # (B,)
+    return float(parts.mean()), float(parts.std() / len(parts) ** 0.5)
+
+
+def signs(drifts, length, paid, kl, kl_budget):
+    """The signs of reward hacking in a batch -> {sign: a sentence}.
+
+    drifts: {trace: (drift, its standard error)}, which count as far as they are beyond doubt (three standard errors); length: the
+    reference's, in tokens; paid: the correlation of length and score; kl in nats. The limits were chosen on the embedded world.
+    """
+    moved = {"disbelief": 0.0} | {name: value for name, (value, _) in drifts.items()}
+    sure = {"disbelief": 0.0} | {name: value - 3 * error for name, (value, error) in drifts.items()}
+    growth = moved["length"] / length
+    checks = {
+        "kl": (kl_budget and kl > kl_budget, f"KL of {kl:.2f} nats per reply is over its budget of {kl_budget:g}"),
+        "length": (
+            (sure["length"] > 0 and growth > 0.01 and paid > 0.1) or abs(growth) > 0.5,
+            f"length has moved by {growth:+.0%}, and its correlation with the score is {paid:.2f}",
+        ),
+        "repetition": (sure["repetition"] > 0.05, f"{moved['repetition']:+.0%} of all token pairs are repeated"),
+        "refusals": (sure["refusals"] > 0.05, f"{moved['refusals']:+.0%} of the replies refuse"),
+        "ensemble": (
+            sure["disbelief"] > 0.2,
+            f"the score has outgrown other reward models' by {moved['disbelief']:.2f} standard deviations",
+        ),
+    }
+    return {name: sentence for name, (seen, sentence) in checks.items() if seen}
 
 
 # ---------------------------------------------------------------------------------------------------------------- rollout
@@ -239,6 +310,7 @@ def main(config):
     # With adapters, four models stand on one trunk, if the reward model was adapted from this same --init.
     trunk = policy if policy.rank else None
     reward_model = annotators.open_reward_model(config.reward, encoding, job.device, "--reward", trunk)
+    watchers = [annotators.open_reward_model(directory, encoding, job.device, "--ensemble", trunk) for directory in config.ensemble]
     ref = policy.reference()
     reward_model.requires_grad_(not policy.rank)  # what is frozen is shared: a critic of adapters stands on the reward model's trunk
     critic = None if groups else reward_model.share().adapt(config.lora_rank, config.lora_alpha, config.lora_targets)
@@ -249,7 +321,7 @@ def main(config):
         records = [record for path in config.data for record in formats.read(path, "prompt")]
     else:
         records = world.prompts(config.steps * config.batch_size // K, config.seed)
-    room = min(policy.config.context, reward_model.config.context) - config.max_new_tokens
+    room = min(model.config.context for model in (policy, reward_model, *watchers)) - config.max_new_tokens
     prompts = [(chat.prompt(record.messages, encoding), record.messages) for record in records]
     fitting = [prompt for prompt in prompts if len(prompt[0]) <= room]
     run.require(fitting, f"none of the {len(prompts)} prompts leaves room for a reply of {config.max_new_tokens} tokens in the context")
@@ -264,7 +336,7 @@ def main(config):
     shuffler = torch.Generator().manual_seed(config.seed)  # of the minibatches
     optimizer = run.optimizer(policy, config.lr, eps=1e-5)
     critic_optimizer = run.optimizer(critic, config.critic_lr, eps=1e-5) if critic else None
-    beta = config.beta
+    beta, start, seen = config.beta, {}, set()
     for step in job.steps(config.steps):
         while len(queue) < config.batch_size // K:
             queue += shuffle.sample(fitting, len(fitting))
@@ -306,13 +378,29 @@ def main(config):
             metrics["clipped"] = ((last - 1).abs() > config.clip_eps).float().mean()
         if config.kl_target:
             beta = adapted(beta, float(metrics["kl"]), config.kl_target, config.batch_size)
+        ended = old.ended.tolist()
+        texts = [encoding.decode(reply[:-1] if end else reply) for reply, end in zip(old.replies, ended, strict=True)]
+        whole = [prompt + reply for prompt, reply in zip([p for p in ids for _ in range(K)], old.replies, strict=True)]
+        others = [torch.where(old.ended, score(model, whole), config.no_end_score) for model in watchers]  # (B,) each
+        values = traces(old.replies, texts, old.scores, old.batch.mask.sum(1), others)
+        start = start or {name: float(value.mean()) for name, value in values.items()}  # of the first batch: the reference's own
+        drifts = {name: drift(value, old.kl.sum(1), start[name]) for name, value in values.items()}
+        metrics |= {f"{name}_drift": moved for name, (moved, _) in drifts.items()}
+        metrics["length_paid"] = float(correlation(values["length"], old.scores))
+        found = signs(drifts, start["length"], metrics["length_paid"], float(metrics["kl"]), config.kl_budget)
+        for sign, sentence in found.items():
+            if sign not in seen:
+                job.say(f"ppo: step {step + 1}: this looks like reward hacking: {sentence}")
+        seen |= found.keys()
+        metrics["hacking"] = len(found)
         if not config.data:
-            ended = old.ended.tolist()
-            texts = [encoding.decode(reply[:-1] if end else reply) for reply, end in zip(old.replies, ended, strict=True)]
             messages = [m for _, m in asked for _ in range(K)]
             golds = [world.judge(m, text, end)["gold"] for m, text, end in zip(messages, texts, ended, strict=True)]
             metrics["gold"] = sum(golds) / len(golds)
         job.log(step, **metrics)
+        if found and config.stop_on_hacking:
+            job.say(f"ppo: stopped after step {step + 1}")
+            break
 
     def save(directory):
         policy.save_pretrained(directory)

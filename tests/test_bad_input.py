@@ -423,6 +423,12 @@ BAD_FLAGS = [  # script, flag, value, what the sentence says
     *[("ppo", name, "-1", "at least 0") for name in ("critic-warmup", "critic-lr")],
     ("ppo", "no-end-score", "nan", "finite"),
     *[("ppo", "advantage", "reinforce", "gae, rloo, grpo, dr-grpo"), ("ppo", "kl-target", "-1", "at least 0")],
+    *[
+        ("annotators", "annotators", "0", "at least 1"),
+        ("annotators", "abstain", "1.5", "[0, 1]"),
+        ("annotators", "length-bias", "nan", ""),
+    ],
+    *[("reward", "completions", "0", "at least 1"), ("reward", "centring", "-1", "at least 0"), ("ppo", "kl-budget", "-1", "at least 0")],
     *[("ppo", "group-size", "0", "at least 1"), ("sft", "micro-batch-size", "x", "invalid int value")],
 ]
 
