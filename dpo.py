@@ -50,7 +50,7 @@ LOSSES = ["dpo", "cdpo", "robust", "ipo", "hinge", "simpo", "orpo", "kto"]
 BETA = {"ipo": 0.5, "simpo": 1.0}  # the embedded world's defaults, where not .2
 SMOOTHING = {"cdpo": 0.25, "robust": 0.1}
 OWNERS = {"label_smoothing": ["cdpo", "robust"], "summed": ["ipo"], "gamma": ["simpo"], "lam": ["orpo"]}  # flags of some losses only
-OWNERS |= {"desirable_weight": ["kto"], "undesirable_weight": ["kto"]}
+OWNERS |= {"beta": [name for name in LOSSES if name != "orpo"], "desirable_weight": ["kto"], "undesirable_weight": ["kto"]}
 LR = {"orpo": 1e-3}  # where not 1e-4: a base model has more to learn
 
 
@@ -71,7 +71,7 @@ class Config:
     spin: bool = False  # demonstrations against the policy's own replies, round by round (--data: files of conversations)
     rounds: int = 4  # online, spin: how often fresh replies are drawn
     refresh_ref: bool = False  # online: the reference is the policy at the round's start (spin: always), not --init
-    labels: int = 0  # comparisons to learn from, over all rounds (0: all there are)
+    labels: int = 0  # comparisons (kto: judged replies) to learn from, over all rounds (0: all there are)
     max_new_tokens: int = world.MAX_NEW_TOKENS  # longest reply to sample
     watch: int = 128  # replies sampled now and then, to see KL and gold (0: none)
     summed: bool = False  # ipo: log-probs summed over the reply, the letter of the paper, instead of averaged, as its authors trained
@@ -281,38 +281,41 @@ def load_source(config):
     return world.prompts(config.prompts, config.seed)
 
 
-def own_preferences(config, policy, encoding, judge, questions, seed):
-    """Two fresh replies of the policy to each question, compared by whom --judge names -> Preference records; ties are skipped."""
-    if config.judge == "":
-        return annotators.preferences(policy, encoding, questions, config.agreement, seed)
-    pairs = annotators.two_replies(policy, encoding, questions, config.max_new_tokens, seed)
-    gaps = annotators.score_gaps(judge, encoding, pairs) if judge else annotators.gold_gaps(pairs)
-    return annotators.judged(pairs, gaps, soft=bool(judge))
+def compared(config, policy, encoding, label, questions, wanted, seed):
+    """--online: asks questions until there are `wanted` comparisons of two fresh replies (0: asks them all) -> Preference records."""
+    records, asked, size = [], 0, wanted or len(questions)
+    while asked < len(questions) and (not wanted or len(records) < wanted):
+        pairs = annotators.two_replies(policy, encoding, questions[asked : asked + size], config.max_new_tokens, seed + asked)
+        records += label(pairs, seed + asked)
+        asked = min(asked + size, len(questions))
+    return records, f"{asked} questions asked, {asked - len(records)} without a better reply"
 
 
 def against_own_replies(config, policy, encoding, demonstrations, seed):
-    """SPIN: each demonstration is chosen, the policy's own reply rejected -> Preference records. Replies that did not end are left out."""
+    """--spin: each demonstration is chosen, the policy's own reply rejected -> Preference records."""
     prompts = [record.messages[:-1] for record in demonstrations]
     replies = annotators.sample(policy, encoding, prompts, config.max_new_tokens, seed=seed)
-    return [
+    records = [
         formats.Preference(prompt, record.messages[-1:], [{"role": "assistant", "content": text}], record.where)
         for prompt, record, (_, ended, text) in zip(prompts, demonstrations, replies, strict=True)
         if ended and text.strip()
     ]
+    return records, f"{len(replies)} replies to demonstrations, {len(replies) - len(records)} empty or unfinished"
 
 
-def round_records(config, policy, encoding, judge, source, turn):
+def round_records(config, policy, encoding, label, source, turn, wanted, job):
     """Round number `turn` -> the records that it learns from: Preferences, or for KTO Unpaired ones."""
     seed = config.seed + 1000003 * turn  # of samples and annotators
+    if config.data and not (config.online or config.spin):
+        return source
     if config.spin:
-        records = against_own_replies(config, policy, encoding, source, seed)
+        records, said = against_own_replies(config, policy, encoding, source, seed)
     elif config.online:
         share = len(source) // config.rounds
-        records = own_preferences(config, policy, encoding, judge, source[turn * share : (turn + 1) * share], seed)
-    elif config.data:
-        return source
+        records, said = compared(config, policy, encoding, label, source[turn * share : (turn + 1) * share], wanted, seed)
     else:
-        records = annotators.preferences(policy, encoding, source, config.agreement, seed)
+        records, said = annotators.preferences(policy, encoding, source, config.agreement, seed), f"{len(source)} questions asked"
+    job.say(f"dpo: round {turn + 1}: {said}")
     return [side for record in records for side in formats.reading(record, "unpaired" if config.loss == "kto" else "preference")]
 
 
@@ -331,14 +334,15 @@ def encode(config, records, encoding, context):
     return pairs, labels, kept, f"{len(pairs)} {kind}, {len(records) - len(kept)} dropped ({why})"
 
 
-def prepare(config, records, ref, encoding, job):
-    """Records -> Comparisons, with the log-probs of the reference under them. Fresh replies are never seen twice: none is held out."""
+def prepare(config, records, ref, encoding, job, wanted):
+    """Records -> Comparisons, `wanted` of them (0: all), with the reference's log-probs. Of fresh replies none is held out: the next
+    round's are as good as held out."""
     pairs, labels, kept, found = encode(config, records, encoding, ref.config.context)
     job.say(f"{config.loss}: {found}")
     fresh = config.online or config.spin
-    wanted = min(len(pairs), config.labels // (config.rounds if fresh else 1) or len(pairs))
-    held_out, training = hold_out(wanted, 0 if fresh else min(300, 8 * config.batch_size), config.seed)
-    used = config.steps * config.batch_size or len(pairs)  # no reference log-probs for pairs that no step will see
+    kept_back = 0 if fresh else min(300, 8 * config.batch_size)
+    held_out, training = hold_out(min(len(pairs), wanted or len(pairs)), kept_back, config.seed)
+    used = math.ceil(config.steps / (config.rounds if fresh else 1)) * config.batch_size or len(pairs)  # more, no step will see
     order = held_out + training[:used]
     pairs = [pairs[i] for i in order]
     labels = torch.tensor([labels[i] for i in order], dtype=torch.float32, device=job.device)  # (N,)
@@ -370,38 +374,55 @@ def main(config):
     annotators.check_agreement(config.agreement)
     run.require(0 <= config.label_smoothing < 0.5, f"--label-smoothing must lie in [0, 0.5), not {config.label_smoothing}")
     run.require(not (config.online and config.spin), "--online compares, --spin imitates: choose one of them")
+    fresh = config.online or config.spin
     run.require(config.online or not (config.judge or config.refresh_ref), "--judge and --refresh-ref belong to --online: add it")
+    run.require(fresh or config.rounds == Config.rounds, "--rounds belongs to --online and --spin: add one of them")
     known = config.judge or not (config.online and config.data)
     run.require(known, "--online on files needs a --judge: annotators know only the embedded world")
+    for name in ("steps", "labels"):
+        enough = not fresh or getattr(config, name) == 0 or getattr(config, name) >= config.rounds
+        run.require(enough, f"--{name} {getattr(config, name)} are too few for --rounds {config.rounds}")
     job = run.start(config, "dpo")
 
     # --- policy and data
     encoding = chat.extend(tokenizer.choose(config.tokenizer, config.init, world.TOKENIZER))
     policy = starting_policy(config, encoding, job.device).adapt(config.lora_rank, config.lora_alpha, config.lora_targets)
-    learnt = config.judge not in ("", "world")
-    judge = annotators.open_reward_model(config.judge, encoding, job.device, "--judge") if learnt else None
+    trunk = policy if policy.rank else None
+    label = annotators.labeller(config.judge, config.agreement, encoding, job.device, trunk) if config.online else None
     source, rounds, questions = load_source(config), 1, []
-    if config.online or config.spin:
-        rounds = config.rounds
-        watched, kept = hold_out(len(source), config.watch, config.seed)
-        questions = [record.messages[:-1] if config.spin else record.messages for record in (source[i] for i in watched)]
-        source = [source[i] for i in kept]
+    if fresh:
+        rounds, room = config.rounds, policy.config.context - config.max_new_tokens
+        asked = [record.messages[:-1] if config.spin else record.messages for record in source]
+        fitting = [i for i, messages in enumerate(asked) if len(chat.prompt(messages, encoding)) <= room]
+        watched, kept = hold_out(len(fitting), config.watch, config.seed)
+        questions, found = [asked[fitting[i]] for i in watched], len(source)
+        source = [source[fitting[i]] for i in kept]
+        job.say(f"dpo: {len(source)} questions in {rounds} rounds, {found - len(fitting)} dropped for their length")
         run.require(len(source) >= rounds, f"{len(source)} records are too few for --rounds {rounds}")
-    data = prepare(config, round_records(config, policy, encoding, judge, source, 0), policy, encoding, job)
+    needs = [n for n in (config.labels // rounds, math.ceil(config.steps / rounds) * config.batch_size * fresh) if n]
+    wanted = min(needs, default=0)  # comparisons of a round; 0: all there are
+    records = round_records(config, policy, encoding, label, source, 0, wanted, job)
+    run.require(records, "no two replies could be told apart: there is nothing to learn")
+    data = prepare(config, records, policy, encoding, job, wanted)
     questions = questions or data.questions[: config.watch]
 
     # --- training
     longest = max(map(longest_side, data.pairs))
-    job.ledger({"policy": policy}, tokens=2 * config.batch_size * longest)
+    sampled = (config.watch or 256 * fresh) * longest  # tokens in the cache at once
+    job.ledger({"policy": policy}, tokens=2 * config.batch_size * longest, sampled=sampled)
     steps = config.steps or rounds * math.ceil(1.5 * len(data.training) / config.batch_size)
     optimizer = run.optimizer(policy, config.lr)
     for step in job.steps(steps):
-        turn, first = divmod(step, math.ceil(steps / rounds))
-        if step and first == 0:  # a new round: fresh replies, and what the reference makes of them
+        turn = step * rounds // steps
+        begins = step == 0 or turn > (step - 1) * rounds // steps
+        if begins and step:  # a new round: fresh replies, and what the reference makes of them
+            records = round_records(config, policy, encoding, label, source, turn, wanted, job)
+            if not records:
+                job.say("dpo: no two replies could be told apart any more: training ends here")
+                break
             refreshed = config.spin or config.refresh_ref
-            records = round_records(config, policy, encoding, judge, source, turn)
-            data = prepare(config, records, policy if refreshed else reference(config, policy, encoding), encoding, job)
-        if first == 0:
+            data = prepare(config, records, policy if refreshed else reference(config, policy, encoding), encoding, job, wanted)
+        if begins:
             batches = epochs([longest_side(data.pairs[i]) for i in data.training], config.batch_size, config.seed)
         rows = data.training[next(batches)]  # (B,)
         labels, sizes, ref_logps = data.labels[rows], data.sizes[rows], data.ref_logps[rows]

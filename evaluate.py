@@ -698,7 +698,7 @@ def stage(done, seed, threads, *command):
     target = ["--out", done, *([] if done.suffix == ".jsonl" else ["--overwrite"]), "--seed", seed]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     ended = subprocess.run([sys.executable, *map(str, [*command, *target])], cwd=run.ROOT, env=environment)
-    run.require(ended.returncode == 0, f"stopped at {done.stem}: what went wrong stands above")
+    run.require(ended.returncode == 0, f"stopped at {done.name}: what went wrong stands above")
 
 
 def foundation(out, seed, threads, keep=False):
@@ -790,7 +790,8 @@ class Methods:
 
 def methods_main(config):
     seeds, out = whole_numbers(config.seeds), Path(config.out).resolve()
-    with ThreadPoolExecutor(cores()) as pool:  # one thread each: the stages are too small to gain from more
+    workers = 1 if torch.cuda.is_available() else cores()
+    with ThreadPoolExecutor(workers) as pool:  # one thread each: the stages are too small to gain from more
         list(pool.map(lambda seed: prepare_methods(out / f"seed-{seed}", seed), seeds))
         chains = [(out / f"seed-{seed}", seed, chain) for seed in seeds for chain in method_chains(out / f"seed-{seed}")]
         list(pool.map(lambda job: run_chain(*job), chains))
@@ -845,11 +846,11 @@ def method_chains(home):
         {"orpo": [*dpo, "--init", home / "base", *labels, "--loss", "orpo", "--batch-size", 32, "--steps", 1000]},  # SFT's share too
         {
             "kto": [*dpo, *start, "--data", home / "thumbs.jsonl", "--loss", "kto"],
-            "online": [*online, "--labels", LABELS],
-            "iterative": [*online, "--labels", LABELS, "--refresh-ref"],
+            "online": [*online, "--labels", LABELS - 300],  # offline DPO holds 300 out
+            "iterative": [*online, "--labels", LABELS - 300, "--refresh-ref"],
         },
         {
-            "careful": ["sft.py", *start, *careful, "--steps", 125],
+            "careful": ["sft.py", *start, *careful, "--steps", 235],  # one pass
             "more-sft": ["sft.py", "--init", runs / "careful", *careful, "--steps", 125],
             "spin-1": [*dpo, "--init", runs / "careful", *careful, "--spin", "--rounds", 1],
             "spin-2": [*dpo, "--init", runs / "spin-1", *careful, "--spin", "--rounds", 1],
@@ -868,17 +869,23 @@ def run_chain(home, seed, chain):
             stage(home / "methods" / name, seed, 1, *command)
 
 
+def cost(directory):
+    """Processor seconds of a run and of the runs beside it that it needed: its start, its reward model, its judge."""
+    facts = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+    needed = [Path(facts["flags"].get(flag) or "") for flag in ("init", "reward", "judge")]
+    return facts["cpu_seconds"] + sum(cost(path) for path in needed if path.parent == directory.parent)
+
+
 def measure_methods(home):
     """-> the scoreboard of a seed's methods, and {n: gold of the best of n replies by the reward model's choice}."""
     torch.set_num_threads(1)
     runs = [home / "methods" / name for chain in method_chains(home) for name in chain]
     board, _, _, prompts = scoreboard([home / "base", home / "sft", *runs], home / "sft", n=ASKED)
+    for row in (board["base"], board["sft"]):
+        row.pop("seconds", None)  # it belongs to all of them
     for directory in runs:
-        facts = json.loads((directory / "run.json").read_text(encoding="utf-8"))
-        row = board[directory.name]
-        row["memory"], row["seconds"] = facts["peak_memory_mib"], facts["cpu_seconds"]
-        helper = facts["flags"].get("reward") or facts["flags"].get("judge")
-        row["seconds"] += json.loads((Path(helper) / "run.json").read_text(encoding="utf-8"))["cpu_seconds"] if helper else 0.0
+        row, facts = board[directory.name], json.loads((directory / "run.json").read_text(encoding="utf-8"))
+        row["memory"], row["seconds"] = facts["peak_memory_mib"], cost(directory)
     for row in board.values():
         if "gold" in row:
             row["gain"] = row["gold"] - board["sft"]["gold"]

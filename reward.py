@@ -286,6 +286,7 @@ def main(config):
     else:
         model = GPT.from_pretrained(config.init, head="score")
     model = tokenizer.fit(model, encoding).to(job.device).adapt(config.lora_rank, config.lora_alpha, config.lora_targets)
+    model.config.score_gain = 1.0  # from here on a difference of scores is log-odds again, also where an earlier run had scaled it
 
     def save(directory):
         model.save_pretrained(directory)

@@ -38,7 +38,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Flags of which 0 means nothing:
-COUNTS = set("batch_size minibatches ppo_epochs prompts group_size max_new_tokens annotators completions".split())
+COUNTS = set("batch_size rounds minibatches ppo_epochs prompts group_size max_new_tokens annotators completions".split())
 
 
 # ----------------------------------------------------------------------------------------------------------------- flags
@@ -291,7 +291,10 @@ def peak_memory(device):
     """MiB: on CUDA the most that tensors took at once, on the CPU the most that the process held, libraries included."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    try:  # a child's getrusage begins at what its parent had held; this line of Linux does not
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
+    except (OSError, TypeError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def curves(metrics, path):

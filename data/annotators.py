@@ -79,6 +79,8 @@ def sample(model, encoding, prompts, max_new_tokens, temperature=1.0, seed=0, sa
     ids = [chat.prompt(messages, encoding) for messages in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # prompts of like length together: less padding to read
     replies = [[] for _ in ids]
+    longest = max(map(len, ids), default=0) + max_new_tokens
+    batch = max(samples, min(batch, 2**29 // model.bytes_of_cache(longest)))  # keys and values in half a gigabyte
     for start in range(0, len(ids), batch // samples):
         rows = order[start : start + batch // samples]
         options = dict(stop_id=stops, generator=generator, samples=samples)
@@ -89,12 +91,12 @@ def sample(model, encoding, prompts, max_new_tokens, temperature=1.0, seed=0, sa
     return [reply for group in replies for reply in group]
 
 
-def votes(gaps, differences, agreement, annotators=1, position_bias=0.0, abstain=0.0, seed=0):
+def votes(gaps, differences, agreement, annotators=1, position_bias=0.0, abstain=0.0, seed=0, steep=None):
     """Each annotator's choice on each pair -> one tuple per pair: 1 the first reply, 0 the second, None no opinion.
 
-    gaps: gold(a) - gold(b) of each pair, which set the strength; differences: u(a) - u(b), what the annotators see of it.
+    gaps: gold(a) - gold(b) of each pair, which set the strength unless `steep` does; differences: u(a) - u(b), what the annotators see.
     """
-    steep, rows = strength(gaps, agreement), []
+    steep, rows = strength(gaps, agreement) if steep is None else steep, []
     for k in range(annotators):
         rng = random.Random(f"annotators {seed}" + f" {k}" * (k > 0))
         order = random.Random(f"order {seed} {k}")  # streams of their own: a bias of 0 leaves every choice as it was
@@ -168,18 +170,16 @@ def world_judge(rows):
 def two_replies(model, encoding, prompts, max_new_tokens=world.MAX_NEW_TOKENS, seed=0):
     """Two samples of the model for each prompt -> (messages, reply, reply) of those that can be compared, replies as `sample` gives them.
 
-    Identical and empty replies are dropped. Deterministic in `seed`. Raises ValueError if nothing is left.
+    Identical and empty replies are dropped. Deterministic in `seed`.
     """
     messages = [record.messages for record in prompts]
     replies = sample(model, encoding, messages, max_new_tokens, seed=seed, samples=2)
-    return different(zip(messages, replies[::2], replies[1::2], strict=True), "no prompt")
+    return different(zip(messages, replies[::2], replies[1::2], strict=True))
 
 
-def different(pairs, nothing):
-    """The pairs that have something to compare. Raises ValueError if nothing is left."""
-    kept = [(m, a, b) for m, a, b in pairs if a[2] != b[2] and a[2].strip() and b[2].strip()]
-    run.require(kept, f"{nothing} got two different replies: there is nothing to compare")
-    return kept
+def different(pairs):
+    """The pairs that have something to compare."""
+    return [(m, a, b) for m, a, b in pairs if a[2] != b[2] and a[2].strip() and b[2].strip()]
 
 
 def gold_gaps(pairs):
@@ -204,7 +204,7 @@ def open_reward_model(directory, encoding, device, flag, trunk=None):
 def score_gaps(reward_model, encoding, pairs):
     """The log-odds that a reward model gives the first reply of each pair; one that did not end by itself loses to any that did."""
     rows = [(chat.prompt(m, encoding) + ids, ended) for m, *replies in pairs for ids, ended, _ in replies]
-    scores = in_batches(lambda part: score(reward_model, [ids for ids, _ in part]), rows, lambda row: len(row[0]))  # (2 N,)
+    scores = in_batches(lambda part: score(reward_model, [ids for ids, _ in part]), rows, lambda row: len(row[0]), model=reward_model)
     ended = torch.tensor([ended for _, ended in rows], device=scores.device)
     a, b = torch.where(ended, scores / reward_model.config.score_gain, -1e4).view(-1, 2).unbind(1)  # normalisation undone
     return (a - b).tolist()
@@ -218,9 +218,11 @@ def preference(prompt, better, worse, where, label=1.0, ratings=None):
 def preferences(model, encoding, prompts, agreement=0.75, seed=0, **dials):
     """Two samples of the model for each world prompt, compared by annotators -> Preference records. Deterministic in `seed`.
 
-    dials: those of `compare` and `votes`.
+    dials: those of `compare` and `votes`. Raises ValueError if there is nothing to compare.
     """
-    return compare(two_replies(model, encoding, prompts, seed=seed), world_judge, agreement, seed, **dials)[0]
+    pairs = two_replies(model, encoding, prompts, seed=seed)
+    run.require(pairs, "no prompt got two different replies: there is nothing to compare")
+    return compare(pairs, world_judge, agreement, seed, **dials)[0]
 
 
 def reward_judge(directory, device):
@@ -250,7 +252,7 @@ def two_files(paths):
         pairs.append((a.messages[:-1], *replies))
     few, many = sorted(len(side) for side in sides)
     run.require(few == many, f"--data: one file has {few} answers and the other {many}; both need one for each prompt")
-    return different(pairs, f"no prompt of {paths[0]}")
+    return different(pairs)
 
 
 def summary(records, rows, gaps):
@@ -274,10 +276,31 @@ def judged(pairs, gaps, soft=False):
     found = []
     for (prompt, a, b), gap in zip(pairs, gaps, strict=True):
         if gap:
-            label = 1 / (1 + math.exp(-min(abs(gap), 500.0))) if soft else 1.0
+            label = 1 / (1 + math.exp(-min(abs(gap), 12.0))) if soft else 1.0  # soft labels are never quite 1
             found.append(preference(prompt, *((a, b) if gap > 0 else (b, a)), f"judged pair {len(found)}", label))
-    run.require(found, f"the judge finds the two replies equally good in all {len(pairs)} pairs: there is nothing to learn")
     return found
+
+
+def labeller(judge, agreement, encoding, device, trunk=None):
+    """Who compares fresh replies: a function of (pairs, seed) -> Preference records, ties skipped.
+
+    judge: "" for annotators, "world" for its judge, or a reward model's directory. Annotators keep the eye that the first pairs set:
+    they do not see better because the policy's replies have come closer to each other.
+    """
+    if judge == "world":
+        return lambda pairs, seed: judged(pairs, gold_gaps(pairs))
+    if judge:
+        model = open_reward_model(judge, encoding, device, "--judge", trunk)
+        return lambda pairs, seed: judged(pairs, score_gaps(model, encoding, pairs), soft=True)
+    eye = {}
+
+    def annotate(pairs, seed):
+        gaps = gold_gaps(pairs)
+        eye.setdefault("steep", strength(gaps, agreement))
+        unequal = [pair for pair, gap in zip(pairs, gaps, strict=True) if gap]
+        return compare(unequal, world_judge, agreement, seed, **eye)[0]
+
+    return annotate
 
 
 def write(records, path):
@@ -320,6 +343,7 @@ def main(config):
         model = tokenizer.fit(GPT.from_pretrained(config.init), encoding).to(device)
         run.require(model.config.head == "lm", f"--init {config.init} has a scalar head and writes no replies: name a language model")
         pairs = two_replies(model, encoding, world.prompts(config.prompts, config.seed, config.held_out), seed=config.seed)
+    run.require(pairs, "no prompt got two different replies: there is nothing to compare")
     biases = dict(length_bias=config.length_bias, flattery_bias=config.flattery_bias, position_bias=config.position_bias)
     options = dict(annotators=config.annotators, abstain=config.abstain, ratings=config.ratings, **biases)
     records, rows, gaps = compare(pairs, judge, config.agreement, config.seed, **options)

@@ -126,7 +126,7 @@ def reply_kl(model, ref, prompts, replies, size=256):
         return kl.view(batch.mask.shape).sum(1)
 
     rows = [(prompt + reply, [False] * len(prompt) + [True] * len(reply)) for prompt, reply in zip(prompts, replies, strict=True)]
-    return in_batches(kl_of, rows, lambda row: len(row[0]), size)
+    return in_batches(kl_of, rows, lambda row: len(row[0]), size, model)
 
 
 def longest_side(pair):
