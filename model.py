@@ -456,7 +456,9 @@ class GPT(nn.Module):
                 raise ValueError(
                     f"{directory} is an adapter of {base or 'a base model without a name'}, which is no directory here: name it"
                 )
-            return cls.from_pretrained(base, head).load_adapter(directory).merge()
+            model = cls.from_pretrained(base, head).load_adapter(directory).merge()
+            model.origin, model.grown = str(directory), False  # a further adapter stands on both, and its file names this one as its base
+            return model
         config = read_config(directory)
         own_head, config.head = config.head, head or config.head
         if trunk is not None and trunk.carries(config) and own_head == "score" and (directory / "adapter").is_dir():
