@@ -303,7 +303,13 @@ class GPT(nn.Module):
     # ----------------------------------------------------------------------------------------------------------- memory
 
     def bytes_kept(self, T=32):
-        """What a forward pass keeps per token for its backward pass, as measured on a row of T tokens."""
+        """(per token, once): bytes that a forward pass keeps for its backward pass, as measured on rows of T and of 2 T tokens. What is
+        kept once, however many tokens there are, are autocast's copies of the weights."""
+        T = max(1, min(T, self.config.context // 2))
+        short, long = self._bytes_kept(T), self._bytes_kept(2 * T)
+        return (long - short) / T, 2 * short - long
+
+    def _bytes_kept(self, T):
         own = {tensor.untyped_storage().data_ptr() for tensor in (*self.parameters(), *self.buffers())}
         kept = {}
 
@@ -311,10 +317,9 @@ class GPT(nn.Module):
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        T = min(T, self.config.context)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             hidden = self(torch.zeros(1, T, dtype=torch.long, device=self.device))  # noqa: F841 (it keeps the graph alive)
-        return sum(size for at, size in kept.items() if at not in own) / T
+        return sum(size for at, size in kept.items() if at not in own)
 
     def bytes_of_logits(self, tokens):
         """The piece of fp32 logits that `kernels` has at a time over so many tokens, and the gradient of a head that learns."""

@@ -4,6 +4,8 @@ one trunk."""
 import itertools
 import json
 import time
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -316,6 +318,19 @@ def measured(tmp_path_factory):
             sizes = [event.nbytes() for event in events if now["from"] < event.start_ns() < now["to"]]
             found[name] = now["parts"], now["parts"]["weights"] + max(itertools.accumulate(sizes))
     return found, home
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_what_a_token_keeps_does_not_depend_on_the_length_and_bf16_copies_of_the_weights_count_once(tiny, arch):
+    model = tiny(arch, **ARCHS[arch])
+    for dtype, once in ((torch.float32, 0), (torch.bfloat16, 2 * sum(module.weight.numel() for _, module in model.linears()))):
+        job = SimpleNamespace(stage="sft", say=lambda text: None, autocast=partial(torch.autocast, "cpu", dtype, dtype != torch.float32))
+        with job.autocast():
+            kept = [model.bytes_kept(T) for T in (8, 16, 32)]
+        biases = sum(2 * module.bias.numel() for _, module in model.linears() if module.bias is not None) * (dtype != torch.float32)
+        assert kept[0] == kept[1] == kept[2] and once <= kept[0][1] <= once + biases
+        parts = run.Job.ledger(job, {"model": model}, tokens=1000)
+        assert parts["activations"] == 1000 * kept[0][0] + kept[0][1]
 
 
 @pytest.mark.parametrize("stage", STAGES)
