@@ -665,6 +665,7 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     if top_p < 1:
         ordered, order = logits.softmax(-1).sort(descending=True)  # (B, V)
         beyond = ordered.cumsum(-1) - ordered >= top_p  # the mass before a token already suffices
+        beyond[:, 0] = False  # also at top_p 0: the most likely token always stays
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
 
@@ -825,10 +826,23 @@ SIZES = {
 VARIANTS = "scale_attn_by_inverse_layer_idx attention_bias mlp_bias use_sliding_window quantization_config".split()
 
 
+# Numbers that may be missing, at the top level or among those of the rotary positions; all but the last two are positive.
+NUMBERS = "layer_norm_epsilon rms_norm_eps rope_theta factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
+NUMBERS += ["score_gain", "initializer_range", "score_bias"]
+
+
 def read_config(directory):
     """config.json in either spelling (top-level rope_theta and torch_dtype, or transformers 5's nested ones) -> Config."""
     path = Path(directory) / "config.json"
-    raw = read_json(path)
+    raw = {field: value for field, value in read_json(path).items() if value is not None}  # null is the default
+    odd = next((field for field in ("rope_parameters", "rope_scaling") if not isinstance(raw.get(field) or {}, dict)), None)
+    if odd:
+        raise ValueError(f"{path}: {odd} should be an object, but it is {raw[odd]!r}")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    for field, value in [(field, given[field]) for given in (raw, rope) for field in NUMBERS if given.get(field) is not None]:
+        number = type(value) in (int, float) and abs(value) < math.inf
+        if not (number and (value > 0 or field in NUMBERS[-2:])):
+            raise ValueError(f"{path}: {field} should be a {'' if field in NUMBERS[-2:] else 'positive '}number, but it is {value!r}")
     kind = raw.get("model_type")
     if kind not in CLASSES:
         raise ValueError(f"{path}: the architecture {kind!r} is not supported; {', '.join(CLASSES)} are")
@@ -858,7 +872,6 @@ def read_config(directory):
             tied=raw.get("tie_word_embeddings", True),
             **common,
         )
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     scaling, fields = rope.get("rope_type", rope.get("type", "default")), ["factor", "low_freq_factor", "high_freq_factor"]
     fields += ["original_max_position_embeddings"]
     if scaling not in ("default", "llama3") or (scaling == "llama3" and not all(rope.get(field) for field in fields)):
