@@ -65,9 +65,12 @@ COLUMNS = ["gold", "gain", "win_rate", "kl", "length", "seconds", "memory"]  # o
 
 def open_run(directory, device="cpu"):
     """(model, encoding, whether it was taught the chat format) of a checkpoint directory."""
-    encoding = tokenizer.load(directory)
+    encoding, chats = tokenizer.load(directory), tokenizer.has_template(directory)
+    lacks = [token for token in chat.TEMPLATES[chat.name_of(encoding)].tokens if token not in encoding._special_tokens]
+    unknown = f"{directory} was taught a chat template that is not known here, and its vocabulary lacks {', '.join(lacks)}"
+    run.require(not (chats and lacks), f"{unknown}: fine-tune it with sft.py, which adds them")
     model = GPT.from_pretrained(directory).to(device)
-    return model.eval(), encoding, tokenizer.has_template(directory)
+    return model.eval(), encoding, chats
 
 
 def asked(messages, encoding, chats):
@@ -937,6 +940,7 @@ def chat_main(directory, config=None):
     question N times more, side by side, without remembering them.
     """
     config = config or Chat()
+    run.require(0 < config.top_p <= 1, f"--top-p must be more than 0 and at most 1, not {config.top_p}")
     model, encoding, chats = open_run(directory, run.device(config.device))
     run.require(model.config.head == "lm", f"{directory} is a reward model: it scores text and cannot talk")
     generator = torch.Generator(model.device).manual_seed(config.seed)
@@ -958,16 +962,17 @@ def chat_main(directory, config=None):
                 print("/samples N answers the last question N times: ask one first, and say how often", flush=True)
                 continue
             for i, reply in enumerate(reply_to(model, encoding, question, chats, config, generator, samples=int(number))):
-                print(f"{i + 1}: {reply}", flush=True)
+                print(f"{i + 1}: {reply.strip()}", flush=True)
         else:
-            messages.append({"role": "user", "content": text})
-            print("model: ", end="", flush=True)
-            messages.append({"role": "assistant", "content": reply_to(model, encoding, messages, chats, config, generator)[0]})
+            question = [*messages, {"role": "user", "content": text}]
+            replies = reply_to(model, encoding, question, chats, config, generator)
+            messages = [*question, {"role": "assistant", "content": replies[0]}] if replies else messages
 
 
 def reply_to(model, encoding, messages, chats, config, generator, samples=1):
-    """The texts of so many replies; a single one is printed as it is written. Says at the end how fast they came.
+    """The texts of so many replies as they were sampled, white space included: what the model reads in the next turn is what it wrote.
 
+    A single one is printed as it is written. Says at the end how fast they came. No replies, and a sentence, if the message does not fit.
     Where the conversation outgrows the context, its oldest turns are forgotten, but not the system message.
     """
     room = min(config.max_new_tokens, model.config.context // 2)
@@ -976,7 +981,11 @@ def reply_to(model, encoding, messages, chats, config, generator, samples=1):
         start = messages[0]["role"] == "system"  # the first turn that may go, with the answer to it
         messages = messages[:start] + messages[start + 2 :]
         prompt, stops = asked(messages, encoding, chats)
-    run.require(len(prompt) < model.config.context, f"a message of {len(prompt)} tokens does not fit the context of {model.config.context}")
+    if len(prompt) >= model.config.context:
+        print(f"a message of {len(prompt)} tokens does not fit the context of {model.config.context}: say it in fewer words", flush=True)
+        return []
+    if samples == 1:
+        print("model: ", end="", flush=True)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
 
     def show(_, tokens):
@@ -987,7 +996,7 @@ def reply_to(model, encoding, messages, chats, config, generator, samples=1):
     replies = model.generate([prompt], room, config.temperature, config.top_k, config.top_p, **options)
     tokens, seconds = sum(map(len, replies)), time.perf_counter() - began
     print(f"{decoder.decode(b'', final=True)}\n[{tokens} tokens, {tokens / seconds:.0f} a second]", flush=True)
-    return [encoding.decode([token for token in reply if token not in stops]).strip() for reply in replies]
+    return [encoding.decode([token for token in reply if token not in stops]) for reply in replies]
 
 
 def main():

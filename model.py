@@ -303,7 +303,13 @@ class GPT(nn.Module):
     # ----------------------------------------------------------------------------------------------------------- memory
 
     def bytes_kept(self, T=32):
-        """What a forward pass keeps per token for its backward pass, as measured on a row of T tokens."""
+        """(per token, once): bytes that a forward pass keeps for its backward pass, as measured on rows of T and of 2 T tokens. What is
+        kept once, however many tokens there are, are autocast's copies of the weights."""
+        T = max(1, min(T, self.config.context // 2))
+        short, long = self._bytes_kept(T), self._bytes_kept(2 * T)
+        return (long - short) / T, 2 * short - long
+
+    def _bytes_kept(self, T):
         own = {tensor.untyped_storage().data_ptr() for tensor in (*self.parameters(), *self.buffers())}
         kept = {}
 
@@ -311,10 +317,9 @@ class GPT(nn.Module):
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        T = min(T, self.config.context)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             hidden = self(torch.zeros(1, T, dtype=torch.long, device=self.device))  # noqa: F841 (it keeps the graph alive)
-        return sum(size for at, size in kept.items() if at not in own) / T
+        return sum(size for at, size in kept.items() if at not in own)
 
     def bytes_of_logits(self, tokens):
         """The piece of fp32 logits that `kernels` has at a time over so many tokens, and the gradient of a head that learns."""
@@ -456,7 +461,9 @@ class GPT(nn.Module):
                 raise ValueError(
                     f"{directory} is an adapter of {base or 'a base model without a name'}, which is no directory here: name it"
                 )
-            return cls.from_pretrained(base, head).load_adapter(directory).merge()
+            model = cls.from_pretrained(base, head).load_adapter(directory).merge()
+            model.origin, model.grown = str(directory), False  # a further adapter stands on both, and its file names this one as its base
+            return model
         config = read_config(directory)
         own_head, config.head = config.head, head or config.head
         if trunk is not None and trunk.carries(config) and own_head == "score" and (directory / "adapter").is_dir():
@@ -658,6 +665,7 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     if top_p < 1:
         ordered, order = logits.softmax(-1).sort(descending=True)  # (B, V)
         beyond = ordered.cumsum(-1) - ordered >= top_p  # the mass before a token already suffices
+        beyond[:, 0] = False  # also at top_p 0: the most likely token always stays
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
 
@@ -818,10 +826,23 @@ SIZES = {
 VARIANTS = "scale_attn_by_inverse_layer_idx attention_bias mlp_bias use_sliding_window quantization_config".split()
 
 
+# Numbers that may be missing, at the top level or among those of the rotary positions; all but the last two are positive.
+NUMBERS = "layer_norm_epsilon rms_norm_eps rope_theta factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
+NUMBERS += ["score_gain", "initializer_range", "score_bias"]
+
+
 def read_config(directory):
     """config.json in either spelling (top-level rope_theta and torch_dtype, or transformers 5's nested ones) -> Config."""
     path = Path(directory) / "config.json"
-    raw = read_json(path)
+    raw = {field: value for field, value in read_json(path).items() if value is not None}  # null is the default
+    odd = next((field for field in ("rope_parameters", "rope_scaling") if not isinstance(raw.get(field) or {}, dict)), None)
+    if odd:
+        raise ValueError(f"{path}: {odd} should be an object, but it is {raw[odd]!r}")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    for field, value in [(field, given[field]) for given in (raw, rope) for field in NUMBERS if given.get(field) is not None]:
+        number = type(value) in (int, float) and abs(value) < math.inf
+        if not (number and (value > 0 or field in NUMBERS[-2:])):
+            raise ValueError(f"{path}: {field} should be a {'' if field in NUMBERS[-2:] else 'positive '}number, but it is {value!r}")
     kind = raw.get("model_type")
     if kind not in CLASSES:
         raise ValueError(f"{path}: the architecture {kind!r} is not supported; {', '.join(CLASSES)} are")
@@ -851,7 +872,6 @@ def read_config(directory):
             tied=raw.get("tie_word_embeddings", True),
             **common,
         )
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     scaling, fields = rope.get("rope_type", rope.get("type", "default")), ["factor", "low_freq_factor", "high_freq_factor"]
     fields += ["original_max_position_embeddings"]
     if scaling not in ("default", "llama3") or (scaling == "llama3" and not all(rope.get(field) for field in fields)):

@@ -197,7 +197,7 @@ class Job:
 
     def ledger(self, models, tokens, sampled=0):
         """Says where the memory will go. models by name; tokens of the largest forward pass that keeps what its backward needs, and of the
-        cache while `sampled` are. What a token keeps is measured on a short row; a weight that models share is counted once.
+        cache while `sampled` are. What a token keeps is measured on short rows; a weight that models share is counted once.
 
         Returns the parts in bytes, `peak` among them: activations and sampling are never there at the same time.
         """
@@ -209,8 +209,8 @@ class Job:
         learning = [model for model in models.values() if any(p.requires_grad for p in model.parameters())]
         gradients = sum(p.nbytes for model in learning for p in model.parameters() if p.requires_grad)
         with self.autocast():
-            kept = max(model.bytes_kept() for model in learning)
-        parts = {"weights": sum(weights.values()), "gradients": gradients, "Adam": 2 * gradients, "activations": int(kept * tokens)}
+            kept = max(a_token * tokens + once for a_token, once in (model.bytes_kept() for model in learning))
+        parts = {"weights": sum(weights.values()), "gradients": gradients, "Adam": 2 * gradients, "activations": int(kept)}
         parts["logits"] = max(model.bytes_of_logits(tokens) for model in learning)
         parts["sampling"] = learning[0].bytes_of_cache(sampled)
         passing = max(parts["activations"] + parts["logits"], parts["sampling"])

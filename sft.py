@@ -110,7 +110,8 @@ def main(config):
     encoding = chat.extend(tokenizer.choose(config.tokenizer, config.init, world.TOKENIZER), config.template)
     model = GPT.from_scratch(config.shape, encoding.n_vocab) if scratch else GPT.from_pretrained(config.init)
     run.require(model.config.head == "lm", f"--init {config.init} has a scalar head and cannot learn to write: name a language model")
-    model = tokenizer.fit(model, encoding).to(job.device).adapt(config.lora_rank, config.lora_alpha, config.lora_targets)
+    model = tokenizer.fit(model, encoding, chat=not config.pretrain).to(job.device)
+    model.adapt(config.lora_rank, config.lora_alpha, config.lora_targets)
 
     # --- data
     examples, long, empty = load_examples(config, encoding, model.config.context)

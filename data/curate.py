@@ -6,10 +6,10 @@
 Any file of conversations goes in, chat messages as JSONL come out, in the order of the files, with a count of what was dropped and why.
 Each record is dropped for the first reason that applies:
 
-    exact duplicate    the same words as an earlier record, whatever the case and the white space
-    near-duplicate     shares --near of its word triples with an earlier record (Jaccard; candidates found by MinHash, then counted)
     too short / long   answers outside --min-words .. --max-words
     heuristics         one line each in HEURISTICS: answers that repeat themselves, copy the question, speak of being a language model, ...
+    exact duplicate    the same words as an earlier record that stays, whatever the case and the white space
+    near-duplicate     shares --near of its word triples with such a record (Jaccard; candidates found by MinHash, then counted)
     below the top      not among the --top best by the reward model's score of the last answer
 
 What everybody gets wrong: a reward model's scores compare answers to *one* question. Across questions they also say which are easy, so
@@ -37,7 +37,7 @@ from model import GPT
 class Config:
     data: list = field(default_factory=list)  # files of conversations
     out: str = ""  # JSONL file to write; one that is there already is an error
-    near: float = 0.8  # shared word triples (0 to 1) from which a record counts as a near-duplicate; 0: only exact ones count
+    near: float = 0.8  # shared word triples (0 to 1) from which a record counts as a near-duplicate, .1 at least; 0: only exact ones count
     min_words: int = 1  # shortest answers, all of a conversation's together
     max_words: int = 0  # longest answers, all of a conversation's together (0: no limit)
     reward: str = ""  # with --top: the reward model whose favourites are kept
@@ -47,8 +47,18 @@ class Config:
 
 # ------------------------------------------------------------------------------------------------------------- duplicates
 
-PERMUTATIONS, BANDS = 64, 16  # 16 bands of 4: of pairs that share .8 of their triples 1 - (1 - .8^4)^16 = 99.98 % meet in one band
+PERMUTATIONS = 64
 PRIME = (1 << 31) - 1
+
+
+def bands_for(near):
+    """Into how many bands to cut a signature. Two records become candidates where all the rows of one band agree.
+
+    Of pairs that share `near` of their triples, b bands of r rows find 1 - (1 - near^r)^b. More rows leave fewer pairs to count: as many
+    as still find 99.8 %, which is 4 (16 bands) at .8, 2 at .5 and 1 at .3.
+    """
+    rows = [r for r in (8, 4, 2) if 1 - (1 - near**r) ** (PERMUTATIONS // r) >= 0.998]
+    return PERMUTATIONS // max(rows, default=1)
 
 
 def words_of(record):
@@ -75,6 +85,7 @@ def signature(items):
 def duplicates(records, near=0.8):
     """For each record why it repeats an earlier one that stays, or None."""
     reasons, seen, buckets, sets = [], set(), defaultdict(list), {}
+    bands_each = bands_for(near)
     signatures = np.zeros((len(records), PERMUTATIONS), np.int64)  # (N, PERMUTATIONS)
     for i, record in enumerate(records):
         words = words_of(record)
@@ -83,7 +94,7 @@ def duplicates(records, near=0.8):
         if near and not reason:
             mine = triples(words)
             signatures[i] = signature(mine)
-            bands = [(b, part.tobytes()) for b, part in enumerate(np.split(signatures[i], BANDS))]
+            bands = [(b, part.tobytes()) for b, part in enumerate(np.split(signatures[i], bands_each))]
             others = np.array(sorted({other for band in bands for other in buckets[band]}), dtype=np.int64)
             alike = (signatures[others] == signatures[i]).mean(1)  # estimates of Jaccard, good to about .05: few are worth counting
             if any(len(mine & sets[other]) >= near * len(mine | sets[other]) for other in others[alike >= near - 0.2]):
@@ -153,7 +164,9 @@ def scores(records, directory, device):
 
 def curate(records, config):
     """(records that stay, in their order; Counter of the reasons why others were dropped)."""
-    reasons = [again or flaw(record, config) for record, again in zip(records, duplicates(records, config.near), strict=True)]
+    reasons = [flaw(record, config) for record in records]  # first, or a bad record could knock out its good near-duplicate
+    again = iter(duplicates([record for record, reason in zip(records, reasons, strict=True) if not reason], config.near))
+    reasons = [reason or next(again) for reason in reasons]
     kept = [record for record, reason in zip(records, reasons, strict=True) if not reason]
     dropped = Counter(reason for reason in reasons if reason)
     if config.top:
@@ -172,7 +185,8 @@ def main(config):
     run.require(config.out, "--out FILE is needed: the JSONL file to write")
     out = Path(config.out)
     run.require(not out.exists(), f"--out {out} is there already: name another file")
-    run.require(0 <= config.near <= 1, f"--near must lie in [0, 1], not {config.near}")
+    near = config.near == 0 or 0.1 <= config.near <= 1
+    run.require(near, f"--near must lie in [.1, 1], or be 0 where only exact duplicates count, not {config.near}")
     run.require(bool(config.top) == bool(config.reward), "--top N and --reward DIR belong together: name both, or neither")
     records = [record for path in config.data for record in formats.read(path, "conversation")]
     kept, dropped = curate(records, config)

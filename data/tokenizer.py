@@ -276,24 +276,26 @@ def has_template(directory: str | Path) -> bool:
     return (Path(directory) / "chat_template.jinja").exists() or (config.exists() and bool(_read_json(config).get("chat_template")))
 
 
-def fit(model, encoding: tiktoken.Encoding):
+def fit(model, encoding: tiktoken.Encoding, chat: bool = True):
     """The model, with embeddings for every id of the vocabulary: tokens added to it (the chat tokens) get new rows. Its config learns
-    which ids end a turn and which one pads, for other people's tools.
+    which ids end a turn and which one pads, for other people's tools. chat: as in `save`.
 
     Raises ValueError where they cannot belong together. A model may have a few rows more than ids: padding, or room to grow."""
     rows, ids = model.config.vocab_size, encoding.n_vocab
     added = ids - rows
     if added > len(encoding._special_tokens) or rows > ids + 1024:
         raise ValueError(f"the vocabulary of {ids} ids does not fit a model with {rows} embeddings: pass the checkpoint's own --tokenizer")
-    model.config.eos_token_id, pad = stop_ids(encoding), _pad_token(encoding)
+    model.config.eos_token_id, pad = stop_ids(encoding), _pad_token(encoding, chat)
     model.config.pad_token_id = None if pad is None else encoding._special_tokens[pad]
     return model.grow(ids) if added > 0 else model
 
 
-def _pad_token(encoding: tiktoken.Encoding) -> str | None:
-    """Never the token that ends a turn: whoever masks padding by its id would mask the end too, and the model would not learn to stop."""
+def _pad_token(encoding: tiktoken.Encoding, chat: bool) -> str | None:
+    """Never the token that ends a turn, or a base model's document: whoever masks padding by its id would mask the end too, and the model
+    would not learn to stop."""
     turn = TEMPLATES[name_of(encoding)].tokens[-1]
-    return next((token for token in ("<|pad|>", *ENDS_OF_TEXT) if token in encoding._special_tokens and token != turn), None)
+    candidates = ("<|pad|>", *(ENDS_OF_TEXT if chat else ()))
+    return next((token for token in candidates if token in encoding._special_tokens and token != turn), None)
 
 
 # ----------------------------------------------------------------------------------------------------------------- writing
@@ -339,7 +341,7 @@ def save(encoding: tiktoken.Encoding, directory: str | Path, chat: bool = True) 
         "clean_up_tokenization_spaces": False,  # else decoding "a ." gives "a."
         "bos_token": template.tokens[0] if template.begin == template.tokens[0] else end_of_text,
         "eos_token": eos,
-        "pad_token": _pad_token(encoding) if chat or "<|pad|>" in special else None,
+        "pad_token": _pad_token(encoding, chat),
         **({"chat_template": template.jinja} if chat else {}),
     }
     for name, value in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):

@@ -66,6 +66,28 @@ def test_duplicates_are_those_that_a_comparison_of_all_pairs_finds():
     assert {reason for reason in curate.duplicates(records, 0)} == {"exact duplicate", None}
 
 
+@pytest.mark.parametrize("near", [0.1, 0.3, 0.5, 0.8, 0.9])
+def test_near_duplicates_are_found_at_every_threshold(near):
+    """Pairs that share little more than the threshold: what the bands miss of them is a matter of chance, 2 of 1000 at most."""
+    rng, records = random.Random(7), []
+    while len(records) < 400:
+        first, second, shared = text(rng, 100).split(), text(rng, 100).split(), near + rng.uniform(0, 0.05)
+        cut = round(200 * shared / (1 + shared))  # shared = cut / (200 - cut)
+        pair = [talk(" ".join(first)), talk(" ".join(first[:cut] + second[cut:]))]
+        a, b = (curate.triples(curate.words_of(record)) for record in pair)
+        records += pair if near <= len(a & b) / len(a | b) < near + 0.05 else []
+    found = curate.duplicates(records, near)
+    assert found[::2] == [None] * 200 and found[1::2].count("near-duplicate") >= 199
+
+
+def test_a_record_that_is_dropped_takes_no_duplicate_with_it(tmp_path):
+    question = " ".join(f"w{i}" for i in range(40))
+    bad, good = talk(question, "as an ai , i say yes"), talk(question, "as an old hand , i say yes")
+    assert "near-duplicate" in curate.duplicates([bad, good], 0.8)
+    kept, dropped = curate.curate([bad, good, bad, good], curate.Config())
+    assert kept == [good] and dropped == {"speaks of being a language model": 2, "exact duplicate": 1}
+
+
 def test_case_and_white_space_do_not_make_a_difference_but_roles_and_order_do():
     again = talk("  Hello\n THERE", "Fine ")
     turned = Conversation(talk("hello there").messages[::-1], "x")
@@ -134,6 +156,7 @@ def test_the_top_is_the_reward_models(tmp_path, world_model, world_encoding, cap
         (["--data", "pool.jsonl", "--out", "pool.jsonl"], "is there already"),
         (["--data", "pool.jsonl", "--out", "x.jsonl", "--top", "5"], "--top N and --reward DIR"),
         (["--data", "pool.jsonl", "--out", "x.jsonl", "--near", "2"], "--near must lie in"),
+        (["--data", "pool.jsonl", "--out", "x.jsonl", "--near", ".05"], "--near must lie in"),
         (["--data", "pool.jsonl", "--out", "x.jsonl", "--min-words", "99"], "nothing is left of 1 records"),
         (["--data", "none.jsonl", "--out", "x.jsonl"], "no such file"),
     ],

@@ -160,8 +160,39 @@ def test_chat_keeps_its_system_message_and_samples_the_last_question_again(talke
 def test_chat_forgets_the_oldest_turns_when_the_context_is_full(talked):
     out, seen = talked(*["say " * 12] * 6, system="be brief", max_new_tokens=8)
     assert out.count(" a second]") == 6 and seen[-1][0] == "be brief" and len(seen[-1]) < 12
-    with pytest.raises(ValueError, match="does not fit the context of 128"):
-        talked("say " * 300)
+
+
+def test_a_message_that_does_not_fit_is_said_so_and_forgotten(talked):
+    out, seen = talked("add 1 and 2", "say " * 300, "/samples 2", "add 3 and 4", max_new_tokens=4)
+    assert out.count("does not fit the context of 128: say it in fewer words\n") == 1 and out.count("model: ") == 2
+    assert [len(turns) for turns in seen if "say say" not in turns[-1]] == [1, 1, 3] and seen[-1][2] == "add 3 and 4"
+
+
+@pytest.mark.parametrize("top_p", [0.0, 1.1])
+def test_chat_refuses_a_top_p_that_holds_nothing_or_more_than_all(talked, top_p):
+    with pytest.raises(ValueError, match=f"--top-p must be more than 0 and at most 1, not {top_p}"):
+        talked("hi", top_p=top_p)
+
+
+def test_chat_reads_in_the_next_turn_the_ids_that_it_wrote(talked, world_encoding, monkeypatch):
+    reply, read = [*world_encoding.encode_ordinary(" i do not know"), chat.stop_ids(world_encoding)[0]], []
+
+    def generate(self, prompts, *rest, stream=None, samples=1, **options):
+        read.extend(prompts)
+        return [reply] * samples
+
+    monkeypatch.setattr(GPT, "generate", generate)
+    out, _ = talked("how old is tom ?", "and now ?", "/samples 2")
+    assert read[1][: len(read[0]) + len(reply)] == read[0] + reply and read[2] == read[1]
+    assert "\n1: i do not know\n2: i do not know\n" in out
+
+
+def test_a_foreign_chat_template_without_our_tokens_is_refused_in_one_sentence(runs, tmp_path):
+    plain = tokenizer.train(["add one and two"], 280, ["<|endoftext|>"])
+    tokenizer.save(plain, tmp_path / "dpo", chat=False)
+    (tmp_path / "dpo/chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}")
+    with pytest.raises(ValueError, match=r"dpo was taught a chat template .* lacks <\|im_start\|>, <\|im_end\|>: fine-tune"):
+        evaluate.open_run(tmp_path / "dpo")
 
 
 def test_a_greedy_chat_is_the_same_every_time(talked):

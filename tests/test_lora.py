@@ -4,6 +4,8 @@ one trunk."""
 import itertools
 import json
 import time
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -215,6 +217,18 @@ def test_peft_opens_our_adapters_and_we_open_its(opened, arch, head, tmp_path):
     torch.testing.assert_close(again(ids), model(ids), rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_an_adapter_of_an_adapted_model_names_it_as_its_base(opened, tmp_path):
+    trained(opened().adapt(2)).save_adapter(tmp_path / "first")
+    model = trained(GPT.from_pretrained(tmp_path / "first").grow(67).adapt(3), seed=2)
+    model.save_adapter(tmp_path / "second")
+    again = GPT.from_pretrained(tmp_path / "second")
+    torch.testing.assert_close(again.logits(again(IDS)), model.logits(model(IDS)), rtol=1e-5, atol=1e-5)
+    assert json.loads((tmp_path / "second/adapter_config.json").read_text())["base_model_name_or_path"] == str(tmp_path / "first")
+    trained(again.adapt(2), seed=3).save_adapter(tmp_path / "third")  # its base holds the new rows: they need not go with it
+    assert not any("embed" in key for key in load_file(tmp_path / "third/adapter_model.safetensors"))
+
+
 def test_an_adapter_of_queries_and_values_alone_leaves_the_keys(opened, tmp_path):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     opened()
@@ -304,6 +318,19 @@ def measured(tmp_path_factory):
             sizes = [event.nbytes() for event in events if now["from"] < event.start_ns() < now["to"]]
             found[name] = now["parts"], now["parts"]["weights"] + max(itertools.accumulate(sizes))
     return found, home
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_what_a_token_keeps_does_not_depend_on_the_length_and_bf16_copies_of_the_weights_count_once(tiny, arch):
+    model = tiny(arch, **ARCHS[arch])
+    for dtype, once in ((torch.float32, 0), (torch.bfloat16, 2 * sum(module.weight.numel() for _, module in model.linears()))):
+        job = SimpleNamespace(stage="sft", say=lambda text: None, autocast=partial(torch.autocast, "cpu", dtype, dtype != torch.float32))
+        with job.autocast():
+            kept = [model.bytes_kept(T) for T in (8, 16, 32)]
+        biases = sum(2 * module.bias.numel() for _, module in model.linears() if module.bias is not None) * (dtype != torch.float32)
+        assert kept[0] == kept[1] == kept[2] and once <= kept[0][1] <= once + biases
+        parts = run.Job.ledger(job, {"model": model}, tokens=1000)
+        assert parts["activations"] == 1000 * kept[0][0] + kept[0][1]
 
 
 @pytest.mark.parametrize("stage", STAGES)

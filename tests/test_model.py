@@ -2,6 +2,7 @@
 and no row of a batch knows of its padding or its neighbours."""
 
 import json
+import math
 import shutil
 import traceback
 import weakref
@@ -322,6 +323,7 @@ def config_field(field, value):
     return lambda directory: rewrite(directory, lambda raw: raw.update({field: value}))
 
 
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 FAULTS = {  # what is done to a good checkpoint -> (how, a word that the sentence must contain)
     "no directory": (shutil.rmtree, "config.json"),
     "no config": (lambda directory: (directory / "config.json").unlink(), "config.json"),
@@ -355,6 +357,14 @@ FAULTS = {  # what is done to a good checkpoint -> (how, a word that the sentenc
     "config with a null width": (config_field("hidden_size", None), "config.json"),
     "config with a word for a number": (config_field("num_hidden_layers", "two"), "config.json"),
     "config without heads": (config_field("num_attention_heads", 0), "config.json"),
+    "rope scaling a word": (config_field("rope_scaling", "llama3"), "config.json: rope_scaling should be an object"),
+    "rope parameters a list": (config_field("rope_parameters", [1]), "config.json: rope_parameters should be an object"),
+    "rope theta a word": (config_field("rope_theta", "x"), "config.json: rope_theta should be"),
+    "rope theta negative": (config_field("rope_parameters", {"rope_theta": -1.0}), "config.json: rope_theta should be"),
+    "llama3 rope with a word": (config_field("rope_parameters", LLAMA3 | {"factor": "8"}), "config.json: factor should be"),
+    "norm eps a word": (config_field("rms_norm_eps", "x"), "config.json: rms_norm_eps should be"),
+    "norm eps not a number": (config_field("rms_norm_eps", math.nan), "config.json: rms_norm_eps should be"),
+    "init range a word": (config_field("initializer_range", "x"), "config.json: initializer_range should be"),
 }
 
 
@@ -533,7 +543,7 @@ def test_top_k_1_and_a_tiny_top_p_are_greedy(tiny, ragged):
     model = tiny()
     greedy = model.generate(ragged, 12, temperature=0)
     assert model.generate(ragged, 12, top_k=1) == greedy
-    assert model.generate(ragged, 12, top_p=1e-6) == greedy
+    assert model.generate(ragged, 12, top_p=1e-6) == model.generate(ragged, 12, top_p=0.0) == greedy
     assert model.generate(ragged, 12, top_k=0, top_p=1.0) != greedy
 
 
@@ -587,7 +597,6 @@ FAMILY = {  # name -> how transformers calls it, and what is not Llama's default
     "qwen2, untied": ("Qwen2", dict(tie_word_embeddings=False)),
     "qwen3": ("Qwen3", dict(head_dim=16)),
 }
-LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 
 
 @pytest.fixture(params=FAMILY)

@@ -313,6 +313,13 @@ def test_a_fitted_model_tells_other_tools_where_a_turn_ends_and_what_pads(tiny, 
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id == model.config.eos_token_id
 
 
+def test_a_base_model_claims_padding_only_where_the_vocabulary_has_a_token_of_its_own_for_it(tiny, trained):
+    bare = chat.extend(tokenizer.train(CORPUS, 300, ["<|endoftext|>"]))
+    assert tokenizer.fit(tiny(vocab_size=bare.n_vocab), bare, chat=False).config.pad_token_id is None
+    padded = tokenizer.fit(tiny(vocab_size=trained.n_vocab), trained, chat=False)
+    assert padded.config.pad_token_id == trained._special_tokens["<|pad|>"]
+
+
 def test_saved_files_are_the_same_bytes_every_time(trained, tmp_path):
     for name in "ab":
         tokenizer.save(trained, tmp_path / name)
