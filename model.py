@@ -115,7 +115,6 @@ class Cache:
         seen = torch.arange(longest, device=self.lengths.device)
         mask = (seen <= self.positions[:, :, None])[:, None]  # (B, 1, T, longest): causal, per row
         self.mask = None if longest == T else mask  # nothing held before: plain causal attention, the fast one
-        return self.positions
 
     def append(self, layer, k, v):
         """Stores k, v (B, Hkv, T, d) at the announced positions; returns everything held so far."""
@@ -255,7 +254,11 @@ class GPT(nn.Module):
             angles = torch.outer(torch.arange(config.context), rope_frequencies(config))  # (context, d/2)
             self.register_buffer("cos", angles.cos(), persistent=False)
             self.register_buffer("sin", angles.sin(), persistent=False)
-        self.apply(self._init)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=config.init_std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
         for name, parameter in self.named_parameters():
             # The residual stream adds 2 * layers outputs; this keeps its variance the same at any depth (GPT-2, sec. 2.3).
             if name.endswith(("attn.out.weight", "mlp.down.weight")):
@@ -263,12 +266,6 @@ class GPT(nn.Module):
         if config.head == "score":  # Stiennon et al. 2020: small scores at the start
             nn.init.normal_(self.score_head.weight, std=1 / math.sqrt(config.width + 1))
             nn.init.constant_(self.score_head.bias, config.score_bias)
-
-    def _init(self, module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=self.config.init_std)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
 
     @property
     def device(self):
@@ -284,19 +281,14 @@ class GPT(nn.Module):
     def forward(self, ids, cache=None):
         """ids (B, T) int64, right-padded -> hidden states (B, T, D) after the final norm. Raises if T > context."""
         T = ids.shape[1]
-        if cache is None:
-            if self.config.context < T:
-                raise ValueError(f"a sequence of {T} tokens does not fit the model's context of {self.config.context}")
-            positions = torch.arange(T, device=ids.device)  # (T,)
-        else:
-            positions = cache.positions  # (B, T), announced by cache.begin
-        x = self.embed(ids)  # (B, T, D)
-        rope = None
+        if cache is None and self.config.context < T:
+            raise ValueError(f"a sequence of {T} tokens does not fit the model's context of {self.config.context}")
+        positions = torch.arange(T, device=ids.device) if cache is None else cache.positions  # (T,); (B, T), announced by cache.begin
+        x, rope = self.embed(ids), None  # (B, T, D)
         if self.config.arch == "gpt2":
             x = x + self.positions(positions)
         else:
-            cos, sin = self.cos[positions], self.sin[positions]  # (T, d/2) or (B, T, d/2)
-            rope = (cos, sin) if cache is None else (cos[:, None], sin[:, None])  # broadcast over heads
+            rope = [table[positions].unsqueeze(-3) for table in (self.cos, self.sin)]  # (1, T, d/2) or (B, 1, T, d/2): for all heads
         for layer, block in enumerate(self.blocks):
             x = block(x, rope, cache, layer)
         return self.norm(x)
@@ -542,8 +534,8 @@ class GPT(nn.Module):
                 return model
         model = cls(config)
         model.origin = str(directory)
-        for name, value in read_parameters(directory, model, own_head):
-            model.get_parameter(name).data.copy_(value)
+        for own, value in read_tensors(directory, model, own_head):
+            own.copy_(value)
         return model
 
     def _carry(self, directory, config):
@@ -556,9 +548,8 @@ class GPT(nn.Module):
         nn.init.constant_(model.score_head.bias, config.score_bias)
         model._modules.pop("lm_head", None)
         model.load_adapter(directory / "adapter")
-        theirs = read_parameters(directory, model, "score")  # compared number for number
-        same = all(torch.allclose(model.parameter(name).cpu(), value, rtol=1e-4, atol=1e-6) for name, value in theirs)
-        return model if same else None
+        pairs = read_tensors(directory, model, "score")
+        return model if all(torch.allclose(own.cpu(), value, rtol=1e-4, atol=1e-6) for own, value in pairs) else None
 
     def save_pretrained(self, directory):
         """Writes config.json and model.safetensors (fp32) so that transformers opens them; each file appears whole or not at all.
@@ -567,34 +558,31 @@ class GPT(nn.Module):
         """
         if self.config.head == "score":
             self.config.score_bias = float(self.score_head.bias.detach())
-        tensors = {}
-        for name, (keys, transposed) in layout(self.config).items():
-            value = self.parameter(name).float().cpu()
-            parts = getattr(self.get_submodule(name.rpartition(".")[0]), "parts", [len(value)])
-            for key, part in zip(keys, value.split(parts), strict=True):
-                tensors[prefixed(key, self.config)] = (part.t() if transposed else part).contiguous()
+        tensors = {prefixed(key, self.config): value.float().cpu().contiguous() for key, value in self.tensors()}
         write(Path(directory), "model.safetensors", tensors, "config.json", write_config(self.config))
         if self.rank:
             self.save_adapter(Path(directory) / "adapter")
 
     @torch.no_grad()
-    def parameter(self, name):
-        """A parameter by its name in `layout`, any adapter merged into it."""
-        module, _, kind = name.rpartition(".")
-        module = self.get_submodule(module)
-        return (module.merged() if kind == "weight" and isinstance(module, Linear) else getattr(module, kind)).detach()
+    def tensors(self):
+        """(name in the checkpoint without prefix, what it holds) of every tensor. Without adapters these are the parameters' own memory."""
+        for name, (keys, transposed) in layout(self.config).items():
+            module, value = self.get_submodule(name.rpartition(".")[0]), self.get_parameter(name)
+            value = module.merged() if isinstance(module, Linear) and name.endswith("weight") else value
+            for key, part in zip(keys, value.detach().split(getattr(module, "parts", len(value))), strict=True):
+                yield key, part.t() if transposed else part
 
     def save_adapter(self, directory):
         """Writes adapter_config.json and adapter_model.safetensors in the PEFT layout; a scalar head goes with them."""
         tensors, targets, names, score = {}, set(), layout(self.config), self.config.head == "score"
         for name, module in self.linears():
-            for key, (A, B) in zip(names[f"{name}.weight"][0], module.pairs(), strict=False):  # an adapter, or none at all
-                key, scale = key.removesuffix(".weight"), module.scale
-                tensors |= {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
-                targets.add(key.split(".", 2)[2])  # "layers.0.mlp.up_proj" -> "mlp.up_proj"
+            for key, (A, B) in zip(names[f"{name}.weight"][0], module.pairs(), strict=False):  # no pairs: no adapter
+                tensors |= {key.replace("weight", "lora_A.weight"): A, key.replace("weight", "lora_B.weight"): B}
+                targets.add(key.split(".", 2)[2].removesuffix(".weight"))  # "layers.0.mlp.up_proj.weight" -> "mlp.up_proj"
+                scale = module.scale
         # Of a grown vocabulary the base model lacks rows: PEFT, too, then writes the whole matrices.
         for name in WHOLE if self.grown else WHOLE[:1]:
-            tensors |= {names[name][0][0]: self.parameter(name)} if name in names else {}
+            tensors |= {names[name][0][0]: self.get_parameter(name)} if name in names else {}
         stem = "base_model.model."
         tensors = {stem + prefixed(key, self.config): value.detach().float().cpu().contiguous() for key, value in tensors.items()}
         facts = {"peft_type": "LORA", "task_type": "SEQ_CLS" if score else "CAUSAL_LM", "base_model_name_or_path": self.origin}
@@ -612,29 +600,27 @@ class GPT(nn.Module):
         facts, where = read_json(directory / "adapter_config.json"), tensors_of(directory / "adapter_model.safetensors")
         odd = [key for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias") if facts.get(key)]
         if facts.get("peft_type") != "LORA" or odd or type(facts.get("r")) is not int or not facts.get("lora_alpha"):
-            raise ValueError(
-                f"{directory / 'adapter_config.json'} describes no plain LoRA adapter ({', '.join(odd) or facts.get('peft_type')})"
-            )
+            what = ", ".join(odd) or facts.get("peft_type")
+            raise ValueError(f"{directory / 'adapter_config.json'} describes no plain LoRA adapter ({what})")
         self.freeze()
         names, rank = layout(self.config), facts["r"]
         found = {re.sub(r"^base_model\.model\.((transformer|model)\.)?", "", key): key for key in where}
         for name, module in self.linears():
-            stems = [key.removesuffix(".weight") for key in names[f"{name}.weight"][0]]
-            if not any(f"{stem}.lora_A.weight" in found for stem in stems):
-                continue
-            module.attach(rank, facts["lora_alpha"] / rank)
-            for stem, halves in zip(stems, module.pairs(), strict=True):
-                for half, letter in zip(halves, "AB", strict=True):
-                    key = found.pop(f"{stem}.lora_{letter}.weight", None)
-                    value = half if key is None else where[key]()  # a matrix that this adapter leaves alone: A = B = 0 for ever
+            keys = names[f"{name}.weight"][0]
+            if any(key.replace("weight", "lora_A.weight") in found for key in keys):
+                module.attach(rank, facts["lora_alpha"] / rank)
+            for key, pair in zip(keys, module.pairs(), strict=False):
+                for half, part in zip(pair, ("lora_A.weight", "lora_B.weight"), strict=True):
+                    at = found.pop(key.replace("weight", part), None)
+                    value = half if at is None else where[at]()  # a matrix that this adapter leaves alone: A = B = 0 for ever
                     if value.shape != half.shape:
-                        raise ValueError(f"{directory}: {key} has shape {tuple(value.shape)}, this model needs {tuple(half.shape)}")
+                        raise ValueError(f"{directory}: {at} has shape {tuple(value.shape)}, this model needs {tuple(half.shape)}")
                     half.copy_(value)
         for name in WHOLE:
-            key = found.pop(names[name][0][0], None) if name in names else None
-            if key is None:
+            if name not in names or names[name][0][0] not in found:
                 continue
-            value, module = where[key]().float().to(self.device), self.get_submodule(name.removesuffix(".weight"))
+            value = where[found.pop(names[name][0][0])]().float().to(self.device)
+            module = self.get_submodule(name.removesuffix(".weight"))
             if name != "score_head.weight" and len(value) > self.config.vocab_size:
                 self.grow(len(value))
             if not torch.equal(module.weight, value):  # a weight of its own: the one of before may be shared
@@ -679,10 +665,17 @@ FIELDS = {
 } | {field: (field, field) for field in ("eos_token_id", "pad_token_id", "score_bias", "score_gain")}
 OPTIONAL = ["num_key_value_heads", "head_dim", "n_inner"]  # counts that may be missing
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # Config's rope_scaling
+HEADS = ("lm_head", "score")  # names in files without the prefix of the trunk
 # What would be another architecture under the same name.
 VARIANTS = "scale_attn_by_inverse_layer_idx attention_bias mlp_bias use_sliding_window quantization_config".split()
 # What published files hold beside the weights: the causal mask, the rotary table. All of it is computed here.
 BUFFERS = re.compile(r"attn\.(masked_)?bias$|rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+
+
+def spelled(table, arch):
+    """Our names -> theirs: the architecture's column of MODULES or FIELDS."""
+    column = 0 if arch == "gpt2" else 1
+    return {ours: theirs[column] for ours, theirs in table.items() if theirs[column]}
 
 
 def layout(config):
@@ -690,11 +683,11 @@ def layout(config):
     with torch.device("meta"):  # names and shapes without numbers
         parameters = GPT(config).state_dict()
     parameters.pop("score_head.bias", None)  # it lives in config.json
-    names = {}
+    names, modules = {}, spelled(MODULES, config.arch)
     for name, value in parameters.items():
         module, _, kind = name.rpartition(".")
         layer = re.search(r"\d+|$", module)[0]
-        theirs = MODULES[re.sub(r"\.\d+\.", ".*.", module)][config.arch != "gpt2"].replace("*", layer)
+        theirs = modules[re.sub(r"\.\d+\.", ".*.", module)].replace("*", layer)
         transposed = config.arch == "gpt2" and layer != "" and value.dim() == 2  # GPT-2's "Conv1D" stores matrices as (in, out)
         names[name] = [f"{key}.{kind}" for key in theirs.split()], transposed
     return names
@@ -702,7 +695,7 @@ def layout(config):
 
 def prefixed(key, config):
     """A name in the checkpoint with the prefix that transformers' classes give the trunk."""
-    return key if key.startswith(("lm_head", "score")) else ("transformer." if config.arch == "gpt2" else "model.") + key
+    return key if key.startswith(HEADS) else ("transformer." if config.arch == "gpt2" else "model.") + key
 
 
 def read_config(directory):
@@ -713,7 +706,7 @@ def read_config(directory):
     if kind not in CLASSES:
         raise ValueError(f"{path}: the architecture {kind!r} is not supported; {', '.join(CLASSES)} are")
     gpt2 = kind == "gpt2"
-    fields = {ours: theirs[not gpt2] for ours, theirs in FIELDS.items() if theirs[not gpt2]}
+    fields = spelled(FIELDS, kind)
     for field in [theirs for ours, theirs in fields.items() if Config.__annotations__[ours] is int] + OPTIONAL:
         if field not in raw and field not in OPTIONAL:
             raise ValueError(f"{path} lacks the field {field!r}")
@@ -747,8 +740,7 @@ def write_config(config):
     ending = "ForSequenceClassification" if score else "LMHeadModel" if gpt2 else "ForCausalLM"
     raw = {"architectures": [CLASSES[c.arch] + ending], "model_type": c.arch, "bos_token_id": None}
     raw |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}} if score else {}
-    fields = {theirs[not gpt2]: ours for ours, theirs in FIELDS.items() if score or not ours.startswith("score")}
-    raw |= {theirs: getattr(c, ours) for theirs, ours in fields.items() if theirs}
+    raw |= {theirs: getattr(c, ours) for ours, theirs in spelled(FIELDS, c.arch).items() if score or not ours.startswith("score")}
     raw |= {"dtype": "float32", "torch_dtype": "float32"}
     if gpt2:
         return raw | {"activation_function": "gelu_new", "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
@@ -759,8 +751,8 @@ def write_config(config):
     return raw | ({"attention_bias": False, "mlp_bias": False} if c.arch != "qwen2" else {})
 
 
-def read_parameters(directory, model, own_head):
-    """(our name, value) of every parameter of the checkpoint, one at a time: the file is mapped, and no two are in memory at once.
+def read_tensors(directory, model, own_head):
+    """(its place in the model, value) of every tensor of the checkpoint, one at a time: files are mapped, no two are in memory at once.
 
     own_head: the checkpoint's; where the model has another head, the new one is left out.
     """
@@ -778,22 +770,15 @@ def read_parameters(directory, model, own_head):
             if bare in weights:
                 raise ValueError(f"{directory} holds the tensor {bare} twice: fetch or save it again")
             weights[bare] = read
-    for name, (keys, transposed) in layout(model.config).items():
-        if model.config.head != own_head and "head" in name:
+    for key, own in model.tensors():
+        if key.startswith(HEADS) and model.config.head != own_head:
             continue
-        missing = [key for key in keys if key not in weights]
-        if missing:
-            raise ValueError(f"{directory} lacks the tensor {missing[0]} that its config.json promises")
-        parts = [weights.pop(key)() for key in keys]
-        parts = [part.t() if transposed and part.dim() == 2 else part for part in parts]
-        try:
-            value = torch.cat(parts) if len(parts) > 1 else parts[0]
-        except RuntimeError:  # parts that do not even fit one another
-            value = parts[0]
-        shape = tuple(model.get_parameter(name).shape)
-        if value.shape != shape or not value.is_floating_point():
-            raise ValueError(f"{directory}: {keys[0]} has shape {tuple(value.shape)} ({value.dtype}), config.json says {shape}")
-        yield name, value
+        if key not in weights:
+            raise ValueError(f"{directory} lacks the tensor {key} that its config.json promises")
+        value = weights.pop(key)()
+        if value.shape != own.shape or not value.is_floating_point():
+            raise ValueError(f"{directory}: {key} has shape {tuple(value.shape)} ({value.dtype}), config.json says {tuple(own.shape)}")
+        yield own, value
     # lm_head: a copy of the tied embedding, or a head given up
     left = [key for key in weights if not BUFFERS.search(key) and key != "lm_head.weight"]
     if left:
