@@ -44,6 +44,7 @@ import kernels
 from kernels.chunks import padded, pieces
 
 TARGETS = "qkv,out,up,down"  # the matrices of a block, as `adapt` names them
+WHOLE = ("score_head.weight", "embed.weight", "lm_head.weight")  # what goes with an adapter as it is
 
 
 @dataclass
@@ -114,7 +115,6 @@ class Cache:
         seen = torch.arange(longest, device=self.lengths.device)
         mask = (seen <= self.positions[:, :, None])[:, None]  # (B, 1, T, longest): causal, per row
         self.mask = None if longest == T else mask  # nothing held before: plain causal attention, the fast one
-        return self.positions
 
     def append(self, layer, k, v):
         """Stores k, v (B, Hkv, T, d) at the announced positions; returns everything held so far."""
@@ -137,23 +137,28 @@ class Linear(nn.Linear):
 
     def __init__(self, inputs, *parts, bias):
         super().__init__(inputs, sum(parts), bias=bias)
-        self.parts, self.scale = parts, 1.0
-        self.register_parameter("A", None)  # (parts * r, inputs)
-        self.register_parameter("B", None)  # (sum(parts), r)
+        self.parts, self.A, self.B = parts, None, None
+
+    def attach(self, rank, scale):
+        """An adapter that adds nothing yet."""
+        self.A = nn.Parameter(torch.zeros(len(self.parts) * rank, self.in_features, device=self.weight.device))  # (parts * r, inputs)
+        self.B = nn.Parameter(torch.zeros(self.out_features, rank, device=self.weight.device))  # (sum(parts), r)
+        self.scale = scale  # alpha / r
+
+    def pairs(self):
+        """(A, B) of each part; none without an adapter."""
+        return [] if self.A is None else list(zip(self.A.chunk(len(self.parts)), self.B.split(self.parts), strict=True))
 
     def forward(self, x):
         y = super().forward(x)
         if self.A is None:
             return y
         low = (F.linear(x, self.A) * self.scale).chunk(len(self.parts), dim=-1)  # (..., r) per part
-        return y + torch.cat([F.linear(x, B) for x, B in zip(low, self.B.split(self.parts), strict=True)], dim=-1)
+        return y + torch.cat([F.linear(x, B) for x, (_, B) in zip(low, self.pairs(), strict=True)], dim=-1)
 
     def merged(self):
         """W with its adapter added, (sum(parts), inputs); W itself without one."""
-        if self.A is None:
-            return self.weight
-        pairs = zip(self.A.chunk(len(self.parts)), self.B.split(self.parts), strict=True)
-        return self.weight + self.scale * torch.cat([B @ A for A, B in pairs])
+        return self.weight if self.A is None else self.weight + self.scale * torch.cat([B @ A for A, B in self.pairs()])
 
 
 class Attention(nn.Module):
@@ -215,6 +220,22 @@ class Block(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------- model
 
 
+def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """One token per row of logits (B, V) -> (B,). top_p keeps the smallest set of likely tokens that holds that much."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k:
+        floor = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < floor, -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.softmax(-1).sort(descending=True)  # (B, V)
+        beyond = ordered.cumsum(-1) - ordered >= top_p  # the mass before a token already suffices
+        beyond[:, 0] = False  # also at top_p 0: the most likely token always stays
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+
+
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -234,19 +255,18 @@ class GPT(nn.Module):
             angles = torch.outer(torch.arange(config.context), rope_frequencies(config))  # (context, d/2)
             self.register_buffer("cos", angles.cos(), persistent=False)
             self.register_buffer("sin", angles.sin(), persistent=False)
-        self.apply(self._init)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=config.init_std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
         for name, parameter in self.named_parameters():
             # The residual stream adds 2 * layers outputs; this keeps its variance the same at any depth (GPT-2, sec. 2.3).
             if name.endswith(("attn.out.weight", "mlp.down.weight")):
                 nn.init.normal_(parameter, std=config.init_std / math.sqrt(2 * config.layers))
         if config.head == "score":  # Stiennon et al. 2020: small scores at the start
             nn.init.normal_(self.score_head.weight, std=1 / math.sqrt(config.width + 1))
-
-    def _init(self, module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=self.config.init_std)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+            nn.init.constant_(self.score_head.bias, config.score_bias)
 
     @property
     def device(self):
@@ -262,19 +282,14 @@ class GPT(nn.Module):
     def forward(self, ids, cache=None):
         """ids (B, T) int64, right-padded -> hidden states (B, T, D) after the final norm. Raises if T > context."""
         T = ids.shape[1]
-        if cache is None:
-            if self.config.context < T:
-                raise ValueError(f"a sequence of {T} tokens does not fit the model's context of {self.config.context}")
-            positions = torch.arange(T, device=ids.device)  # (T,)
-        else:
-            positions = cache.positions  # (B, T), announced by cache.begin
-        x = self.embed(ids)  # (B, T, D)
-        rope = None
+        if cache is None and self.config.context < T:
+            raise ValueError(f"a sequence of {T} tokens does not fit the model's context of {self.config.context}")
+        positions = torch.arange(T, device=ids.device) if cache is None else cache.positions  # (T,); (B, T), announced by cache.begin
+        x, rope = self.embed(ids), None  # (B, T, D)
         if self.config.arch == "gpt2":
             x = x + self.positions(positions)
         else:
-            cos, sin = self.cos[positions], self.sin[positions]  # (T, d/2) or (B, T, d/2)
-            rope = (cos, sin) if cache is None else (cos[:, None], sin[:, None])  # broadcast over heads
+            rope = [table[positions].unsqueeze(-3) for table in (self.cos, self.sin)]  # (1, T, d/2) or (B, 1, T, d/2): for all heads
         for layer, block in enumerate(self.blocks):
             x = block(x, rope, cache, layer)
         return self.norm(x)
@@ -338,25 +353,22 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(
         self,
-        prompts,
-        max_new_tokens,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        stop_id=None,
+        prompts,  # ragged lists of ids
+        max_new_tokens,  # at most: the context may cut a reply short
+        temperature=1.0,  # 0: greedy
+        top_k=0,  # 0: off
+        top_p=1.0,  # 1: off
+        stop_id=None,  # one id or several
         generator=None,
         return_logprobs=False,
-        samples=1,
-        stream=None,
+        samples=1,  # K continuations of each prompt, which is read once for all of them
+        stream=None,  # stream(replies, tokens): called after every step with the numbers of the replies that grew and their new tokens
     ):
-        """Continues each prompt (ragged lists of ids) by up to `max_new_tokens` tokens, cut short by the context.
+        """Continues each prompt. Returns the new tokens only, the stop token included: K lists for the first prompt, K for the second, ...
 
-        Returns only the new tokens, the stop token included: one list per prompt, or with samples=K the K continuations of the
-        first prompt, then those of the second, ...; the prompt itself is read once for all of them. temperature 0 is greedy. top_k / top_p
-        restrict sampling (0 / 1.0: off). stop_id: one id or several. With return_logprobs=True a second value holds the
-        log-prob (nats, fp32) of each new token under the model's own distribution at this temperature (at 1 when greedy),
-        before top-k / top-p: in RL those two stay off, or the ratio pi / pi_old would not be 1 on the first step.
-        stream(replies, tokens) is called after every step with the numbers of the replies that grew and their new tokens.
+        With return_logprobs=True a second value holds the log-prob (nats, fp32) of each new token under the model's own distribution at
+        this temperature (at 1 when greedy), before top-k / top-p: in RL those two stay off, or the ratio pi / pi_old would not be 1 on
+        the first step.
         """
         for row, prompt in enumerate(prompts):
             if not 0 < len(prompt) < self.config.context:
@@ -370,11 +382,8 @@ class GPT(nn.Module):
             return (replies, logprobs) if return_logprobs else replies
 
         lengths = torch.tensor([len(p) for p in prompts], device=self.device)  # (B,)
-        ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = torch.tensor(prompt)
-        ids = ids.to(self.device)  # (B, T)
-        longest = ids.shape[1]
+        longest = max(len(p) for p in prompts)
+        ids = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts], device=self.device)  # (B, T)
         room = min(longest + max_new_tokens, self.config.context)
         cache = Cache(self.config, len(prompts), room, self.device, self.embed.weight.dtype)
         cache.begin(longest, longest)
@@ -415,98 +424,6 @@ class GPT(nn.Module):
                 logprobs[row].append(value)
         return (replies, logprobs) if return_logprobs else replies
 
-    # ------------------------------------------------------------------------------------------------------ checkpoints
-
-    @classmethod
-    def from_scratch(cls, shape, vocab_size, head="lm"):
-        """A new GPT from "architecture:LAYERSxWIDTHxCONTEXT", such as "llama:4x128x128": heads of 32 (64 from width 512 on)."""
-        match = re.fullmatch(r"(gpt2|llama):(\d+)x(\d+)x(\d+)", shape)
-        head_dim = 32 if not match or int(match[3]) < 512 else 64
-        if not match or int(match[2]) < 1 or int(match[3]) % head_dim or int(match[3]) == 0 or int(match[4]) < 2:
-            raise ValueError(
-                f"--shape {shape!r} should read gpt2:LAYERSxWIDTHxCONTEXT or llama:LAYERSxWIDTHxCONTEXT, width a multiple of {head_dim}"
-            )
-        arch, (layers, width, context) = match[1], map(int, match.groups()[1:])
-        return cls(
-            Config(
-                arch=arch,
-                head=head,
-                vocab_size=vocab_size,
-                width=width,
-                layers=layers,
-                heads=width // head_dim,
-                kv_heads=width // head_dim,
-                head_dim=head_dim,
-                # SwiGLU has three matrices where GELU has two: 8/3 D instead of 4 D costs the same (Shazeer 2020), to a multiple of 32
-                mlp_width=4 * width if arch == "gpt2" else 32 * round(8 * width / 96),
-                context=context,
-                rope_theta=100.0 if context <= 256 else 10000.0,  # wavelengths to suit the lengths: 10000 learns short ones late
-                init_std=0.02 if width >= 512 else 1 / math.sqrt(width),
-            )
-        )
-
-    @classmethod
-    def from_pretrained(cls, directory, head=None, trunk=None):
-        """Opens a checkpoint directory in the Hugging Face layout, one file or sharded, fp32 master weights; an adapter's directory in
-        the PEFT layout gives its base model with the adapter merged.
-
-        head: None takes the checkpoint's own; "score" on an LM checkpoint keeps the trunk and starts a new scalar head.
-        trunk: a model with adapters; a scalar-head checkpoint that is the same frozen weights with an adapter of its own shares them.
-        Raises FileNotFoundError / ValueError with one sentence for anything missing, unexpected or misshapen.
-        """
-        directory = Path(directory)
-        if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
-            base = read_json(directory / "adapter_config.json").get("base_model_name_or_path") or ""
-            if not Path(base).is_dir():
-                raise ValueError(
-                    f"{directory} is an adapter of {base or 'a base model without a name'}, which is no directory here: name it"
-                )
-            model = cls.from_pretrained(base, head).load_adapter(directory).merge()
-            model.origin, model.grown = str(directory), False  # a further adapter stands on both, and its file names this one as its base
-            return model
-        config = read_config(directory)
-        own_head, config.head = config.head, head or config.head
-        if trunk is not None and trunk.carries(config) and own_head == "score" and (directory / "adapter").is_dir():
-            model = trunk.reference()._with_score_head(config).load_adapter(directory / "adapter")
-            ours = ((model.parameter(name), value) for name, value in read_parameters(directory, config, own_head))
-            if all(torch.allclose(own.cpu(), value, rtol=1e-4, atol=1e-6) for own, value in ours):
-                return model  # the checkpoint is this trunk with that adapter, number for number
-        model = cls(config)
-        model.origin = str(directory)
-        wanted = model.state_dict()
-        for name, value in read_parameters(directory, config, own_head):
-            wanted[name].copy_(value)
-        if config.head == "score" and own_head == "score":
-            model.score_head.bias.data.fill_(config.score_bias)
-        return model
-
-    def save_pretrained(self, directory):
-        """Writes config.json and model.safetensors (fp32) so that transformers opens them; each file appears whole or not at all.
-
-        Adapters are merged into the weights, and also written by themselves into `adapter/`, in the PEFT layout.
-        """
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        if self.config.head == "score":
-            self.config.score_bias = float(self.score_head.bias.detach())
-        tensors = {}
-        for name, (keys, transposed) in layout(self.config).items():
-            value = self.parameter(name).float().cpu()
-            parts = value.split(self.get_submodule(name.rpartition(".")[0]).parts) if len(keys) > 1 else [value]
-            for key, part in zip(keys, parts, strict=True):
-                tensors[prefixed(key, self.config)] = (part.t() if transposed else part).contiguous()
-        write_tensors(directory / "model.safetensors", tensors)
-        write_json(directory / "config.json", write_config(self.config))
-        if self.rank:
-            self.save_adapter(directory / "adapter")
-
-    @torch.no_grad()
-    def parameter(self, name):
-        """A parameter by its name in `layout`, any adapter merged into it."""
-        module, _, kind = name.rpartition(".")
-        module = self.get_submodule(module)
-        return (module.merged() if kind == "weight" and isinstance(module, Linear) else getattr(module, kind)).detach()
-
     # --------------------------------------------------------------------------------------------------------- adapters
 
     def adapt(self, rank, alpha=0.0, targets=TARGETS):
@@ -523,21 +440,21 @@ class GPT(nn.Module):
             raise ValueError(f"--lora-targets {targets} should be names out of {TARGETS}, separated by commas")
         if not self.origin:
             raise ValueError("--lora-rank adapts a trained model, and random weights are none: name a checkpoint with --init")
-        self.requires_grad_(False)
+        self.freeze()
         present = self.rank
         for name, module in self.linears():
             if present and module.A is not None:  # own copies: those of before may be shared
                 module.A, module.B = (nn.Parameter(half.detach().clone()) for half in (module.A, module.B))
             elif not present and name.rpartition(".")[2] in chosen:
-                bound = module.in_features**-0.5
-                module.A = nn.Parameter(
-                    torch.empty(len(module.parts) * rank, module.in_features, device=self.device).uniform_(-bound, bound)
-                )
-                module.B = nn.Parameter(torch.zeros(module.out_features, rank, device=self.device))
-                module.scale = (alpha or 2 * rank) / rank
+                module.attach(rank, (alpha or 2 * rank) / rank)
+                nn.init.uniform_(module.A, -(module.in_features**-0.5), module.in_features**-0.5)
+        return self
+
+    def freeze(self):
+        """Nothing here learns any more but a scalar head, of which the model gets a copy of its own: that of before may be shared."""
+        self.requires_grad_(False)
         if self.config.head == "score":
             self.score_head = copy.deepcopy(self.score_head).requires_grad_(True)
-        return self
 
     @property
     def rank(self):
@@ -568,44 +485,120 @@ class GPT(nn.Module):
             module.A = module.B = None
         return model.requires_grad_(False)
 
-    def carries(self, config):
-        """Whether a checkpoint of that shape with a scalar head could stand on this model's weights."""
-        shape = "arch vocab_size width layers heads kv_heads head_dim mlp_width context norm_eps rope_theta rope_scaling".split()
-        return config.head == "score" and all(getattr(config, name) == getattr(self.config, name) for name in shape)
+    # ------------------------------------------------------------------------------------------------------ checkpoints
 
-    def _with_score_head(self, config):
-        """The same trunk under the scalar head of another checkpoint of this shape, whose bias it takes over."""
-        self.config, self.score_head = config, nn.Linear(config.width, 1, device=self.device)
-        self._modules.pop("lm_head", None)
-        nn.init.constant_(self.score_head.bias, config.score_bias)
-        return self
+    @classmethod
+    def from_scratch(cls, shape, vocab_size, head="lm"):
+        """A new GPT from "architecture:LAYERSxWIDTHxCONTEXT", such as "llama:4x128x128": heads of 32 (64 from width 512 on)."""
+        match = re.fullmatch(r"(gpt2|llama):(\d+)x(\d+)x(\d+)", shape)
+        layers, width, context = map(int, match.groups()[1:]) if match else (0, 0, 0)
+        head_dim = 32 if width < 512 else 64
+        if layers < 1 or width < 1 or width % head_dim or context < 2:
+            raise ValueError(
+                f"--shape {shape!r} should read gpt2:LAYERSxWIDTHxCONTEXT or llama:LAYERSxWIDTHxCONTEXT, width a multiple of {head_dim}"
+            )
+        return cls(
+            Config(
+                arch=match[1],
+                head=head,
+                vocab_size=vocab_size,
+                width=width,
+                layers=layers,
+                heads=width // head_dim,
+                kv_heads=width // head_dim,
+                head_dim=head_dim,
+                # SwiGLU has three matrices where GELU has two: 8/3 D instead of 4 D costs the same (Shazeer 2020), to a multiple of 32
+                mlp_width=4 * width if match[1] == "gpt2" else 32 * round(8 * width / 96),
+                context=context,
+                rope_theta=100.0 if context <= 256 else 10000.0,  # wavelengths to suit the lengths: 10000 learns short ones late
+                init_std=0.02 if width >= 512 else 1 / math.sqrt(width),
+            )
+        )
+
+    @classmethod
+    def from_pretrained(cls, directory, head=None, trunk=None):
+        """Opens a checkpoint directory in the Hugging Face layout, one file or sharded, fp32 master weights; an adapter's directory in
+        the PEFT layout gives its base model with the adapter merged.
+
+        head: None takes the checkpoint's own; "score" on an LM checkpoint keeps the trunk and starts a new scalar head.
+        trunk: a model with adapters; a scalar-head checkpoint that is the same frozen weights with an adapter of its own shares them.
+        Raises FileNotFoundError / ValueError with one sentence for anything missing, unexpected or misshapen.
+        """
+        directory = Path(directory)
+        if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
+            base = read_json(directory / "adapter_config.json").get("base_model_name_or_path") or ""
+            if not Path(base).is_dir():
+                raise ValueError(
+                    f"{directory} is an adapter of {base or 'a base model without a name'}, which is no directory here: name it"
+                )
+            model = cls.from_pretrained(base, head).load_adapter(directory).merge()
+            model.origin, model.grown = str(directory), False  # a further adapter stands on both, and its file names this one as its base
+            return model
+        config = read_config(directory)
+        own_head, config.head = config.head, head or config.head
+        if trunk is not None and own_head == config.head == "score" and (directory / "adapter").is_dir():
+            model = trunk._carry(directory, config)
+            if model is not None:
+                return model
+        model = cls(config)
+        model.origin = str(directory)
+        for own, value in read_tensors(directory, model, own_head):
+            own.copy_(value)
+        return model
+
+    def _carry(self, directory, config):
+        """The model in `directory`, with a scalar head, on this one's own frozen weights; None where it is not these with an adapter."""
+        shape = "arch vocab_size width layers heads kv_heads head_dim mlp_width context norm_eps rope_theta rope_scaling".split()
+        if any(getattr(config, name) != getattr(self.config, name) for name in shape):
+            return None
+        model = self.reference()
+        model.config, model.score_head = config, nn.Linear(config.width, 1, device=self.device)
+        nn.init.constant_(model.score_head.bias, config.score_bias)
+        model._modules.pop("lm_head", None)
+        model.load_adapter(directory / "adapter")
+        pairs = read_tensors(directory, model, "score")
+        return model if all(torch.allclose(own.cpu(), value, rtol=1e-4, atol=1e-6) for own, value in pairs) else None
+
+    def save_pretrained(self, directory):
+        """Writes config.json and model.safetensors (fp32) so that transformers opens them; each file appears whole or not at all.
+
+        Adapters are merged into the weights, and also written by themselves into `adapter/`, in the PEFT layout.
+        """
+        if self.config.head == "score":
+            self.config.score_bias = float(self.score_head.bias.detach())
+        tensors = {prefixed(key, self.config): value.float().cpu().contiguous() for key, value in self.tensors()}
+        write(Path(directory), "model.safetensors", tensors, "config.json", write_config(self.config))
+        if self.rank:
+            self.save_adapter(Path(directory) / "adapter")
+
+    @torch.no_grad()
+    def tensors(self):
+        """(name in the checkpoint without prefix, what it holds) of every tensor. Without adapters these are the parameters' own memory."""
+        for name, (keys, transposed) in layout(self.config).items():
+            module, value = self.get_submodule(name.rpartition(".")[0]), self.get_parameter(name)
+            value = module.merged() if isinstance(module, Linear) and name.endswith("weight") else value
+            for key, part in zip(keys, value.detach().split(getattr(module, "parts", len(value))), strict=True):
+                yield key, part.t() if transposed else part
 
     def save_adapter(self, directory):
         """Writes adapter_config.json and adapter_model.safetensors in the PEFT layout; a scalar head goes with them."""
-        directory.mkdir(parents=True, exist_ok=True)
-        tensors, targets, stem, names = {}, set(), "base_model.model.", layout(self.config)
-        score = self.config.head == "score"
+        tensors, targets, names, score = {}, set(), layout(self.config), self.config.head == "score"
         for name, module in self.linears():
-            if module.A is None:
-                continue
-            keys = [key.removesuffix(".weight") for key in names[f"{name}.weight"][0]]
-            for key, A, B in zip(keys, module.A.chunk(len(keys)), module.B.split(module.parts), strict=True):
-                tensors[f"{stem}{prefixed(key, self.config)}.lora_A.weight"] = A
-                tensors[f"{stem}{prefixed(key, self.config)}.lora_B.weight"] = B
-                targets.add(key.split(".", 2)[2])  # "layers.0.mlp.up_proj" -> "mlp.up_proj"
-            scale = module.scale
-        if score:
-            tensors[f"{stem}score.weight"] = self.score_head.weight
-        if self.grown:  # rows that the base model does not have: PEFT, too, then writes the whole matrices
-            for name in {"embed.weight", "lm_head.weight"} & names.keys():
-                tensors[stem + prefixed(names[name][0][0], self.config)] = self.parameter(name)
-        tensors = {key: value.detach().float().cpu().contiguous() for key, value in tensors.items()}
-        write_tensors(directory / "adapter_model.safetensors", tensors)
+            for key, (A, B) in zip(names[f"{name}.weight"][0], module.pairs(), strict=False):  # no pairs: no adapter
+                tensors |= {key.replace("weight", "lora_A.weight"): A, key.replace("weight", "lora_B.weight"): B}
+                targets.add(key.split(".", 2)[2].removesuffix(".weight"))  # "layers.0.mlp.up_proj.weight" -> "mlp.up_proj"
+                scale = module.scale
+        # Of a grown vocabulary the base model lacks rows: PEFT, too, then writes the whole matrices.
+        for name in WHOLE if self.grown else WHOLE[:1]:
+            tensors |= {names[name][0][0]: self.get_parameter(name)} if name in names else {}
+        stem = "base_model.model."
+        tensors = {stem + prefixed(key, self.config): value.detach().float().cpu().contiguous() for key, value in tensors.items()}
         facts = {"peft_type": "LORA", "task_type": "SEQ_CLS" if score else "CAUSAL_LM", "base_model_name_or_path": self.origin}
         facts |= {"r": self.rank, "lora_alpha": scale * self.rank, "target_modules": sorted(targets), "lora_dropout": 0.0, "bias": "none"}
         facts |= {"fan_in_fan_out": self.config.arch == "gpt2", "modules_to_save": ["score"] if score else None, "inference_mode": True}
-        write_json(directory / "adapter_config.json", facts)
+        write(directory, "adapter_model.safetensors", tensors, "adapter_config.json", facts)
 
+    @torch.no_grad()
     def load_adapter(self, directory):
         """Puts an adapter in the PEFT layout beside this model's weights, which stay as they are and are frozen.
 
@@ -615,122 +608,174 @@ class GPT(nn.Module):
         facts, where = read_json(directory / "adapter_config.json"), tensors_of(directory / "adapter_model.safetensors")
         odd = [key for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias") if facts.get(key)]
         if facts.get("peft_type") != "LORA" or odd or type(facts.get("r")) is not int or not facts.get("lora_alpha"):
-            raise ValueError(
-                f"{directory / 'adapter_config.json'} describes no plain LoRA adapter ({', '.join(odd) or facts.get('peft_type')})"
-            )
-        self.requires_grad_(False)
-        if self.config.head == "score":
-            self.score_head = copy.deepcopy(self.score_head).requires_grad_(True)
+            what = ", ".join(odd) or facts.get("peft_type")
+            raise ValueError(f"{directory / 'adapter_config.json'} describes no plain LoRA adapter ({what})")
+        self.freeze()
         names, rank = layout(self.config), facts["r"]
         found = {re.sub(r"^base_model\.model\.((transformer|model)\.)?", "", key): key for key in where}
         for name, module in self.linears():
-            stems = [key.removesuffix(".weight") for key in names[f"{name}.weight"][0]]
-            if not any(f"{stem}.lora_A.weight" in found for stem in stems):
-                continue
-            A = torch.zeros(len(stems) * rank, module.in_features)  # a matrix that this adapter leaves alone: A = B = 0 for ever
-            B = torch.zeros(module.out_features, rank)
-            for stem, a, b in zip(stems, A.chunk(len(stems)), B.split(module.parts), strict=True):
-                for half, suffix in ((a, "lora_A.weight"), (b, "lora_B.weight")):
-                    key = found.pop(f"{stem}.{suffix}", None)
-                    value = half if key is None else where[key]()
+            keys = names[f"{name}.weight"][0]
+            if any(key.replace("weight", "lora_A.weight") in found for key in keys):
+                module.attach(rank, facts["lora_alpha"] / rank)
+            for key, pair in zip(keys, module.pairs(), strict=False):
+                for half, part in zip(pair, ("lora_A.weight", "lora_B.weight"), strict=True):
+                    at = found.pop(key.replace("weight", part), None)
+                    value = half if at is None else where[at]()  # a matrix that this adapter leaves alone: A = B = 0 for ever
                     if value.shape != half.shape:
-                        raise ValueError(f"{directory}: {key} has shape {tuple(value.shape)}, this model needs {tuple(half.shape)}")
+                        raise ValueError(f"{directory}: {at} has shape {tuple(value.shape)}, this model needs {tuple(half.shape)}")
                     half.copy_(value)
-            module.A, module.B, module.scale = nn.Parameter(A.to(self.device)), nn.Parameter(B.to(self.device)), facts["lora_alpha"] / rank
-        if self.config.head == "score" and "score.weight" in found:
-            self.score_head.weight.data = where[found.pop("score.weight")]().float().to(self.device)
-        for name in ("embed.weight", "lm_head.weight"):  # there if the vocabulary had grown
-            key = found.pop(names[name][0][0], None) if name in names else None
-            if key is None:
+        for name in WHOLE:
+            if name not in names or names[name][0][0] not in found:
                 continue
-            value = where[key]().float().to(self.device)
-            if len(value) > self.config.vocab_size:
+            value = where[found.pop(names[name][0][0])]().float().to(self.device)
+            module = self.get_submodule(name.removesuffix(".weight"))
+            if name != "score_head.weight" and len(value) > self.config.vocab_size:
                 self.grow(len(value))
-            module = self.get_submodule(name.partition(".")[0])
             if not torch.equal(module.weight, value):  # a weight of its own: the one of before may be shared
-                module.weight = nn.Parameter(value, requires_grad=False)
+                module.weight = nn.Parameter(value, requires_grad=name == "score_head.weight")
         if found:
             raise ValueError(f"{directory} holds a tensor that has no place in {self.origin or 'this model'}: {next(iter(found.values()))}")
         return self
 
 
-def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """One token per row of logits (B, V) -> (B,). top_p keeps the smallest set of likely tokens that holds that much."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / temperature
-    if top_k:
-        floor = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < floor, -torch.inf)
-    if top_p < 1:
-        ordered, order = logits.softmax(-1).sort(descending=True)  # (B, V)
-        beyond = ordered.cumsum(-1) - ordered >= top_p  # the mass before a token already suffices
-        beyond[:, 0] = False  # also at top_p 0: the most likely token always stays
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
-
-
 # -------------------------------------------------------------------------------------------- the Hugging Face layout
 
-PREFIX = {"gpt2": "transformer.", "llama": "model.", "qwen2": "model.", "qwen3": "model."}
 CLASSES = {"gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+# Our module -> theirs, in GPT-2's files and in Llama's and Qwen's; * is a layer's number. Of several, ours is the stack.
+MODULES = {
+    "embed": ("wte", "embed_tokens"),
+    "positions": ("wpe", None),
+    "blocks.*.norm1": ("h.*.ln_1", "layers.*.input_layernorm"),
+    "blocks.*.attn.qkv": ("h.*.attn.c_attn", "layers.*.self_attn.q_proj layers.*.self_attn.k_proj layers.*.self_attn.v_proj"),
+    "blocks.*.attn.q_norm": (None, "layers.*.self_attn.q_norm"),
+    "blocks.*.attn.k_norm": (None, "layers.*.self_attn.k_norm"),
+    "blocks.*.attn.out": ("h.*.attn.c_proj", "layers.*.self_attn.o_proj"),
+    "blocks.*.norm2": ("h.*.ln_2", "layers.*.post_attention_layernorm"),
+    "blocks.*.mlp.up": ("h.*.mlp.c_fc", "layers.*.mlp.gate_proj layers.*.mlp.up_proj"),
+    "blocks.*.mlp.down": ("h.*.mlp.c_proj", "layers.*.mlp.down_proj"),
+    "norm": ("ln_f", "norm"),
+    "lm_head": ("lm_head", "lm_head"),
+    "score_head": ("score", "score"),
+}
+# Field of Config -> of config.json, likewise.
+FIELDS = {
+    "vocab_size": ("vocab_size", "vocab_size"),
+    "width": ("n_embd", "hidden_size"),
+    "layers": ("n_layer", "num_hidden_layers"),
+    "heads": ("n_head", "num_attention_heads"),
+    "kv_heads": (None, "num_key_value_heads"),
+    "head_dim": (None, "head_dim"),
+    "mlp_width": ("n_inner", "intermediate_size"),
+    "context": ("n_positions", "max_position_embeddings"),
+    "norm_eps": ("layer_norm_epsilon", "rms_norm_eps"),
+    "tied": ("tie_word_embeddings", "tie_word_embeddings"),
+    "init_std": ("initializer_range", "initializer_range"),
+} | {field: (field, field) for field in ("eos_token_id", "pad_token_id", "score_bias", "score_gain")}
+OPTIONAL = ["num_key_value_heads", "head_dim", "n_inner"]  # counts that may be missing
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # Config's rope_scaling
+HEADS = ("lm_head", "score")  # names in files without the prefix of the trunk
+# What would be another architecture under the same name.
+VARIANTS = "scale_attn_by_inverse_layer_idx attention_bias mlp_bias use_sliding_window quantization_config".split()
 # What published files hold beside the weights: the causal mask, the rotary table. All of it is computed here.
 BUFFERS = re.compile(r"attn\.(masked_)?bias$|rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 
 
-def is_head(key):
-    return key.startswith(("lm_head", "score"))
-
-
-def prefixed(key, config):
-    """A name in the checkpoint with the prefix that transformers' classes give the trunk."""
-    return key if is_head(key) else PREFIX[config.arch] + key
+def spelled(table, arch):
+    """Our names -> theirs: the architecture's column of MODULES or FIELDS."""
+    column = 0 if arch == "gpt2" else 1
+    return {ours: theirs[column] for ours, theirs in table.items() if theirs[column]}
 
 
 def layout(config):
     """Our parameter name -> (names in the checkpoint without prefix, stored transposed?); several names are one of ours stacked."""
-    if config.arch == "gpt2":  # GPT-2's "Conv1D" stores matrices as (in, out)
-        block = {
-            "norm1": (["ln_1"], False),
-            "attn.qkv": (["attn.c_attn"], True),
-            "attn.out": (["attn.c_proj"], True),
-            "norm2": (["ln_2"], False),
-            "mlp.up": (["mlp.c_fc"], True),
-            "mlp.down": (["mlp.c_proj"], True),
-        }
-        names = {"embed.weight": (["wte.weight"], False), "positions.weight": (["wpe.weight"], False)}
-        blocks, norm, kinds = "h", "ln_f", ["weight", "bias"]
-    else:
-        block = {
-            "norm1": (["input_layernorm"], False),
-            "attn.qkv": (["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], False),
-            "attn.out": (["self_attn.o_proj"], False),
-            "norm2": (["post_attention_layernorm"], False),
-            "mlp.up": (["mlp.gate_proj", "mlp.up_proj"], False),
-            "mlp.down": (["mlp.down_proj"], False),
-        }
-        if config.arch == "qwen3":
-            block |= {"attn.q_norm": (["self_attn.q_norm"], False), "attn.k_norm": (["self_attn.k_norm"], False)}
-        names = {"embed.weight": (["embed_tokens.weight"], False)}
-        blocks, norm, kinds = "layers", "norm", ["weight"]
-    for i in range(config.layers):
-        for ours, (theirs, transposed) in block.items():
-            for kind in kinds + ["bias"] * (config.arch == "qwen2" and ours == "attn.qkv"):
-                keys = [f"{blocks}.{i}.{name}.{kind}" for name in theirs]
-                names[f"blocks.{i}.{ours}.{kind}"] = (keys, transposed and kind == "weight")
-    for kind in kinds:
-        names[f"norm.{kind}"] = ([f"{norm}.{kind}"], False)
-    if config.head == "score":
-        names["score_head.weight"] = (["score.weight"], False)
-    elif not config.tied:
-        names["lm_head.weight"] = (["lm_head.weight"], False)
+    with torch.device("meta"):  # names and shapes without numbers
+        parameters = GPT(config).state_dict()
+    parameters.pop("score_head.bias", None)  # it lives in config.json
+    names, modules = {}, spelled(MODULES, config.arch)
+    for name, value in parameters.items():
+        module, _, kind = name.rpartition(".")
+        layer = re.search(r"\d+|$", module)[0]
+        theirs = modules[re.sub(r"\.\d+\.", ".*.", module)].replace("*", layer)
+        transposed = config.arch == "gpt2" and layer != "" and value.dim() == 2  # GPT-2's "Conv1D" stores matrices as (in, out)
+        names[name] = [f"{key}.{kind}" for key in theirs.split()], transposed
     return names
 
 
-def read_parameters(directory, config, own_head):
-    """(our name, value) of every parameter of the checkpoint, one at a time: the file is mapped, and no two are in memory at once.
+def prefixed(key, config):
+    """A name in the checkpoint with the prefix that transformers' classes give the trunk."""
+    return key if key.startswith(HEADS) else ("transformer." if config.arch == "gpt2" else "model.") + key
 
-    own_head: the checkpoint's; where config asks for another head, the new one is left out.
+
+# Numbers that may be missing, at the top level or among those of the rotary positions; all but the last two are positive.
+NUMBERS = "layer_norm_epsilon rms_norm_eps rope_theta factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
+NUMBERS += ["score_gain", "initializer_range", "score_bias"]
+
+
+def read_config(directory):
+    """config.json in either spelling (top-level rope_theta and torch_dtype, or transformers 5's nested ones) -> Config."""
+    path = Path(directory) / "config.json"
+    raw = {field: value for field, value in read_json(path).items() if value is not None}  # null is the default
+    odd = next((field for field in ("rope_parameters", "rope_scaling") if not isinstance(raw.get(field) or {}, dict)), None)
+    if odd:
+        raise ValueError(f"{path}: {odd} should be an object, but it is {raw[odd]!r}")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    for field, value in [(field, given[field]) for given in (raw, rope) for field in NUMBERS if given.get(field) is not None]:
+        number = type(value) in (int, float) and abs(value) < math.inf
+        if not (number and (value > 0 or field in NUMBERS[-2:])):
+            raise ValueError(f"{path}: {field} should be a {'' if field in NUMBERS[-2:] else 'positive '}number, but it is {value!r}")
+    kind = raw.get("model_type")
+    if kind not in CLASSES:
+        raise ValueError(f"{path}: the architecture {kind!r} is not supported; {', '.join(CLASSES)} are")
+    gpt2 = kind == "gpt2"
+    fields = spelled(FIELDS, kind)
+    for field in [theirs for ours, theirs in fields.items() if Config.__annotations__[ours] is int] + OPTIONAL:
+        if field not in raw and field not in OPTIONAL:
+            raise ValueError(f"{path} lacks the field {field!r}")
+        if (raw.get(field) is not None or field not in OPTIONAL) and not (type(raw[field]) is int and raw[field] > 0):
+            raise ValueError(f"{path}: {field} should be a positive number, but it is {raw[field]!r}")
+    odd = [field for field in VARIANTS if raw.get(field)] + ["scale_attn_weights"] * (raw.get("scale_attn_weights") is False)
+    field, *known = ("activation_function", "gelu_new", "gelu_pytorch_tanh") if gpt2 else ("hidden_act", "silu", "swish")
+    activation = raw.get(field, known[0])
+    odd += [activation] * (activation not in known)
+    if odd:
+        raise ValueError(f"{path}: this variant of {CLASSES[kind]} ({', '.join(odd)}) is not supported")
+    rope = {} if gpt2 else rope
+    scaling = rope.get("rope_type", rope.get("type", "default"))
+    if scaling not in ("default", "llama3") or (scaling == "llama3" and not all(rope.get(field) for field in LLAMA3)):
+        raise ValueError(f"{path}: rope scaling of type {scaling} is not supported, or its numbers are not all there; llama3's is")
+    said = {ours: raw[theirs] for ours, theirs in fields.items() if raw.get(theirs) is not None}
+    unsaid = {"kv_heads": said["heads"], "head_dim": said["width"] // said["heads"], "mlp_width": 4 * said["width"]}
+    unsaid |= {} if gpt2 else {"norm_eps": 1e-6, "tied": False}  # where that is not Config's default
+    return Config(
+        **unsaid | said,
+        arch=kind,
+        head="score" if any("SequenceClassification" in name for name in raw.get("architectures") or []) else "lm",
+        rope_theta=rope.get("rope_theta") or raw.get("rope_theta") or 10000.0,
+        rope_scaling=tuple(rope[field] for field in LLAMA3) if scaling == "llama3" else None,
+    )
+
+
+def write_config(config):
+    """Config -> the dictionary that config.json holds, in both spellings where they differ."""
+    c, gpt2, score = config, config.arch == "gpt2", config.head == "score"
+    ending = "ForSequenceClassification" if score else "LMHeadModel" if gpt2 else "ForCausalLM"
+    raw = {"architectures": [CLASSES[c.arch] + ending], "model_type": c.arch, "bos_token_id": None}
+    raw |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}} if score else {}
+    raw |= {theirs: getattr(c, ours) for ours, theirs in spelled(FIELDS, c.arch).items() if score or not ours.startswith("score")}
+    raw |= {"dtype": "float32", "torch_dtype": "float32"}
+    if gpt2:
+        return raw | {"activation_function": "gelu_new", "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    rope = {"rope_theta": c.rope_theta, "rope_type": "llama3" if c.rope_scaling else "default"}
+    rope |= dict(zip(LLAMA3, c.rope_scaling, strict=True)) if c.rope_scaling else {}
+    raw |= {"hidden_act": "silu", "rope_theta": c.rope_theta, "rope_parameters": rope}
+    raw |= {"rope_scaling": rope} if c.rope_scaling else {}
+    return raw | ({"attention_bias": False, "mlp_bias": False} if c.arch != "qwen2" else {})
+
+
+def read_tensors(directory, model, own_head):
+    """(its place in the model, value) of every tensor of the checkpoint, one at a time: files are mapped, no two are in memory at once.
+
+    own_head: the checkpoint's; where the model has another head, the new one is left out.
     """
     index = directory / "model.safetensors.index.json"
     files = ["model.safetensors"]
@@ -746,24 +791,15 @@ def read_parameters(directory, config, own_head):
             if bare in weights:
                 raise ValueError(f"{directory} holds the tensor {bare} twice: fetch or save it again")
             weights[bare] = read
-    with torch.device("meta"):
-        shapes = {name: value.shape for name, value in GPT(config).state_dict().items()}
-    for name, (keys, transposed) in layout(config).items():
-        if config.head != own_head and is_head(keys[0]):
+    for key, own in model.tensors():
+        if key.startswith(HEADS) and model.config.head != own_head:
             continue
-        missing = [key for key in keys if key not in weights]
-        if missing:
-            raise ValueError(f"{directory} lacks the tensor {missing[0]} that its config.json promises")
-        parts = [weights.pop(key)() for key in keys]
-        parts = [part.t() if transposed and part.dim() == 2 else part for part in parts]
-        try:
-            value = torch.cat(parts) if len(parts) > 1 else parts[0]
-        except RuntimeError:  # parts that do not even fit one another
-            value = parts[0]
-        if value.shape != shapes[name] or not value.is_floating_point():
-            kind = f"shape {tuple(value.shape)} ({value.dtype})"
-            raise ValueError(f"{directory}: {keys[0]} has {kind}, config.json says {tuple(shapes[name])}")
-        yield name, value
+        if key not in weights:
+            raise ValueError(f"{directory} lacks the tensor {key} that its config.json promises")
+        value = weights.pop(key)()
+        if value.shape != own.shape or not value.is_floating_point():
+            raise ValueError(f"{directory}: {key} has shape {tuple(value.shape)} ({value.dtype}), config.json says {tuple(own.shape)}")
+        yield own, value
     # lm_head: a copy of the tied embedding, or a head given up
     left = [key for key in weights if not BUFFERS.search(key) and key != "lm_head.weight"]
     if left:
@@ -788,14 +824,13 @@ def tensors_of(path):
         raise ValueError(f"{path} is not a whole safetensors file ({error}): fetch or save it again") from None
 
 
-def write_tensors(path, tensors):
-    save_file(tensors, f"{path}.tmp", metadata={"format": "pt"})
-    os.replace(f"{path}.tmp", path)
-
-
-def write_json(path, value):
-    path.with_name(path.name + ".tmp").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(path.with_name(path.name + ".tmp"), path)
+def write(directory, weights, tensors, facts_file, facts):
+    """Both files of a checkpoint: `tensors` in the one called `weights`, `facts` as JSON. Each appears whole or not at all."""
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / f"{weights}.tmp", metadata={"format": "pt"})
+    (directory / f"{facts_file}.tmp").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    for name in (weights, facts_file):
+        os.replace(directory / f"{name}.tmp", directory / name)
 
 
 def read_json(path):
@@ -809,105 +844,3 @@ def read_json(path):
     if not isinstance(value, dict):
         raise ValueError(f"{path} should hold a JSON object, but it holds a {type(value).__name__}")
     return value
-
-
-# Fields of config.json that count something, and ours that they become.
-SIZES = {
-    "gpt2": {"n_embd": "width", "n_layer": "layers", "n_head": "heads", "n_positions": "context"},
-    "llama": {
-        "hidden_size": "width",
-        "num_hidden_layers": "layers",
-        "num_attention_heads": "heads",
-        "max_position_embeddings": "context",
-        "intermediate_size": "mlp_width",
-    },
-}
-# What would be another architecture under the same name.
-VARIANTS = "scale_attn_by_inverse_layer_idx attention_bias mlp_bias use_sliding_window quantization_config".split()
-
-
-# Numbers that may be missing, at the top level or among those of the rotary positions; all but the last two are positive.
-NUMBERS = "layer_norm_epsilon rms_norm_eps rope_theta factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
-NUMBERS += ["score_gain", "initializer_range", "score_bias"]
-
-
-def read_config(directory):
-    """config.json in either spelling (top-level rope_theta and torch_dtype, or transformers 5's nested ones) -> Config."""
-    path = Path(directory) / "config.json"
-    raw = {field: value for field, value in read_json(path).items() if value is not None}  # null is the default
-    odd = next((field for field in ("rope_parameters", "rope_scaling") if not isinstance(raw.get(field) or {}, dict)), None)
-    if odd:
-        raise ValueError(f"{path}: {odd} should be an object, but it is {raw[odd]!r}")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    for field, value in [(field, given[field]) for given in (raw, rope) for field in NUMBERS if given.get(field) is not None]:
-        number = type(value) in (int, float) and abs(value) < math.inf
-        if not (number and (value > 0 or field in NUMBERS[-2:])):
-            raise ValueError(f"{path}: {field} should be a {'' if field in NUMBERS[-2:] else 'positive '}number, but it is {value!r}")
-    kind = raw.get("model_type")
-    if kind not in CLASSES:
-        raise ValueError(f"{path}: the architecture {kind!r} is not supported; {', '.join(CLASSES)} are")
-    names = {"vocab_size": "vocab_size"} | SIZES["gpt2" if kind == "gpt2" else "llama"]
-    for field in [*names, "num_key_value_heads", "head_dim", "n_inner"]:
-        if field in names and field not in raw:
-            raise ValueError(f"{path} lacks the field {field!r}")
-        if (field in names or raw.get(field) is not None) and not (type(raw[field]) is int and raw[field] > 0):
-            raise ValueError(f"{path}: {field} should be a positive number, but it is {raw[field]!r}")
-    odd = [field for field in VARIANTS if raw.get(field)] + ["scale_attn_weights"] * (raw.get("scale_attn_weights") is False)
-    activation = raw.get("activation_function" if kind == "gpt2" else "hidden_act", "gelu_new" if kind == "gpt2" else "silu")
-    odd += [activation] * (activation not in (("gelu_new", "gelu_pytorch_tanh") if kind == "gpt2" else ("silu", "swish")))
-    if odd:
-        raise ValueError(f"{path}: this variant of {CLASSES[kind]} ({', '.join(odd)}) is not supported")
-    common = {ours: raw[theirs] for theirs, ours in names.items()}
-    common |= {"arch": kind, "init_std": raw.get("initializer_range", 0.02)}
-    common |= {"score_bias": raw.get("score_bias", 0.0), "score_gain": raw.get("score_gain", 1.0)}
-    common |= {"eos_token_id": raw.get("eos_token_id"), "pad_token_id": raw.get("pad_token_id")}
-    common["head"] = "score" if any("SequenceClassification" in name for name in raw.get("architectures") or []) else "lm"
-    width, heads = common["width"], common["heads"]
-    if kind == "gpt2":
-        return Config(
-            kv_heads=heads,
-            head_dim=width // heads,
-            mlp_width=raw.get("n_inner") or 4 * width,
-            norm_eps=raw.get("layer_norm_epsilon", 1e-5),
-            tied=raw.get("tie_word_embeddings", True),
-            **common,
-        )
-    scaling, fields = rope.get("rope_type", rope.get("type", "default")), ["factor", "low_freq_factor", "high_freq_factor"]
-    fields += ["original_max_position_embeddings"]
-    if scaling not in ("default", "llama3") or (scaling == "llama3" and not all(rope.get(field) for field in fields)):
-        raise ValueError(f"{path}: rope scaling of type {scaling} is not supported, or its numbers are not all there; llama3's is")
-    return Config(
-        kv_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or width // heads,
-        norm_eps=raw.get("rms_norm_eps", 1e-6),
-        rope_theta=rope.get("rope_theta") or raw.get("rope_theta") or 10000.0,
-        rope_scaling=tuple(rope[field] for field in fields) if scaling == "llama3" else None,
-        tied=raw.get("tie_word_embeddings", False),
-        **common,
-    )
-
-
-def write_config(config):
-    """Config -> the dictionary that config.json holds, in both spellings where they differ."""
-    c = config
-    ending = "ForSequenceClassification" if c.head == "score" else "LMHeadModel" if c.arch == "gpt2" else "ForCausalLM"
-    raw = {"architectures": [CLASSES[c.arch] + ending]}
-    if c.head == "score":
-        raw |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
-        raw |= {"score_bias": c.score_bias, "score_gain": c.score_gain}
-    raw |= {"model_type": c.arch, "vocab_size": c.vocab_size, "tie_word_embeddings": c.tied, "initializer_range": c.init_std}
-    raw |= {"bos_token_id": None, "eos_token_id": c.eos_token_id, "pad_token_id": c.pad_token_id}
-    raw |= {"dtype": "float32", "torch_dtype": "float32"}
-    raw |= {theirs: getattr(c, ours) for theirs, ours in SIZES["gpt2" if c.arch == "gpt2" else "llama"].items()}
-    if c.arch == "gpt2":
-        raw |= {"n_inner": c.mlp_width, "layer_norm_epsilon": c.norm_eps, "activation_function": "gelu_new"}
-        return raw | {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-    rope = {"rope_theta": c.rope_theta, "rope_type": "default"}
-    if c.rope_scaling:
-        factor, low, high, original = c.rope_scaling
-        rope |= {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high}
-        rope |= {"original_max_position_embeddings": original}
-    raw |= {"head_dim": c.head_dim, "num_key_value_heads": c.kv_heads, "rms_norm_eps": c.norm_eps, "hidden_act": "silu"}
-    raw |= {"attention_bias": False, "mlp_bias": False} if c.arch != "qwen2" else {}
-    raw |= {"rope_scaling": rope} if c.rope_scaling else {}
-    return raw | {"rope_theta": c.rope_theta, "rope_parameters": rope}

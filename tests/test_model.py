@@ -341,7 +341,7 @@ FAULTS = {  # what is done to a good checkpoint -> (how, a word that the sentenc
     "a pickle by another name": (disguised_pickle, "not a whole safetensors file"),
     "a tensor under two names": (both_spellings, "norm.weight twice"),
     "integers for weights": (integers, "torch.int8"),
-    "parts that do not fit": (unequal_parts, "mlp.gate_proj.weight"),
+    "parts that do not fit": (unequal_parts, "mlp.up_proj.weight"),
     "a sliding window": (config_field("use_sliding_window", True), "use_sliding_window"),
     "quantised": (config_field("quantization_config", {"bits": 4}), "quantization_config"),
     "llama3 rope without its numbers": (config_field("rope_parameters", {"rope_type": "llama3"}), "rope scaling"),
