@@ -670,7 +670,8 @@ FIELDS = {
     "norm_eps": ("layer_norm_epsilon", "rms_norm_eps"),
     "tied": ("tie_word_embeddings", "tie_word_embeddings"),
     "init_std": ("initializer_range", "initializer_range"),
-} | {field: (field, field) for field in ("eos_token_id", "pad_token_id", "score_bias", "score_gain")}
+}
+ALIKE = ("eos_token_id", "pad_token_id", "score_bias", "score_gain")  # fields that have the same name here and there
 OPTIONAL = ["num_key_value_heads", "head_dim", "n_inner"]  # counts that may be missing
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # Config's rope_scaling
 HEADS = ("lm_head", "score")  # names in files without the prefix of the trunk
@@ -727,7 +728,7 @@ def read_config(directory):
     if kind not in CLASSES:
         raise ValueError(f"{path}: the architecture {kind!r} is not supported; {', '.join(CLASSES)} are")
     gpt2 = kind == "gpt2"
-    fields = spelled(FIELDS, kind)
+    fields = spelled(FIELDS, kind) | dict(zip(ALIKE, ALIKE, strict=True))
     for field in [theirs for ours, theirs in fields.items() if Config.__annotations__[ours] is int] + OPTIONAL:
         if field not in raw and field not in OPTIONAL:
             raise ValueError(f"{path} lacks the field {field!r}")
@@ -759,9 +760,12 @@ def write_config(config):
     """Config -> the dictionary that config.json holds, in both spellings where they differ."""
     c, gpt2, score = config, config.arch == "gpt2", config.head == "score"
     ending = "ForSequenceClassification" if score else "LMHeadModel" if gpt2 else "ForCausalLM"
-    raw = {"architectures": [CLASSES[c.arch] + ending], "model_type": c.arch, "bos_token_id": None}
-    raw |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}} if score else {}
-    raw |= {theirs: getattr(c, ours) for ours, theirs in spelled(FIELDS, c.arch).items() if score or not ours.startswith("score")}
+    raw = {"architectures": [CLASSES[c.arch] + ending], "model_type": c.arch}
+    if score:
+        raw |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
+        raw |= {"score_bias": c.score_bias, "score_gain": c.score_gain}
+    raw |= {theirs: getattr(c, ours) for ours, theirs in spelled(FIELDS, c.arch).items()}
+    raw |= {"bos_token_id": None, "eos_token_id": c.eos_token_id, "pad_token_id": c.pad_token_id}
     raw |= {"dtype": "float32", "torch_dtype": "float32"}
     if gpt2:
         return raw | {"activation_function": "gelu_new", "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
