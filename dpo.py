@@ -361,7 +361,7 @@ def own_replies(config, policy, ref, encoding, questions):
     prompts = [chat.prompt(messages, encoding) for messages in questions]
     metrics = {"kl": reply_kl(policy, ref, prompts, [ids for ids, _, _ in replies]).mean()}
     if all(map(world.solve, questions)):
-        golds = [world.judge(m, text, ended)["gold"] for m, (_, ended, text) in zip(questions, replies, strict=True)]
+        golds = [one["gold"] for one in annotators.world_judge(zip(questions, replies, strict=True))]
         metrics["gold"] = sum(golds) / len(golds)
     return metrics
 

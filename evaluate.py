@@ -51,7 +51,7 @@ from safetensors.torch import load_file
 
 import run
 from data import annotators, chat, formats, tokenizer, world
-from data.collate import encode_pairs, encode_steps, hold_out, in_batches, longest_side, reply_kl, score, step_scores
+from data.collate import encode_pairs, encode_steps, hold_out_rated, in_batches, reply_kl, score, score_all, step_scores
 from data.formats import Process
 from model import GPT
 
@@ -88,6 +88,11 @@ def answer(model, encoding, conversations, chats, max_new_tokens=world.MAX_NEW_T
     generator = torch.Generator(model.device).manual_seed(seed)
     replies = model.generate(ids, max_new_tokens, stop_id=stops, generator=generator)
     return [(r, r[-1] in stops, encoding.decode(r[:-1] if r[-1] in stops else r)) for r in replies]
+
+
+def facts_of(directory):
+    """What a run wrote down of itself, run.json."""
+    return json.loads((directory / "run.json").read_text(encoding="utf-8"))
 
 
 def mean(values):
@@ -132,7 +137,7 @@ def measure(model, encoding, chats, prompts, judged=True, reward_model=None, sft
 def judgements(conversations, replies):
     """What the world's judge says of (ids, ended, text) replies: means by name, and gold per prompt."""
     skills = [world.solve(messages).skill for messages in conversations]
-    scores = [world.judge(m, text, ended) for m, (_, ended, text) in zip(conversations, replies, strict=True)]
+    scores = annotators.world_judge(zip(conversations, replies, strict=True))
     gold = [score["gold"] for score in scores]
 
     def among(skill, values):
@@ -212,9 +217,8 @@ def scoreboard(directories, sft_directory, n=1300, device="cpu", data=(), max_ne
             skills[name] = {} if data else by_skill(prompts, worths)
             if reference and not data:
                 row["lost_skills"] = len(lost_skills(skills[name], sft_skills))
-        facts = directory / "run.json"
-        if facts.exists():
-            row["seconds"] = json.loads(facts.read_text(encoding="utf-8")).get("seconds")
+        if (directory / "run.json").exists():
+            row["seconds"] = facts_of(directory).get("seconds")
         board[name] = {key: round(value, 4) for key, value in row.items() if value is not None}
     return board, {} if data else skills, texts, prompts
 
@@ -291,15 +295,10 @@ def prefers_longer(margins, lengths):
     return mean([(margin > 0) == (a > b) for margin, (a, b) in zip(margins, lengths, strict=True) if a != b])
 
 
-@torch.no_grad()
-def pair_scores(model, pairs):
-    """Encoded pairs -> the margin of the first side over the second (N,)."""
-
-    def margins(part):
-        first, second = score(model, [side[0] for pair in zip(*part, strict=True) for side in pair]).chunk(2)
-        return first - second
-
-    return in_batches(margins, pairs, longest_side)
+def pair_margins(model, pairs):
+    """Encoded pairs -> by how much the first side is scored above the second, a list (N,)."""
+    first, second = score_all(model, pairs)
+    return (first - second).tolist()
 
 
 def fitting_pairs(records, encoding, context):
@@ -308,11 +307,12 @@ def fitting_pairs(records, encoding, context):
     return [(record, pair, label) for record, pair, (label, _) in zip(kept, pairs, labels, strict=True)]
 
 
-def pair_golds(records):
-    """The judge's gold of both sides of each pair, the better one by its label first; None where prompts are not of the embedded world."""
+def pair_golds(records, name="gold"):
+    """The judge's gold (or another dimension) of both sides of each pair, the better one by its label first; None where prompts are not
+    of the embedded world."""
     if not all(world.solve(record.prompt) for record in records):
         return None
-    golds = [[world.judge(r.prompt, side[0]["content"])["gold"] for side in (r.chosen, r.rejected)] for r in records]
+    golds = [[world.judge(r.prompt, side[0]["content"])[name] for side in (r.chosen, r.rejected)] for r in records]
     return [gold[::-1] if r.label < 0.5 else gold for r, gold in zip(records, golds, strict=True)]
 
 
@@ -345,15 +345,13 @@ def reward_row(margins, found, golds, gain):
 
 def head_accuracies(directory, model, found, device):
     """{dimension: how often its own head agrees with the judge in that dimension} of a run with several heads."""
-    facts = json.loads((directory / "run.json").read_text(encoding="utf-8"))["flags"]
+    facts = facts_of(directory)["flags"]
     weights, accuracies = load_file(directory / "heads.safetensors"), {}
     records, pairs = [record for record, _, _ in found], [pair for _, pair, _ in found]
     for name, weight in zip(facts["heads"], weights["weight"], strict=True):
         model.score_head.weight.data = weight[None].to(device)  # (1, D); its bias cancels in a comparison
-        margins = pair_scores(model, pairs).tolist()
-        judged = [[world.judge(r.prompt, side[0]["content"])[name] for side in (r.chosen, r.rejected)] for r in records]
-        judged = [both[::-1] if r.label < 0.5 else both for r, both in zip(records, judged, strict=True)]
-        accuracies[name] = mean([(margin > 0) == (a > b) for margin, (a, b) in zip(margins, judged, strict=True) if a != b])
+        judged = zip(pair_margins(model, pairs), pair_golds(records, name), strict=True)
+        accuracies[name] = mean([(margin > 0) == (a > b) for margin, (a, b) in judged if a != b])
     return accuracies
 
 
@@ -383,15 +381,15 @@ def reward_main(config):
         model, encoding, _ = open_run(directory, device)
         run.require(model.config.head == "score", f"{directory} is a language model: name reward models")
         if config.held_out:
-            facts = json.loads((directory / "run.json").read_text(encoding="utf-8"))["flags"]
+            facts = facts_of(directory)["flags"]
             run.require(facts["data"], f"{directory} was trained on the embedded world: leave out --held-out")
             records = [record for path in facts["data"] for record in formats.read(path, "preference")]
         found = fitting_pairs(records, encoding, model.config.context)
         if config.held_out:
-            kept_back, _ = hold_out(len(found), min(500, 8 * facts["batch_size"]), facts["seed"])
+            kept_back, _ = hold_out_rated(len(found), facts["batch_size"], facts["seed"])
             found = [found[i] for i in kept_back]
         run.require(found, f"{directory}: no pair fits its context of {model.config.context} tokens")
-        margins, golds = pair_scores(model, [pair for _, pair, _ in found]).tolist(), pair_golds([record for record, _, _ in found])
+        margins, golds = pair_margins(model, [pair for _, pair, _ in found]), pair_golds([record for record, _, _ in found])
         name, gain = directory.name, model.config.score_gain
         board[name], kinds[name], curves[name] = reward_row(margins, found, golds, gain)
         odds.append([margin / gain for margin in margins])
@@ -417,11 +415,7 @@ def reward_main(config):
 
 def picture(path, panels):
     """panels: (x label, y label, {line: (xs, ys)}) side by side in one image."""
-    import matplotlib  # here, because it takes a second to import
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = run.plotting()
     figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
     for axis, (x, y, lines) in zip(axes[0], panels, strict=True):
         for name, (xs, ys) in lines.items():
@@ -511,7 +505,7 @@ def ranked_samples(config, device):
     replies = annotators.sample(policy, encoding, conversations, length, seed=config.seed, samples=config.n)
     repeated = [messages for messages in conversations for _ in range(config.n)]
     texts, shape = [text for _, _, text in replies], (len(conversations), config.n)
-    judged = [world.judge(m, text, ended)["gold"] for m, (_, ended, text) in zip(repeated, replies, strict=True)]
+    judged = [one["gold"] for one in annotators.world_judge(zip(repeated, replies, strict=True))]
     golds = torch.tensor([float(g == 1) if config.long_sums else g for g in judged], dtype=torch.float64).view(shape)  # (N, n)
     answers = [world.result(text) if config.long_sums else text for text in texts]
     answers = [answers[i : i + config.n] for i in range(0, len(answers), config.n)]
@@ -704,6 +698,12 @@ def stage(done, seed, threads, *command):
     run.require(ended.returncode == 0, f"stopped at {done.name}: what went wrong stands above")
 
 
+def unless_kept(keep, done, *rest):
+    """`stage`, where its result is not there yet or need not be kept."""
+    if not (keep and done.exists()):
+        stage(done, *rest)
+
+
 def foundation(out, seed, threads, keep=False):
     """What every method starts from: base, sft, and its replies compared (pairs.jsonl)."""
     commands = {
@@ -712,8 +712,7 @@ def foundation(out, seed, threads, keep=False):
         "pairs.jsonl": ["-m", "data.annotators", "--init", out / "sft"],
     }
     for name, command in commands.items():
-        if not (keep and (out / name).exists()):
-            stage(out / name, seed, threads, *command)
+        unless_kept(keep, out / name, seed, threads, *command)
 
 
 def recipe(out, seed, keep=False):
@@ -723,14 +722,10 @@ def recipe(out, seed, keep=False):
     start, pairs = ["--init", out / "sft"], ["--data", out / "pairs.jsonl"]
     foundation(out, seed, cores(), keep)
 
-    def unless_kept(name, *command):
-        if not (keep and (out / name).exists()):
-            stage(out / name, seed, half, *command)
-
     with ThreadPoolExecutor() as pool:
-        other = pool.submit(unless_kept, "dpo", "dpo.py", *start, *pairs)
-        unless_kept("reward", "reward.py", *start, *pairs)
-        unless_kept("ppo", "ppo.py", *start, "--reward", out / "reward")
+        other = pool.submit(unless_kept, keep, out / "dpo", seed, half, "dpo.py", *start, *pairs)
+        unless_kept(keep, out / "reward", seed, half, "reward.py", *start, *pairs)
+        unless_kept(keep, out / "ppo", seed, half, "ppo.py", *start, "--reward", out / "reward")
         other.result()
     return write_scoreboard([out / name for name in STAGES], out / "sft", out, device=device)
 
@@ -868,13 +863,12 @@ def method_chains(home):
 
 def run_chain(home, seed, chain):
     for name, command in chain.items():
-        if not (home / "methods" / name).exists():
-            stage(home / "methods" / name, seed, 1, *command)
+        unless_kept(True, home / "methods" / name, seed, 1, *command)
 
 
 def cost(directory):
     """Processor seconds of a run and of the runs beside it that it needed: its start, its reward model, its judge."""
-    facts = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+    facts = facts_of(directory)
     needed = [Path(facts["flags"].get(flag) or "") for flag in ("init", "reward", "judge")]
     return facts["cpu_seconds"] + sum(cost(path) for path in needed if path.parent == directory.parent)
 
@@ -887,8 +881,7 @@ def measure_methods(home):
     for row in (board["base"], board["sft"]):
         row.pop("seconds", None)  # it belongs to all of them
     for directory in runs:
-        row, facts = board[directory.name], json.loads((directory / "run.json").read_text(encoding="utf-8"))
-        row["memory"], row["seconds"] = facts["peak_memory_mib"], cost(directory)
+        board[directory.name] |= {"memory": facts_of(directory)["peak_memory_mib"], "seconds": cost(directory)}
     for row in board.values():
         if "gold" in row:
             row["gain"] = row["gold"] - board["sft"]["gold"]
@@ -898,14 +891,13 @@ def measure_methods(home):
     replies = annotators.sample(sft, encoding, asked, world.MAX_NEW_TOKENS, samples=most)
     asked = [messages for messages in asked for _ in range(most)]
     scores = reward_scores(open_run(home / "methods" / "reward")[0], encoding, asked, [text for _, _, text in replies])
-    golds = torch.tensor([world.judge(m, text, ended)["gold"] for m, (_, ended, text) in zip(asked, replies, strict=True)])
+    golds = torch.tensor([one["gold"] for one in annotators.world_judge(zip(asked, replies, strict=True))])
     return board, {n: float(best_of(golds.view(-1, most), scores.view(-1, most), n).mean()) for n in BEST_OF}
 
 
 def frontier_picture(rows, best, path):
     """Gold against KL to sft: every method, DPO over its beta, and best-of-n as the curve to beat."""
-    from matplotlib import pyplot  # here, because it takes a second to import
-
+    pyplot = run.plotting()
     figure, panel = pyplot.subplots(figsize=(8, 5))
     sweep = sorted((name for name in rows if name == "dpo" or name.startswith("dpo-beta")), key=lambda name: rows[name]["kl"]["mean"])
     panel.plot(

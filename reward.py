@@ -43,7 +43,17 @@ from safetensors.torch import save_file
 
 import run
 from data import annotators, chat, formats, tokenizer, world
-from data.collate import encode_pairs, encode_steps, epochs, hold_out, in_batches, longest_side, pad, score, step_scores
+from data.collate import (
+    encode_pairs,
+    encode_steps,
+    epochs,
+    hold_out_rated,
+    longest_side,
+    pad,
+    score_all,
+    score_pairs,
+    step_scores,
+)
 from data.formats import Process
 from model import GPT, TARGETS
 
@@ -97,17 +107,6 @@ def centring_loss(chosen_scores, rejected_scores):
 def step_loss(scores, labels):
     """Negative log-likelihood of each step's label, (M,) in nats. scores (M,): log-odds that all is right so far; labels (M,) in [0, 1]."""
     return -labels * F.logsigmoid(scores) - (1 - labels) * F.logsigmoid(-scores)
-
-
-def score_pairs(model, pairs):
-    """pairs of (chosen, rejected) examples -> chosen_scores (B,), rejected_scores (B,), in one forward pass."""
-    return score(model, [side[0] for pair in zip(*pairs, strict=True) for side in pair]).chunk(2)
-
-
-@torch.no_grad()
-def score_all(model, pairs, size=256):
-    """(chosen_scores, rejected_scores), each (N,), without gradients."""
-    return in_batches(lambda batch: torch.stack(score_pairs(model, batch), dim=1), pairs, longest_side, size, model).unbind(1)
 
 
 @torch.no_grad()
@@ -226,7 +225,7 @@ def train_process(config, job, model, encoding, records):
     examples, labels, dropped = encode_steps(records, encoding, model.config.context, separator)
     run.require(examples, f"none of the {len(records)} solutions fits the model's context of {model.config.context} tokens")
     job.say(f"reward: {len(examples)} solutions, {sum(map(len, labels))} rated steps, {dropped} dropped (too long)")
-    held_out, kept = hold_out(len(examples), min(500, 8 * config.batch_size), config.seed)
+    held_out, kept = hold_out_rated(len(examples), config.batch_size, config.seed)
 
     def flat(rows):
         return torch.tensor([label for i in rows for label in labels[i]], device=job.device)  # (M,)
@@ -304,7 +303,7 @@ def main(config):
     source = ", ".join(map(str, config.data)) or "the embedded world"
     run.require(pairs, f"none of the {len(records)} pairs of {source} fits the model's context of {model.config.context} tokens")
     job.say(f"reward: {len(pairs)} pairs, {len(records) - len(usable)} dropped (too long, or two equal sides)")
-    held_out, kept = hold_out(len(pairs), min(500, 8 * config.batch_size), config.seed)
+    held_out, kept = hold_out_rated(len(pairs), config.batch_size, config.seed)
     labels = torch.tensor(labels, device=job.device)  # (N, 2) label, margin
     if config.heads:
         heads = Heads(model.config.width, config.heads, config.mixing).to(job.device)

@@ -297,17 +297,23 @@ def peak_memory(device):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def plotting():
+    """matplotlib's pyplot, drawing into files; imported here, because it takes a second and only the end of a run needs it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 def curves(metrics, path):
     """metrics.jsonl -> a picture with one small panel per metric."""
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     names = [name for name in dict.fromkeys(k for row in rows for k in row) if name != "step"]
     if not names:
         return
-    import matplotlib  # here, because it takes a second to import and only the end of a run needs it
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = plotting()
     columns = min(4, len(names))
     height = math.ceil(len(names) / columns)
     figure, panels = pyplot.subplots(height, columns, figsize=(3.4 * columns, 2.4 * height), squeeze=False)

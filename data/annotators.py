@@ -164,6 +164,7 @@ def compare(pairs, judge, agreement=0.75, seed=0, ratings=False, length_bias=0.0
 
 
 def world_judge(rows):
+    """What the world's judge says of each (messages, reply), a reply as `sample` gives it."""
     return [world.judge(messages, reply[2], reply[1]) for messages, reply in rows]
 
 
@@ -184,7 +185,8 @@ def different(pairs):
 
 def gold_gaps(pairs):
     """By how much the judge finds the first reply of each pair better; one that did not end by itself is worth nothing."""
-    return [world.judge(m, a[2], a[1])["gold"] - world.judge(m, b[2], b[1])["gold"] for m, a, b in pairs]
+    golds = [one["gold"] for one in world_judge([(m, reply) for m, a, b in pairs for reply in (a, b)])]
+    return [a - b for a, b in zip(golds[::2], golds[1::2], strict=True)]
 
 
 def open_reward_model(directory, encoding, device, flag, trunk=None):

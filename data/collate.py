@@ -95,6 +95,11 @@ def hold_out(n, most, seed):
     return order[:kept_back], order[kept_back:]
 
 
+def hold_out_rated(n, batch_size, seed):
+    """`hold_out` of reward.py's pairs or solutions; evaluate.py finds the same ones again."""
+    return hold_out(n, min(500, 8 * batch_size), seed)
+
+
 def rows_at_once(size, length, model):
     """Of `size` rows of so many tokens, as many as a forward pass without gradients takes through this model in half a gigabyte."""
     return max(1, min(size, 128 * 256 * 96 // (length * model.config.width)))
@@ -132,6 +137,17 @@ def reply_kl(model, ref, prompts, replies, size=256):
 def longest_side(pair):
     """Of a pair of examples: what it is padded by."""
     return max(len(ids) for ids, _ in pair)
+
+
+def score_pairs(model, pairs):
+    """pairs of (chosen, rejected) examples -> chosen_scores (B,), rejected_scores (B,), in one forward pass."""
+    return score(model, [side[0] for pair in zip(*pairs, strict=True) for side in pair]).chunk(2)
+
+
+@torch.no_grad()
+def score_all(model, pairs, size=256):
+    """(chosen_scores, rejected_scores), each (N,), without gradients."""
+    return in_batches(lambda batch: torch.stack(score_pairs(model, batch), dim=1), pairs, longest_side, size, model).unbind(1)
 
 
 def encode_pairs(records, encoding, context):

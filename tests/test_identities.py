@@ -16,7 +16,7 @@ import ppo
 import reward
 import sft
 from data import chat, formats, tokenizer, world
-from data.collate import IGNORE, collate, encode_pairs, epochs, pad
+from data.collate import IGNORE, collate, encode_pairs, epochs, pad, score
 from data.formats import Preference
 from model import GPT
 
@@ -494,7 +494,7 @@ def test_scores_do_not_change_with_padding_order_or_company(world_model, world_e
     sequences = [side[0] for pair in pairs for side in pair]
     with torch.no_grad():
         alone = torch.stack([model.score(model(torch.tensor([ids])))[0, -1] for ids in sequences])
-        for function in (reward.score, ppo.score):
+        for function in (score, ppo.score):
             torch.testing.assert_close(function(model, sequences), alone, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(function(model, sequences[::-1]).flip(0), alone, rtol=1e-5, atol=1e-5)
             beside_long = function(model, [sequences[0], [5] * 120, sequences[7]])
