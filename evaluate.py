@@ -8,6 +8,7 @@
     python evaluate.py reward --runs out/reward          a reward model's accuracy, calibration and bias towards length
     python evaluate.py best-of-n --n 64                  the best of n samples by reward model, process model, vote and judge
     python evaluate.py hacking --runs out/ppo            proxy against gold in PPO runs, and whether the detector saw it
+    python evaluate.py labels --data out/ai-pairs.jsonl  how often labels agree with the judge, and what averaging does to them
 
 On the embedded world every reply has a true score, which no training ever saw. Per model, on held-out prompts, sampling at
 temperature 1 (what the model believes, not only what it would say first):
@@ -43,7 +44,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -626,6 +627,62 @@ def hacking_main(config):
     picture(out / "hacking.png", panels)
 
 
+# ------------------------------------------------------------------------------------------------- labels under the lens
+
+
+@dataclass
+class Labels:
+    data: list = field(default_factory=lambda: ["out/ai-pairs.jsonl"])  # files of preferences on the embedded world's prompts
+    out: str = ""  # directory for labels.json (default: none is written)
+
+
+def agreement(chances, gaps):
+    """How often a chance above 1/2 goes with a gap above 0, of those with a gap; a chance of just 1/2 is half right."""
+    return mean([0.5 if p == 0.5 else float((p > 0.5) == (gap > 0)) for p, gap in zip(chances, gaps, strict=True) if gap])
+
+
+def labels_main(config):
+    """How often labels agree with the judge; those of `data.constitution compare` also by single votes, which show what averaging does."""
+    rows = [row for path in config.data for row in formats.load(Path(path))]
+    records = [record for path in config.data for record in formats.read(path, "preference")]
+    run.require(len(rows) == len(records), "--data: some pairs have two equal sides or an empty one: leave them out")
+    run.require(pair_golds(records) is not None, "--data: the judge knows only the prompts of the embedded world")
+    gaps = {}
+    for name in ("gold", "harmless"):
+        gaps[name] = [a - b for a, b in pair_golds([replace(record, label=1.0) for record in records], name)]
+    chances = {"label": [[record.label] for record in records]}
+    votes = [row["votes"] for _, row in rows if row.get("votes")]
+    board = {}
+    if len(votes) == len(records):
+        both = [[(first + second) / 2 for _, first, second in own] for own in votes]
+        chances = {
+            "one principle, one order": [[p for _, first, second in own for p in (first, second)] for own in votes],
+            "one principle, both orders": both,
+            "all principles, one order": [[mean([vote[i] for vote in own]) for i in (1, 2)] for own in votes],
+            "all principles, both orders": [[mean(own)] for own in both],
+        }
+    for name, each in chances.items():
+        board[name] = {}
+        for judged, of in gaps.items():
+            flat = [(p, gap) for own, gap in zip(each, of, strict=True) for p in own]
+            board[name][judged] = agreement(*zip(*flat, strict=True))
+    print("agreement with the judge, on pairs that differ in")
+    print(table(board))
+    board["pairs"] = {name: float(sum(gap != 0 for gap in of)) for name, of in gaps.items()}
+    print(f"of {len(records)} pairs, " + ", ".join(f"{count:.0f} differ in {name}" for name, count in board["pairs"].items()))
+    if votes:
+        first = [(p + 1 - q) / 2 for own in votes for _, p, q in own]
+        turned = mean([(p > 0.5) != (q > 0.5) for own in votes for _, p, q in own])
+        board["position"] = {"first": mean(first), "turned": turned}
+        print(
+            f"the answer shown first is preferred with probability {mean(first):.3f}, and {turned:.3f} of all votes turn round with the "
+            "order; averaged over both orders, by construction, .500 and none"
+        )
+    if config.out:
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+        run.write_json(Path(config.out) / "labels.json", board)
+
+
 # --------------------------------------------------------------------------------------------------------------- commands
 
 
@@ -993,18 +1050,16 @@ def reply_to(model, encoding, messages, chats, config, generator, samples=1):
 
 def main():
     commands = {"recipe": (recipe_main, Recipe), "methods": (methods_main, Methods), "scoreboard": (scoreboard_main, Scoreboard)}
-    commands |= {"reward": (reward_main, RewardReport), "best-of-n": (best_of_n_main, BestOfN), "hacking": (hacking_main, Hacking)}
-    command = sys.argv[1] if len(sys.argv) > 1 else ""
-    if command in commands:
-        sys.argv = [f"{sys.argv[0]} {command}", *sys.argv[2:]]
-        run.script(*commands[command], __doc__)
-    elif command == "chat" and len(sys.argv) > 2:
+    commands |= {
+        "reward": (reward_main, RewardReport),
+        "best-of-n": (best_of_n_main, BestOfN),
+        "hacking": (hacking_main, Hacking),
+        "labels": (labels_main, Labels),
+    }
+    if sys.argv[1:2] == ["chat"] and len(sys.argv) > 2:
         directory = sys.argv.pop(2)
-        sys.argv = [f"{sys.argv[0]} chat", *sys.argv[2:]]
-        run.script(lambda config: chat_main(directory, config), Chat, __doc__)
-    else:
-        print(__doc__)
-        sys.exit(0 if command in ("-h", "--help") else 2)
+        commands["chat"] = (lambda config: chat_main(directory, config), Chat)
+    run.commands(commands, __doc__)
 
 
 if __name__ == "__main__":

@@ -99,6 +99,16 @@ def script(main, Config, doc):
     guard(lambda: main(parse(Config, description=doc)))
 
 
+def commands(table, doc):
+    """`script` for a file of several commands, {name: (main, Config)}: the first word on the command line names one."""
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command not in table:
+        print(doc)
+        sys.exit(0 if command in ("-h", "--help") else 2)
+    sys.argv = [f"{sys.argv[0]} {command}", *sys.argv[2:]]
+    script(*table[command], doc)
+
+
 def guard(function, *arguments):
     """Calls a command's function: bad input ends in one sentence and exit code 2."""
     try:

@@ -73,10 +73,13 @@ def strength(differences, agreement):
     return low
 
 
-def sample(model, encoding, prompts, max_new_tokens, temperature=1.0, seed=0, samples=1, batch=512):
-    """Replies to each conversation: (ids, whether it ended by itself, its text) of each; those to the same one stand together."""
+def sample(model, encoding, prompts, max_new_tokens, temperature=1.0, seed=0, samples=1, batch=512, encode=chat.prompt):
+    """Replies to each conversation: (ids, whether it ended by itself, its text) of each; those to the same one stand together.
+
+    encode(messages, encoding): the ids that a reply continues.
+    """
     stops, generator = chat.stop_ids(encoding), torch.Generator(model.device).manual_seed(seed)
-    ids = [chat.prompt(messages, encoding) for messages in prompts]
+    ids = [encode(messages, encoding) for messages in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # prompts of like length together: less padding to read
     replies = [[] for _ in ids]
     longest = max(map(len, ids), default=0) + max_new_tokens

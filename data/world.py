@@ -401,6 +401,16 @@ class Config:
     seed: int = 0  # of everything
 
 
+def write_files(out, files):
+    """{name: rows} -> JSONL files in the directory `out`. ValueError where one of them is there already."""
+    for name in files:
+        run.require(not (out / name).exists(), f"--out {out}: {name} is there already; name another directory")
+    out.mkdir(parents=True, exist_ok=True)
+    for name, records in files.items():
+        run.write_lines(out / name, records)
+        print(f"{len(records):6} records in {out / name}")
+
+
 def main(config):
     run.require(config.out, "--out DIR is needed: the directory to write the world's files to")
     files = {
@@ -412,13 +422,7 @@ def main(config):
     if config.long_demonstrations:
         records = long_demonstrations(config.long_demonstrations, config.seed)
         files["long_demonstrations.jsonl"] = [{"messages": r.messages} for r in records]
-    out = Path(config.out)
-    for name in files:
-        run.require(not (out / name).exists(), f"--out {out}: {name} is there already; name another directory")
-    out.mkdir(parents=True, exist_ok=True)
-    for name, records in files.items():
-        run.write_lines(out / name, records)
-        print(f"{len(records):6} records in {out / name}")
+    write_files(Path(config.out), files)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """What several rooms' tests share: the material beside the checkout, small random models, the embedded world's vocabulary."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,19 @@ def shared():
     if not path.is_dir():
         pytest.skip(f"the reference material {path} is not on this machine")
     return path
+
+
+@pytest.fixture(scope="session")
+def stage(root):
+    """stage(done, seed, *command): a command of the README that leaves its result in `done`, unless it is there already."""
+
+    def run(done, seed, *command):
+        if not done.exists():
+            more = ["--out", done, *(["--seed", seed] if seed is not None else [])]
+            subprocess.run([sys.executable, *map(str, [*command, *more])], cwd=root, check=True)
+        return done
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +73,7 @@ def world_model(tiny, world_encoding):
     """world_model(head, seed): a tiny random GPT over the world's vocabulary."""
 
     def build(head="lm", seed=0, arch="llama", **changes):
-        return tiny(arch, head, seed, vocab_size=world_encoding.n_vocab, context=128, **changes)
+        return tiny(arch, head, seed, **(dict(vocab_size=world_encoding.n_vocab, context=128) | changes))
 
     return build
 

@@ -7,8 +7,6 @@ Finished stages in out/rewards are kept and not trained again.
 """
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -35,31 +33,23 @@ def chain(root, seed):
 
 
 @pytest.fixture(scope="module")
-def stage(root, seed):
-    place = root / "out/rewards" / f"seed-{seed}"
-
-    def run(name, *command):
-        """One command of the README, unless its result is there already."""
-        if not (place / name).exists():
-            command = [sys.executable, *map(str, command), "--out", place / name]
-            subprocess.run([*command, "--seed", str(seed)] if command[1] != "evaluate.py" else command, cwd=root, check=True)
-        return place / name
-
-    return run
+def made(root, seed, stage):
+    """made(name, *command): a stage of one seed in out/rewards."""
+    return lambda name, *command: stage(root / f"out/rewards/seed-{seed}" / name, None if command[0] == "evaluate.py" else seed, *command)
 
 
 # ---------------------------------------------------------------------------------------------------------- reward models
 
 
 @pytest.fixture(scope="module")
-def board(chain, stage):
+def board(chain, made):
     runs = []
     for labels, agreement in LABELS:
         name = f"{labels}-{agreement:.0%}".replace("%", "")
         pairs = ["--init", chain / "sft", "--prompts", round(1.64 * labels), "--agreement", agreement]  # four in ten get two equal replies
-        file = stage(f"pairs-{name}.jsonl", "-m", "data.annotators", *pairs)
-        runs.append(stage(f"rm-{name}", "reward.py", "--init", chain / "sft", "--data", file))
-    told = stage("report", "evaluate.py", "reward", "--runs", *runs, "--sft", chain / "sft", "--agreement", 0.72, "--prompts", 20000)
+        file = made(f"pairs-{name}.jsonl", "-m", "data.annotators", *pairs)
+        runs.append(made(f"rm-{name}", "reward.py", "--init", chain / "sft", "--data", file))
+    told = made("report", "evaluate.py", "reward", "--runs", *runs, "--sft", chain / "sft", "--agreement", 0.72, "--prompts", 20000)
     return json.loads((told / "reward.json").read_text())["board"]
 
 
@@ -79,17 +69,17 @@ def test_8000_labels_of_72_percent_come_near_the_ceiling_and_are_calibrated(boar
 
 
 @pytest.fixture(scope="module")
-def sums(chain, stage):
+def sums(chain, made):
     few = ["--documents", 1, "--demonstrations", 1, "--prompts", 1, "--held-out", 1]
-    data = stage("world", "-m", "data.world", *few, "--long-demonstrations", 12000) / "long_demonstrations.jsonl"
-    return stage("sums", "sft.py", "--init", chain / "base", "--data", data, "--steps", 600)
+    data = made("world", "-m", "data.world", *few, "--long-demonstrations", 12000) / "long_demonstrations.jsonl"
+    return made("sums", "sft.py", "--init", chain / "base", "--data", data, "--steps", 600)
 
 
 @pytest.fixture(scope="module")
-def best(sums, stage):
+def best(sums, made):
     learn = ["reward.py", "--process", "--init", sums, "--prompts", 4000]
-    models = ["--reward", stage("outcome", *learn, "--step-labels", "outcome"), "--process", stage("process", *learn)]
-    told = stage("best-of-n", "evaluate.py", "best-of-n", "--policy", sums, *models, "--long-sums", "--n", 64, "--prompts", 250)
+    models = ["--reward", made("outcome", *learn, "--step-labels", "outcome"), "--process", made("process", *learn)]
+    told = made("best-of-n", "evaluate.py", "best-of-n", "--policy", sums, *models, "--long-sums", "--n", 64, "--prompts", 250)
     return json.loads((told / "best-of-n.json").read_text())
 
 
@@ -101,9 +91,9 @@ def test_process_beats_outcome_and_the_vote_by_more_than_the_intervals(best):
     assert best["gold"]["n=16"]["majority"] < best["gold"]["n=1"]["majority"]  # the mistakes are systematic: a vote errs more than one
 
 
-def test_monte_carlo_step_labels_agree_with_the_exact_ones(sums, stage):
+def test_monte_carlo_step_labels_agree_with_the_exact_ones(sums, made):
     labelled = ["--process", "--step-labels", "monte-carlo", "--prompts", 200, "--steps", 1]
-    facts = json.loads((stage("monte-carlo", "reward.py", "--init", sums, *labelled) / "run.json").read_text())
+    facts = json.loads((made("monte-carlo", "reward.py", "--init", sums, *labelled) / "run.json").read_text())
     assert facts["monte_carlo_agreement"] >= 0.90
 
 
@@ -111,10 +101,10 @@ def test_monte_carlo_step_labels_agree_with_the_exact_ones(sums, stage):
 
 
 @pytest.fixture(scope="module")
-def hacking(chain, stage):
+def hacking(chain, made):
     biased = ["--init", chain / "sft", "--prompts", 12000, "--length-bias", 0.2]
-    file = stage("pairs-longer.jsonl", "-m", "data.annotators", *biased)
-    longer = stage("rm-longer", "reward.py", "--init", chain / "sft", "--data", file)
+    file = made("pairs-longer.jsonl", "-m", "data.annotators", *biased)
+    longer = made("rm-longer", "reward.py", "--init", chain / "sft", "--data", file)
     against = ["ppo.py", "--init", chain / "sft", "--reward", longer, "--lr", 1e-4, "--steps", 24]
     healthy = ["ppo.py", "--init", chain / "sft", "--reward", chain / "reward"]
     more = {
@@ -123,8 +113,8 @@ def hacking(chain, stage):
         "healthy": healthy,
         "healthy-rloo": [*healthy, "--advantage", "rloo", "--steps", 16],
     }
-    runs = [stage(name, *more[name]) for name in HACKING]
-    told = stage("over-optimisation", "evaluate.py", "hacking", "--runs", *runs)
+    runs = [made(name, *more[name]) for name in HACKING]
+    told = made("over-optimisation", "evaluate.py", "hacking", "--runs", *runs)
     rows = json.loads((told / "hacking.json").read_text())
     return {name: rows[str(one)] for name, one in zip(HACKING, runs, strict=True)}
 
