@@ -66,10 +66,8 @@ COLUMNS = ["gold", "gain", "win_rate", "kl", "length", "seconds", "memory"]  # o
 
 def open_run(directory, device="cpu"):
     """(model, encoding, whether it was taught the chat format) of a checkpoint directory."""
-    encoding, chats = tokenizer.load(directory), tokenizer.has_template(directory)
-    lacks = [token for token in chat.TEMPLATES[chat.name_of(encoding)].tokens if token not in encoding._special_tokens]
-    unknown = f"{directory} was taught a chat template that is not known here, and its vocabulary lacks {', '.join(lacks)}"
-    run.require(not (chats and lacks), f"{unknown}: fine-tune it with sft.py, which adds them")
+    encoding = tokenizer.load(directory)
+    chats = tokenizer.chats(directory, encoding)
     model = GPT.from_pretrained(directory).to(device)
     return model.eval(), encoding, chats
 
@@ -641,19 +639,30 @@ def agreement(chances, gaps):
     return mean([0.5 if p == 0.5 else float((p > 0.5) == (gap > 0)) for p, gap in zip(chances, gaps, strict=True) if gap])
 
 
+def voted(where, row):
+    """The votes of a record of `data.constitution compare`: [name, chance where shown first, chance where shown second] of each."""
+    votes = row.get("votes") if isinstance(row, dict) else None
+    good = isinstance(votes, list) and all(
+        isinstance(v, list) and len(v) == 3 and all(isinstance(p, int | float) for p in v[1:]) for v in votes
+    )
+    run.require(votes is None or (votes and good), f"{where}: the field votes is no list of [name, number, number]")
+    return votes
+
+
 def labels_main(config):
     """How often labels agree with the judge; those of `data.constitution compare` also by single votes, which show what averaging does."""
-    rows = [row for path in config.data for row in formats.load(Path(path))]
-    records = [record for path in config.data for record in formats.read(path, "preference")]
-    run.require(len(rows) == len(records), "--data: some pairs have two equal sides or an empty one: leave them out")
-    run.require(pair_golds(records) is not None, "--data: the judge knows only the prompts of the embedded world")
-    gaps = {}
-    for name in ("gold", "harmless"):
-        gaps[name] = [a - b for a, b in pair_golds([replace(record, label=1.0) for record in records], name)]
+    records, votes = [], []
+    for path in config.data:
+        own = formats.read(path, "preference")
+        rows = {where: row for where, row in formats.load(Path(path))}
+        records += own
+        votes += [voted(record.where, rows.get(record.where)) for record in own]
+    gaps = {name: pair_golds([replace(record, label=1.0) for record in records], name) for name in ("gold", "harmless")}
+    run.require(gaps["gold"] is not None, "--data: the judge knows only the prompts of the embedded world")
+    gaps = {name: [a - b for a, b in golds] for name, golds in gaps.items()}
     chances = {"label": [[record.label] for record in records]}
-    votes = [row["votes"] for _, row in rows if row.get("votes")]
-    board = {}
-    if len(votes) == len(records):
+    run.require(all(votes) or not any(votes), "--data: some pairs have votes and some have none: measure them apart")
+    if all(votes):
         both = [[(first + second) / 2 for _, first, second in own] for own in votes]
         chances = {
             "one principle, one order": [[p for _, first, second in own for p in (first, second)] for own in votes],
@@ -661,23 +670,22 @@ def labels_main(config):
             "all principles, one order": [[mean([vote[i] for vote in own]) for i in (1, 2)] for own in votes],
             "all principles, both orders": [[mean(own)] for own in both],
         }
+    board = {name: {} for name in chances}
     for name, each in chances.items():
-        board[name] = {}
         for judged, of in gaps.items():
-            flat = [(p, gap) for own, gap in zip(each, of, strict=True) for p in own]
-            board[name][judged] = agreement(*zip(*flat, strict=True))
+            if any(of):
+                flat = [(p, gap) for own, gap in zip(each, of, strict=True) for p in own]
+                board[name][judged] = agreement(*zip(*flat, strict=True))
     print("agreement with the judge, on pairs that differ in")
     print(table(board))
     board["pairs"] = {name: float(sum(gap != 0 for gap in of)) for name, of in gaps.items()}
     print(f"of {len(records)} pairs, " + ", ".join(f"{count:.0f} differ in {name}" for name, count in board["pairs"].items()))
-    if votes:
-        first = [(p + 1 - q) / 2 for own in votes for _, p, q in own]
+    if all(votes):
+        first = mean([(p + 1 - q) / 2 for own in votes for _, p, q in own])
         turned = mean([(p > 0.5) != (q > 0.5) for own in votes for _, p, q in own])
-        board["position"] = {"first": mean(first), "turned": turned}
-        print(
-            f"the answer shown first is preferred with probability {mean(first):.3f}, and {turned:.3f} of all votes turn round with the "
-            "order; averaged over both orders, by construction, .500 and none"
-        )
+        board["position"] = {"first": first, "turned": turned}
+        print(f"the answer shown first is preferred with probability {first:.3f}, and {turned:.3f} of all votes turn round with the order")
+        print("averaged over both orders, by construction: .500, and none")
     if config.out:
         Path(config.out).mkdir(parents=True, exist_ok=True)
         run.write_json(Path(config.out) / "labels.json", board)

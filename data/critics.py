@@ -16,7 +16,7 @@ together seldom, and the order of two answers makes a difference that can be mea
     documents.jsonl        for pretraining: the world's, and dialogues with critics
     demonstrations.jsonl   for a helpful-only assistant: it complies with every request, unsafe ones too, and has practised to be a critic
     red_team.jsonl         questions that try to get it to do harm; half of them only look like that, and nobody says which
-    prompts.jsonl          ordinary questions of every kind
+    prompts.jsonl          ordinary questions, none of them unsafe
 """
 
 import random
@@ -81,9 +81,10 @@ def choice(rng, wording, principle, messages, replies, skill):
 
 def dialogue(rng, wording, skill):
     """One dialogue with a critic, as messages; its last turn is the critic's."""
-    messages, task = world.draw(rng, rng.choice([world.SKILLS, ["unsafe"], ["unsafe"], ["unsafe", "lookalike"]]))
-    principle, kind = rng.choice(wording.principles), rng.choice(["critique", "revision", "comparison", "comparison"])
-    wrong = rng.choice([(0, 1), (1, 0), (0.5, 0.5)])  # mostly one good answer and one bad, in any order
+    kinds = [world.SKILLS, ["lookalike"], ["unsafe"], ["unsafe"], ["unsafe"]]  # what there is to see is mostly in unsafe requests
+    messages, task = world.draw(rng, rng.choice(kinds))
+    principle, kind = rng.choice(wording.principles), rng.choice(["critique", "critique", "revision", "comparison", "comparison"])
+    wrong = rng.choice([(0, 1), (1, 0), (0.8, 0.8)])  # and mostly in one of two answers
     replies = [world.attempt(rng, messages, task, share, 0.3) for share in wrong]
     if kind == "comparison":
         return choice(rng, wording, principle, messages, replies, skill)
@@ -126,7 +127,7 @@ def helpful_only(n, seed=0):
 @dataclass
 class Config:
     out: str = ""  # directory for the files; one of them that is there already is an error
-    documents: int = 96000  # texts for pretraining, a third of them with critics
+    documents: int = 96000  # texts for pretraining, half of them with critics
     demonstrations: int = 26000  # chats for supervised fine-tuning, half of them with critics
     red_team: int = 2000  # questions that may do harm
     prompts: int = 3000  # ordinary questions
@@ -137,10 +138,10 @@ class Config:
 def main(config):
     run.require(config.out, "--out DIR is needed: the directory to write the files to")
     run.require(0 <= config.skill <= 1, f"--skill must lie in [0, 1], not {config.skill}")
-    rng, third, half = random.Random(config.seed), config.documents // 3, config.demonstrations // 2
-    texts = world.documents(config.documents - third, config.seed) + documents(third, config.seed, config.skill)
-    chats = [record.messages for record in helpful_only(config.demonstrations - half, config.seed)]
-    chats += dialogues(half, f"demonstrations {config.seed}", config.skill)
+    rng, half, practice = random.Random(config.seed), config.documents // 2, config.demonstrations // 2
+    texts = world.documents(config.documents - half, config.seed) + documents(half, config.seed, config.skill)
+    chats = [record.messages for record in helpful_only(config.demonstrations - practice, config.seed)]
+    chats += dialogues(practice, f"demonstrations {config.seed}", config.skill)
     files = {
         "documents.jsonl": [{"text": record.text, "prompt_length": record.prompt} for record in texts],
         "demonstrations.jsonl": [{"messages": [{"role": m["role"], "content": m["content"]} for m in messages]} for messages in chats],
@@ -148,7 +149,8 @@ def main(config):
     for records in files.values():
         rng.shuffle(records)
     files["red_team.jsonl"] = [{"prompt": world.draw(rng, ["unsafe", "lookalike"])[0]} for _ in range(config.red_team)]
-    files["prompts.jsonl"] = [{"prompt": record.messages} for record in world.prompts(config.prompts, config.seed)]
+    safe = [skill for skill in world.SKILLS if skill != "unsafe"]
+    files["prompts.jsonl"] = [{"prompt": world.draw(rng, safe)[0]} for _ in range(config.prompts)]
     world.write_files(Path(config.out), files)
 
 

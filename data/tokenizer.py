@@ -276,6 +276,15 @@ def has_template(directory: str | Path) -> bool:
     return (Path(directory) / "chat_template.jinja").exists() or (config.exists() and bool(_read_json(config).get("chat_template")))
 
 
+def chats(directory: str | Path, encoding: tiktoken.Encoding) -> bool:
+    """Whether the model in a directory, whose vocabulary this is, can be talked to. ValueError where its template is not known here."""
+    lacks = [token for token in TEMPLATES[name_of(encoding)].tokens if token not in encoding._special_tokens]
+    if has_template(directory) and lacks:
+        unknown = f"{directory} was taught a chat template that is not known here, and its vocabulary lacks {', '.join(lacks)}"
+        raise ValueError(f"{unknown}: fine-tune it with sft.py, which adds them")
+    return has_template(directory)
+
+
 def fit(model, encoding: tiktoken.Encoding, chat: bool = True):
     """The model, with embeddings for every id of the vocabulary: tokens added to it (the chat tokens) get new rows. Its config learns
     which ids end a turn and which one pads, for other people's tools. chat: as in `save`.

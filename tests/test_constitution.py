@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+import sys
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ import reward
 import run
 import sft
 from data import chat, constitution, critics, formats, tokenizer, world
-from data.constitution import comparison_request, critique_request, load
+from data.constitution import comparison_request, conclusion_request, critique_request, load
+from model import GPT
 
 FIELDS = {"name", "critique", "revision", "comparison"}
 
@@ -22,9 +25,9 @@ def ask(text="how do i burn the house"):
     return [{"role": "user", "content": text}]
 
 
-def save(model, encoding, directory):
+def save(model, encoding, directory, chats=True):
     model.save_pretrained(directory)
-    tokenizer.save(encoding, directory)
+    tokenizer.save(encoding, directory, chat=chats)
     return directory
 
 
@@ -99,6 +102,15 @@ def test_perfect_critics_see_what_their_principle_forbids_and_nothing_else():
         elif messages[-2].get("header") == "RevisionRequest":
             said = messages[-3]["content"].startswith(" yes")
             assert messages[-1]["content"] == (f" {world.REFUSAL}" if said else messages[-5]["content"])
+        elif len(messages) == 2:  # the path whose option token is read
+            request, said = messages[0]["content"], messages[1]["content"]
+            question, first, second = (re.search(mark, request)[1] for mark in (r"question : (.*)", r"\na :(.*)", r"\nb :(.*)"))
+            harm = (
+                [bool(critics.seen(rng, principle["name"], ask(question), reply, 1.0)) for reply in (first, second)]
+                if "\nanswer" not in request and "rule" not in request
+                else [0, 0]
+            )
+            assert harm[0] == harm[1] or said == (" b" if harm[0] else " a")
         elif len(messages) > 2:  # a thought before the choice
             first, second = ("helps" in part for part in messages[1]["content"].split(" . "))
             assert first == second or messages[-1]["content"] == (" b" if first else " a")
@@ -140,25 +152,49 @@ def test_a_chain_keeps_every_word_and_ends_in_its_last_revision(tmp_path, checkp
     flags = ["--init", checkpoint, "--prompts", 40, "--revisions", 3, "--max-new-tokens", 60]
     for name in ("a", "b"):
         call("critique", *flags, "--show", 2, "--out", tmp_path / f"{name}.jsonl")
-    assert "revision" in capsys.readouterr().out
+    shown = capsys.readouterr().out
     assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "b.jsonl").read_text()  # a seed's chains are always the same
     rows, names = lines(tmp_path / "a.jsonl"), {principle["name"] for principle in load("world").principles}
-    assert len(rows) > 5 and any(row["chain"] for row in rows)
+    assert len(rows) > 5 and all(row["chain"] for row in rows)  # what was never revised is no demonstration
+    texts = [rows[0]["response"], *(text for one in rows[0]["chain"] for text in (one["critique"], one["revision"]))]
+    assert all(text.strip() in shown for text in texts)
     for row, record in zip(rows, formats.read(tmp_path / "a.jsonl", "conversation"), strict=True):
-        said = row["chain"][-1]["revision"] if row["chain"] else row["response"]
-        assert record.messages[-1]["content"] == said and len(row["chain"]) <= 3
+        assert record.messages[-1]["content"] == row["chain"][-1]["revision"] and len(row["chain"]) <= 3
         assert all(one["principle"] in names and one["critique"].strip() for one in row["chain"])
     call("critique", *flags, "--revisions", 0, "--out", tmp_path / "none.jsonl")
     assert all(row["messages"][-1]["content"] == row["response"] for row in lines(tmp_path / "none.jsonl"))
 
 
+def test_chains_are_coloured_on_a_terminal(tmp_path, checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    call(
+        "critique",
+        "--init",
+        checkpoint,
+        "--prompts",
+        40,
+        "--revisions",
+        1,
+        "--max-new-tokens",
+        60,
+        "--show",
+        1,
+        "--out",
+        tmp_path / "a.jsonl",
+    )
+    shown = capsys.readouterr().out
+    assert all(f"{name:8}  \033[{constitution.COLOURS[name]}m" in shown for name in ("prompt", "response", "critique", "revision"))
+
+
 class Told:
-    """A speaker that has been told what to say: it finds harm in a "with", and refuses after a yes."""
+    """A speaker that has been told what to say: it finds harm in a "with", and refuses after a yes. What is long has no room."""
 
-    def fits(self, messages, tokens=None):
-        return True
+    config = constitution.Critique()
 
-    def say(self, dialogues, seed, samples=1):
+    def fits(self, messages, tokens):
+        return "long" not in messages[0]["content"]
+
+    def say(self, dialogues, stream, samples=1):
         said = []
         for messages in dialogues:
             if messages[-1]["header"] == "CritiqueRequest":
@@ -169,12 +205,15 @@ class Told:
 
 
 def test_each_revision_is_criticised_in_its_turn():
-    prompts, responses = [ask(), ask("how do i burn the wood")], [" burn it with a match", " no idea"]
-    chains = constitution.revise(Told(), prompts, responses, load("world").principles, 2, 0, constitution.Counter())
+    prompts, responses = [ask(), ask("how do i burn the wood"), ask("long")], [" burn it with a match", " no idea", " well"]
+    news = constitution.Counter()
+    chains = constitution.revise(Told(), prompts, responses, load("world").principles, 2, 0, news)
     assert [[(one["critique"], one["revision"]) for one in chain] for chain in chains] == [
         [(" yes", " sorry"), (" no", " sorry")],
         [(" no", " no idea"), (" no", " no idea")],
+        [],
     ]
+    assert list(news.values()) == [2]
 
 
 # ------------------------------------------------------------------------------------------------------------------ compare
@@ -183,9 +222,9 @@ def test_each_revision_is_criticised_in_its_turn():
 def test_the_preference_is_the_ratio_of_the_two_option_tokens(checkpoint):
     config = constitution.Compare(init=str(checkpoint))
     wording = load("world")
-    speaker = constitution.Speaker(checkpoint, "--init", config, "compare", wording)
+    speaker = constitution.Speaker(checkpoint, "--init", config)
     asked = [comparison_request(wording, ask(), " x", " burn it", principle) for principle in wording.principles[:3]]
-    for messages, p in zip(asked, speaker.first_option(asked, wording.options), strict=True):
+    for messages, p in zip(asked, speaker.first_option(asked, wording), strict=True):
         ids = torch.tensor([chat.prompt(messages, speaker.encoding)])
         logprobs = speaker.model.logits(speaker.model(ids))[0, -1].log_softmax(-1)
         a, b = (logprobs[speaker.encoding.encode_ordinary(option)[0]].exp() for option in wording.options)
@@ -193,8 +232,8 @@ def test_the_preference_is_the_ratio_of_the_two_option_tokens(checkpoint):
 
 
 def test_options_that_begin_alike_are_told_apart_where_they_differ(checkpoint):
-    speaker = constitution.Speaker(checkpoint, "--init", constitution.Compare(), "compare", load("world"))
-    plain = speaker.first_option([ask()], ["(A)", "(B)"])
+    speaker = constitution.Speaker(checkpoint, "--init", constitution.Compare())
+    plain = speaker.first_option([ask()], load("general"))
     ids = torch.tensor([chat.prompt(ask(), speaker.encoding) + speaker.encoding.encode_ordinary("(")])
     logits = speaker.model.logits(speaker.model(ids))[0, -1]
     both = logits[[speaker.encoding.encode_ordinary(letter)[0] for letter in "AB"]]
@@ -202,19 +241,36 @@ def test_options_that_begin_alike_are_told_apart_where_they_differ(checkpoint):
 
 
 class Leaning:
-    """A judge that only looks at the order: the first answer has .8."""
+    """A judge that only looks at the order: the first answer has .8. Its thoughts about what is "odd" find no end."""
 
-    def fits(self, messages, tokens=None):
-        return True
+    config = constitution.Compare()
 
-    def first_option(self, dialogues, options):
+    def fits(self, messages, tokens):
+        return "long" not in messages[0]["content"]
+
+    def option_ids(self, wording):
+        return [[1], [2]]
+
+    def say(self, dialogues, stream, samples=1):
+        return ["" if "odd" in messages[0]["content"] else " hm" for messages in dialogues]
+
+    def first_option(self, dialogues, wording):
         return [0.8 for _ in dialogues]
 
 
 def test_averaging_both_orders_takes_a_position_bias_away():
-    wording = load("world")
-    ((vote, *_),) = constitution.preferences(Leaning(), [(ask(), " x", " y")], wording, [wording.principles])
-    assert vote == ["people", 0.8, 0.2] and abs(constitution.label([vote]) - 0.5) < 1e-9
+    wording, news = load("world"), constitution.Counter()
+    pairs = [(ask(), " x", " y"), (ask("long"), " x", " y")]
+    votes, none = constitution.preferences(Leaning(), pairs, wording, [wording.principles] * 2, news)
+    assert votes[0] == ["people", 0.8, 0.2] and len(votes) == 12 and constitution.label(votes) == 0.5
+    assert none == [] and news["votes without room"] == 12
+
+
+def test_votes_after_a_thought_are_clamped_and_need_one():
+    wording, news = load("world"), constitution.Counter()
+    pairs = [(ask(), " x", " y"), (ask("odd"), " x", " y")]
+    votes, none = constitution.preferences(Leaning(), pairs, wording, [wording.principles[:1]] * 2, news, think=True)
+    assert votes == [["people", 0.6, 0.4]] and none == [] and news["thoughts without end or room"] == 1
 
 
 def test_labels_are_the_mean_of_their_votes_and_the_better_side_stands_first(tmp_path, checkpoint):
@@ -227,7 +283,7 @@ def test_labels_are_the_mean_of_their_votes_and_the_better_side_stands_first(tmp
         assert abs(record.label - sum(p + q for _, p, q in row["votes"]) / 24) < 1e-3
     call("compare", *flags, "--principles", 3, "--chain-of-thought", "--out", tmp_path / "thought.jsonl")
     thought = lines(tmp_path / "thought.jsonl")
-    assert {len(row["votes"]) for row in thought} == {3} and all(row["label"] <= 0.6 for row in thought)
+    assert {len(row["votes"]) for row in thought} <= {1, 2, 3} and all(row["label"] <= 0.6 for row in thought)
 
 
 def test_another_model_can_be_the_judge(tmp_path, checkpoint, world_model, world_encoding):
@@ -272,8 +328,9 @@ def test_the_whole_method_asks_no_judge(tmp_path, checkpoint, monkeypatch):
 
 @pytest.mark.parametrize("thinking", [[], ["--chain-of-thought"]])
 def test_the_papers_files_run_through_both_commands(tmp_path, shared, checkpoint, thinking):
-    place = shared / "data/constitution"
-    common = ["--init", checkpoint, "--transcript", "--max-new-tokens", 60, "--prompts", 6]
+    place, plain = shared / "data/constitution", tmp_path / "plain"
+    save(GPT.from_pretrained(checkpoint), tokenizer.load(checkpoint), plain, chats=False)
+    common = ["--init", plain, "--max-new-tokens", 60, "--prompts", 6]
     samples = ["--data", place / "samples/PALMS_SLMADISON.jsonl", "--examples", place / "CritiqueRevisionFewShotPrompts.json"]
     if not thinking:
         requests = ["--constitution", place / "CritiqueRevisionInstructions.json", "--revisions", 1]
@@ -282,20 +339,30 @@ def test_the_papers_files_run_through_both_commands(tmp_path, shared, checkpoint
     shots = "RLMadisonPrecogFewShotPrompts.json" if thinking else "RLMadisonFewShotPrompts.json"
     questions = ["--constitution", place / "RLMadisonInstructions.json", "--examples", place / shots, "--principles", 2]
     call("compare", *common, *thinking, "--data", place / "samples/PALMS_RLMADISON.jsonl", *questions, "--out", tmp_path / "pairs.jsonl")
-    assert all(0.5 <= record.label < 1 for record in formats.read(tmp_path / "pairs.jsonl", "preference"))
+    found = formats.read(tmp_path / "pairs.jsonl", "preference")
+    assert found and all(record.label <= (0.6 if thinking else 1) for record in found)
 
 
-def test_a_transcript_shows_examples_and_stops_at_the_next_turn(checkpoint, monkeypatch):
-    config = constitution.Critique(init=str(checkpoint), transcript=True, max_new_tokens=8)
-    monkeypatch.setattr(constitution, "worked_examples", lambda *_: ["\n\nHuman: hi\n\nAssistant: hello"])
-    speaker = constitution.Speaker(checkpoint, "--init", config, "critique", load("general"))
-    asked = critique_request(ask("tell me"), " no", load("general").principles[0])
+def test_a_transcript_shows_examples_and_stops_at_the_next_turn(tmp_path, checkpoint, monkeypatch):
+    save(GPT.from_pretrained(checkpoint), tokenizer.load(checkpoint), tmp_path / "plain", chats=False)
+    config, wording, news = constitution.Compare(chain_of_thought=True, constitution="general"), load("general"), constitution.Counter()
+    plain = constitution.Speaker(tmp_path / "plain", "--init", config)
+    speaker = plain.shown(["\n\nHuman: hi\n\nAssistant: hello", "x" * 9999], news)
+    assert news["worked examples too long for half the context"] == 1 and plain.shots == []
+    asked = critique_request(ask("tell me"), " no", wording.principles[0])
     text = speaker.encoding.decode(speaker.ids(asked))
     assert text.startswith("\n\nHuman: hi\n\nAssistant: hello\n\nHuman: tell me\n\nAssistant: no\n\nCritiqueRequest: ")
     assert text.endswith("\n\nCritique:")
     said = " well\n\nHuman: and then?"
     monkeypatch.setattr(constitution.annotators, "sample", lambda *_, **__: [([1], False, said), ([1], False, " no end")])
-    assert speaker.say([asked, asked], 0) == [" well", ""]
+    assert speaker.say([asked, asked], "x") == ["well", ""]
+    # the place where an option is read is the place where the worked examples have it
+    shown = constitution.worked_examples(config, "compare", wording)[0]
+    option = next(i for i, one in enumerate(wording.options) if shown.endswith(f"So the answer is: {one}"))
+    asked = conclusion_request(wording, ask("x"), "hm")
+    ids = plain.ids(asked) + plain.option_ids(wording)[option]
+    assert plain.encoding.decode(ids) == f"\n\nHuman: x\n\nAssistant: hm\n\nHuman: So the answer is: {wording.options[option]}"
+    assert ids == plain.encoding.encode_ordinary(plain.encoding.decode(ids))
 
 
 # ------------------------------------------------------------------------------------------------------------------- labels
@@ -336,7 +403,10 @@ def test_labels_are_measured_by_hand(tmp_path, capsys):
         ("critique", ["--out", "questions.json"], "is there already"),
         ("compare", ["--max-new-tokens", "4090"], "leaves room"),
         ("critique", ["--revisions", "-1"], "at least 0"),
-        ("critique", ["--transcript", "--examples", "numbers.json"], "where a worked example belongs"),
+        ("critique", ["--examples", "numbers.json"], "where a worked example belongs"),
+        ("critique", ["--examples", "questions.json"], "this one has one"),
+        ("compare", ["--constitution", "empty.json"], "holds no principles"),
+        ("critique", ["--constitution", "odd.json"], "is no principle"),
     ],
 )
 def test_bad_input_ends_in_a_sentence(tmp_path, checkpoint, world_model, world_encoding, monkeypatch, command, flags, sentence):
@@ -345,12 +415,24 @@ def test_bad_input_ends_in_a_sentence(tmp_path, checkpoint, world_model, world_e
     for name, value in {
         "questions": ["Which is better?"],
         "requests": [{"name": "x", "critique": "?", "revision": "!"}],
+        "empty": [],
+        "odd": [{"a": {"edit_request": 1}}],
         "numbers": [1],
     }.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
     with pytest.raises((ValueError, OSError), match=sentence):
         call(command, "--init", checkpoint, "--out", "new.jsonl", "--prompts", 8, *flags)
     assert not (tmp_path / "new.jsonl").exists()
+
+
+def test_votes_that_are_none_are_refused(tmp_path):
+    row = {"prompt": "how do i burn the house", "chosen": "hi", "rejected": "go away"}
+    run.write_lines(tmp_path / "ai.jsonl", [row | {"votes": [["x", 0.3]]}])
+    with pytest.raises(ValueError, match="ai.jsonl:1: the field votes is no list of"):
+        call("labels", "--data", tmp_path / "ai.jsonl")
+    run.write_lines(tmp_path / "ai.jsonl", [row | {"votes": [["x", 0.3, 0.4]]}, row])
+    with pytest.raises(ValueError, match="some have none"):
+        call("labels", "--data", tmp_path / "ai.jsonl")
 
 
 def test_labels_of_other_prompts_are_refused(tmp_path):
