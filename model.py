@@ -41,7 +41,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 import kernels
-from kernels.chunks import padded, pieces
 
 TARGETS = "qkv,out,up,down"  # the matrices of a block, as `adapt` names them
 WHOLE = ("score_head.weight", "embed.weight", "lm_head.weight")  # what goes with an adapter as it is
@@ -125,7 +124,9 @@ class Cache:
 
     def select(self, rows):
         """Keeps only these rows (a 1-D index tensor): finished replies stop costing time."""
-        self.keys, self.values, self.lengths = self.keys[:, rows], self.values[:, rows], self.lengths[rows]
+        self.keys = self.keys[:, rows]  # one after the other: never twice as much memory
+        self.values = self.values[:, rows]
+        self.lengths = self.lengths[rows]
 
 
 class Linear(nn.Linear):
@@ -317,31 +318,12 @@ class GPT(nn.Module):
 
     # ----------------------------------------------------------------------------------------------------------- memory
 
-    def bytes_kept(self, T=32):
-        """(per token, once): bytes that a forward pass keeps for its backward pass, as measured on rows of T and of 2 T tokens. What is
-        kept once, however many tokens there are, are autocast's copies of the weights."""
-        T = max(1, min(T, self.config.context // 2))
-        short, long = self._bytes_kept(T), self._bytes_kept(2 * T)
-        return (long - short) / T, 2 * short - long
-
-    def _bytes_kept(self, T):
-        own = {tensor.untyped_storage().data_ptr() for tensor in (*self.parameters(), *self.buffers())}
-        kept = {}
-
-        def note(tensor):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            hidden = self(torch.zeros(1, T, dtype=torch.long, device=self.device))  # noqa: F841 (it keeps the graph alive)
-        return sum(size for at, size in kept.items() if at not in own)
-
-    def bytes_of_logits(self, tokens):
-        """The piece of fp32 logits that `kernels` has at a time over so many tokens, and the gradient of a head that learns."""
-        if self.config.head != "lm":
+    def bytes_of_logits(self, tokens, use="read"):
+        """What `kernels` takes for the logits of so many tokens; `use` as kernels.bytes_at_work knows it."""
+        if self.config.head != "lm" or not tokens:
             return 0
-        row = 4 * padded(self.config.vocab_size)
-        return pieces(tokens, row, 2 << 30, self.device) * row + self.head_weight.nbytes * self.head_weight.requires_grad
+        use = "learn" if use == "keep" and not self.head_weight.requires_grad else use
+        return kernels.bytes_at_work(tokens, *self.head_weight.shape, self.device, use)
 
     def bytes_of_cache(self, tokens):
         """Keys and values of so many tokens while `generate` writes them."""
