@@ -62,8 +62,11 @@ from model import GPT, TARGETS
 LOSSES = ["dpo", "cdpo", "robust", "ipo", "hinge", "simpo", "orpo", "kto"]
 BETA = {"ipo": 0.5, "simpo": 1.0}  # the embedded world's defaults, where not .2
 SMOOTHING = {"cdpo": 0.25, "robust": 0.1}
-OWNERS = {"label_smoothing": ["cdpo", "robust"], "summed": ["ipo"], "gamma": ["simpo"], "lam": ["orpo"]}  # flags of some losses only
-OWNERS |= {"beta": [name for name in LOSSES if name != "orpo"], "desirable_weight": ["kto"], "undesirable_weight": ["kto"]}
+READERS = {"label_smoothing": ["cdpo", "robust"], "summed": ["ipo"], "gamma": ["simpo"], "lam": ["orpo"]}  # flags of some losses only
+READERS |= {"beta": [name for name in LOSSES if name != "orpo"], "desirable_weight": ["kto"], "undesirable_weight": ["kto"]}
+READERS = {flag: {"loss": losses} for flag, losses in READERS.items()}  # and flags of some sources, see run.belong
+READERS |= {"prompts": {"data": False}, "agreement": {"data": False, "judge": False, "spin": False}}
+READERS |= {"judge": {"online": True}, "refresh_ref": {"online": True}}
 LR = {"orpo": 1e-3}  # where not 1e-4: a base model has more to learn
 
 
@@ -397,14 +400,13 @@ def expect(config, job, policy, encoding, data, questions, steps):
 
 def main(config):
     run.require(config.loss in LOSSES, f"--loss must be one of {', '.join(LOSSES)}, not {config.loss}")
-    run.belong(config, "loss", OWNERS)
+    annotators.check_agreement(config.agreement)
+    run.belong(config, READERS)
     config.beta, config.lr = config.beta or BETA.get(config.loss, 0.2), config.lr or LR.get(config.loss, 1e-4)
     config.label_smoothing = config.label_smoothing or SMOOTHING.get(config.loss, 0.0)
-    annotators.check_agreement(config.agreement)
     run.require(0 <= config.label_smoothing < 0.5, f"--label-smoothing must lie in [0, 0.5), not {config.label_smoothing}")
     run.require(not (config.online and config.spin), "--online compares, --spin imitates: choose one of them")
     fresh = config.online or config.spin
-    run.require(config.online or not (config.judge or config.refresh_ref), "--judge and --refresh-ref belong to --online: add it")
     run.require(fresh or config.rounds == Config.rounds, "--rounds belongs to --online and --spin: add one of them")
     known = config.judge or not (config.online and config.data)
     run.require(known, "--online on files needs a --judge: annotators know only the embedded world")

@@ -368,6 +368,8 @@ class RewardReport:
 
 
 def reward_main(config):
+    unread = {"data": False, "held_out": False}
+    run.belong(config, {name: unread for name in ("sft", "agreement", "prompts")} | {"held_out": {"data": False}})
     annotators.check_agreement(config.agreement)
     device, records = run.device(config.device), []
     if config.data:

@@ -51,7 +51,8 @@ from data.collate import Batch, collate, score
 from model import GPT, TARGETS
 
 ADVANTAGES = ["gae", "rloo", "grpo", "dr-grpo"]
-OWNERS = {"group_size": ADVANTAGES[1:]} | {name: ["gae"] for name in ("critic_warmup", "critic_lr", "gamma", "lam")}
+READERS = {name: {"advantage": ["gae"]} for name in ("critic_warmup", "critic_lr", "gamma", "lam")}  # see run.belong
+READERS |= {"group_size": {"advantage": ADVANTAGES[1:]}}
 
 
 @dataclass
@@ -305,7 +306,7 @@ def main(config):
     run.require(config.steps >= 1, f"--steps must be at least 1, not {config.steps}")
     run.require(1 <= config.minibatches <= config.batch_size, f"--minibatches must lie in 1 .. batch size, not {config.minibatches}")
     run.require(config.advantage in ADVANTAGES, f"--advantage must be one of {', '.join(ADVANTAGES)}, not {config.advantage}")
-    run.belong(config, "advantage", OWNERS)
+    run.belong(config, READERS)
     groups = config.advantage != "gae"
     K = config.group_size if groups else 1
     run.require(K > 1 or not groups, f"--group-size must be at least 2, to compare, not {K}")

@@ -62,6 +62,9 @@ from data.formats import Process
 from model import GPT, TARGETS
 
 STEP_LABELS = ["exact", "monte-carlo", "outcome"]
+READERS = {"prompts": {"data": False}, "agreement": {"data": False, "process": False}, "centring": {"process": False}}  # see run.belong
+READERS |= {"step_labels": {"process": True, "data": False}, "completions": {"process": True, "step_labels": ["monte-carlo"]}}
+READERS |= {"separator": {"process": True, "data": True}}
 
 
 @dataclass
@@ -260,6 +263,7 @@ def train_process(config, job, model, encoding, records):
 
 def main(config):
     annotators.check_agreement(config.agreement)
+    run.belong(config, READERS)
     run.require(config.step_labels in STEP_LABELS, f"--step-labels must be one of {', '.join(STEP_LABELS)}, not {config.step_labels}")
     few = not config.mixing or len(config.mixing) == len(config.heads)
     run.require(few, f"--mixing has {len(config.mixing)} weights for {len(config.heads)} --heads: give one for each")

@@ -40,6 +40,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Flags that are read with others only, in every script that has them: see `belong`.
+READERS = {"lora_alpha": {"lora_rank": True}, "lora_targets": {"lora_rank": True}, "shape": {"init": ["scratch"]}}
 # Flags of which 0 means nothing:
 COUNTS = set("batch_size rounds minibatches ppo_epochs prompts group_size max_new_tokens annotators completions".split())
 
@@ -76,13 +78,20 @@ def parse(Config, argv=None, description=None):
     return config
 
 
-def belong(config, choice, owners):
-    """Raises ValueError for a flag that nobody would read. owners: {flag: the values of --`choice` that read it}."""
+def belong(config, readers=None):
+    """Raises ValueError for a flag that nobody would read. readers: {flag: {another flag: the values of that one with which it is read, or
+    True for any but nothing, False for nothing}}; READERS are every script's."""
     for field in dataclasses.fields(config):
-        name, chosen = field.name, getattr(config, choice)
-        read = getattr(config, name) == field.default or chosen in owners.get(name, [chosen])
-        flag = f"--{name.replace('_', '-')}"
-        require(read, f"{flag} is read with --{choice} {' or '.join(owners.get(name, []))} only, not with {chosen}: leave it out")
+        flag, value = f"--{field.name.replace('_', '-')}", getattr(config, field.name)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for name, wanted in {**READERS, **(readers or {})}.get(field.name, {}).items() if value != default else ():
+            other, chosen = f"--{name.replace('_', '-')}", getattr(config, name)
+            if wanted is True:
+                require(chosen, f"{flag} is read with {other} only: add it, or leave {flag} out")
+            elif wanted is False:
+                require(not chosen, f"{flag} is not read with {other}: leave one of them out")
+            else:
+                require(chosen in wanted, f"{flag} is read with {other} {' or '.join(wanted)} only, not with {chosen}: leave it out")
 
 
 class Parser(argparse.ArgumentParser):

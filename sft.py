@@ -102,6 +102,7 @@ def main(config):
     config.steps = config.steps or (3000 if config.pretrain else 800)
     config.lr = config.lr or (1.5e-3 if config.pretrain else 1e-3)
     config.init = config.init or ("scratch" if config.pretrain else "out/base")
+    run.belong(config, {"prompt_weight": {"pretrain": True}, "last_only": {"pretrain": False}})
     stage = "base" if config.pretrain else "sft"
     job = run.start(config, stage)
 

@@ -35,6 +35,7 @@ from model import GPT
 
 PRAISE = "great question"  # the flattery of this world; see world.OPENERS
 DIMENSIONS = ["helpful", "harmless", "honest"]
+READERS = {name: {"data": False} for name in ("init", "prompts", "held_out")} | {"ratings": {"judge": False}}  # see run.belong
 RATING_NOISE = 0.75  # standard deviation of a rating, on its scale from 1 to 5
 
 
@@ -335,6 +336,7 @@ def check_free(path):
 
 def main(config):
     check_agreement(config.agreement)
+    run.belong(config, READERS)
     run.require(config.abstain <= 1, f"--abstain must lie in [0, 1], not {config.abstain}")
     run.require(
         config.data or Path(config.init).is_dir(),
