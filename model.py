@@ -502,13 +502,14 @@ class GPT(nn.Module):
         """Opens a checkpoint directory in the Hugging Face layout, one file or sharded, fp32 master weights; an adapter's directory in
         the PEFT layout gives its base model with the adapter merged.
 
-        head: None takes the checkpoint's own; "score" on an LM checkpoint keeps the trunk and starts a new scalar head.
+        head: None takes the checkpoint's own, or an adapter's; "score" on an LM checkpoint keeps the trunk and starts a new scalar head.
         trunk: a model with adapters; a scalar-head checkpoint that is the same frozen weights with an adapter of its own shares them.
         Raises FileNotFoundError / ValueError with one sentence for anything missing, unexpected or misshapen.
         """
         directory = Path(directory)
         if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
-            base = read_json(directory / "adapter_config.json").get("base_model_name_or_path") or ""
+            facts = read_json(directory / "adapter_config.json")
+            base, head = facts.get("base_model_name_or_path") or "", head or ("score" if facts.get("task_type") == "SEQ_CLS" else None)
             if not Path(base).is_dir():
                 raise ValueError(
                     f"{directory} is an adapter of {base or 'a base model without a name'}, which is no directory here: name it"
@@ -578,7 +579,9 @@ class GPT(nn.Module):
         facts = {"peft_type": "LORA", "task_type": "SEQ_CLS" if score else "CAUSAL_LM", "base_model_name_or_path": self.origin}
         facts |= {"r": self.rank, "lora_alpha": scale * self.rank, "target_modules": sorted(targets), "lora_dropout": 0.0, "bias": "none"}
         facts |= {"fan_in_fan_out": self.config.arch == "gpt2", "modules_to_save": ["score"] if score else None, "inference_mode": True}
-        write(directory, "adapter_model.safetensors", tensors, "adapter_config.json", facts)
+        # PEFT has no place for these two:
+        own = {"score_bias": repr(self.score_head.bias.item()), "score_gain": repr(self.config.score_gain)} if score else {}
+        write(directory, "adapter_model.safetensors", tensors, "adapter_config.json", facts, own)
 
     @torch.no_grad()
     def load_adapter(self, directory):
@@ -613,8 +616,15 @@ class GPT(nn.Module):
             module = self.get_submodule(name.removesuffix(".weight"))
             if name != "score_head.weight" and len(value) > self.config.vocab_size:
                 self.grow(len(value))
+            if name == "score_head.weight" and value.shape != module.weight.shape:
+                raise ValueError(f"{directory} has a head of shape {tuple(value.shape)}, a score needs {tuple(module.weight.shape)}")
             if not torch.equal(module.weight, value):  # a weight of its own: the one of before may be shared
                 module.weight = nn.Parameter(value, requires_grad=name == "score_head.weight")
+        if self.config.head == "score":
+            with safe_open(directory / "adapter_model.safetensors", framework="pt") as file:
+                own = file.metadata() or {}
+            self.config.score_gain = float(own.get("score_gain", self.config.score_gain))
+            nn.init.constant_(self.score_head.bias, float(own.get("score_bias", self.score_head.bias)))
         if found:
             raise ValueError(f"{directory} holds a tensor that has no place in {self.origin or 'this model'}: {next(iter(found.values()))}")
         return self
@@ -810,10 +820,11 @@ def tensors_of(path):
         raise ValueError(f"{path} is not a whole safetensors file ({error}): fetch or save it again") from None
 
 
-def write(directory, weights, tensors, facts_file, facts):
-    """Both files of a checkpoint: `tensors` in the one called `weights`, `facts` as JSON. Each appears whole or not at all."""
+def write(directory, weights, tensors, facts_file, facts, own=None):
+    """Both files of a checkpoint: `tensors` in the one called `weights`, `facts` as JSON. Each appears whole or not at all. own: words in
+    the first one's header, which no other tool reads."""
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / f"{weights}.tmp", metadata={"format": "pt"})
+    save_file(tensors, directory / f"{weights}.tmp", metadata={"format": "pt", **(own or {})})
     (directory / f"{facts_file}.tmp").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     for name in (weights, facts_file):
         os.replace(directory / f"{name}.tmp", directory / name)

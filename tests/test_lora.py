@@ -213,6 +213,25 @@ def test_peft_opens_our_adapters_and_we_open_its(opened, arch, head, tmp_path):
     torch.testing.assert_close(again(ids), model(ids), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+@torch.no_grad()
+def test_an_adapter_with_a_score_head_opens_as_a_reward_model(opened, arch, tmp_path):
+    opened(arch)
+    model = trained(GPT.from_pretrained(tmp_path / "base", head="score").adapt(2))
+    model.config.score_gain = 1.5
+    model.save_pretrained(tmp_path / "reward")
+    again, whole = GPT.from_pretrained(tmp_path / "reward/adapter"), GPT.from_pretrained(tmp_path / "reward")
+    assert again.config.head == "score" and again.config.score_gain == 1.5 and model.score_head.bias != 0
+    for other in (again, whole):
+        torch.testing.assert_close(other.score(other(IDS)), model.score(model(IDS)), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="no place.*score"):
+        GPT.from_pretrained(tmp_path / "reward/adapter", head="lm")
+    model.score_head.weight = torch.nn.Parameter(torch.zeros(2, 32))
+    model.save_adapter(tmp_path / "two")
+    with pytest.raises(ValueError, match="a head of shape .2, 32., a score needs .1, 32."):
+        GPT.from_pretrained(tmp_path / "two")
+
+
 @torch.no_grad()
 def test_an_adapter_of_an_adapted_model_names_it_as_its_base(opened, tmp_path):
     trained(opened().adapt(2)).save_adapter(tmp_path / "first")
