@@ -43,14 +43,30 @@ import torch.nn.functional as F
 import kernels
 import run
 from data import annotators, chat, formats, tokenizer, world
-from data.collate import collate, encode_pairs, encode_unpaired, epochs, hold_out, in_batches, longest_side, reply_kl
+from data.collate import (
+    by_length,
+    collate,
+    encode_pairs,
+    encode_unpaired,
+    epochs,
+    first_epoch,
+    hold_out,
+    in_batches,
+    longest_side,
+    pair_extents,
+    reply_kl,
+    rows_at_once,
+)
 from model import GPT, TARGETS
 
 LOSSES = ["dpo", "cdpo", "robust", "ipo", "hinge", "simpo", "orpo", "kto"]
 BETA = {"ipo": 0.5, "simpo": 1.0}  # the embedded world's defaults, where not .2
 SMOOTHING = {"cdpo": 0.25, "robust": 0.1}
-OWNERS = {"label_smoothing": ["cdpo", "robust"], "summed": ["ipo"], "gamma": ["simpo"], "lam": ["orpo"]}  # flags of some losses only
-OWNERS |= {"beta": [name for name in LOSSES if name != "orpo"], "desirable_weight": ["kto"], "undesirable_weight": ["kto"]}
+READERS = {"label_smoothing": ["cdpo", "robust"], "summed": ["ipo"], "gamma": ["simpo"], "lam": ["orpo"]}  # flags of some losses only
+READERS |= {"beta": [name for name in LOSSES if name != "orpo"], "desirable_weight": ["kto"], "undesirable_weight": ["kto"]}
+READERS = {flag: {"loss": losses} for flag, losses in READERS.items()}  # and flags of some sources, see run.belong
+READERS |= {"prompts": {"data": False}, "agreement": {"data": False, "judge": False, "spin": False}}
+READERS |= {"judge": {"online": True}, "refresh_ref": {"online": True}}
 LR = {"orpo": 1e-3}  # where not 1e-4: a base model has more to learn
 
 
@@ -366,16 +382,31 @@ def own_replies(config, policy, ref, encoding, questions):
     return metrics
 
 
+def expect(config, job, policy, encoding, data, questions, steps):
+    """Says where the memory will go: the first round's batches, what is read without learning, replies sampled and read again."""
+    training, fresh = [data.pairs[i] for i in data.training], config.online or config.spin
+    batches = first_epoch([longest_side(pair) for pair in training], config.batch_size, config.seed, steps)
+    learn = pair_extents([pair[: 1 if config.loss == "kto" else 2] for pair in training], batches)
+    looked = data.pairs if fresh else [data.pairs[i] for i in data.held_out]
+    read = pair_extents(looked, by_length(looked, longest_side, model=policy))
+    prompt = max((len(chat.prompt(messages, encoding)) for messages in questions), default=max(map(longest_side, data.pairs)))
+    longest, samples = prompt + config.max_new_tokens, 2 if config.online else 1
+    again = rows_at_once(len(questions), longest, policy)  # replies at once whose KL is measured
+    replies = annotators.replies_at_once(policy, longest, samples, 512 if fresh else len(questions))
+    compare = [(again * longest, again * config.max_new_tokens)] if questions else []
+    sample = (replies, replies // samples, prompt, config.max_new_tokens) if replies else None
+    job.ledger({"policy": policy}, learn, read, compare, sample, keep=True)
+
+
 def main(config):
     run.require(config.loss in LOSSES, f"--loss must be one of {', '.join(LOSSES)}, not {config.loss}")
-    run.belong(config, "loss", OWNERS)
+    annotators.check_agreement(config.agreement)
+    run.belong(config, READERS)
     config.beta, config.lr = config.beta or BETA.get(config.loss, 0.2), config.lr or LR.get(config.loss, 1e-4)
     config.label_smoothing = config.label_smoothing or SMOOTHING.get(config.loss, 0.0)
-    annotators.check_agreement(config.agreement)
     run.require(0 <= config.label_smoothing < 0.5, f"--label-smoothing must lie in [0, 0.5), not {config.label_smoothing}")
     run.require(not (config.online and config.spin), "--online compares, --spin imitates: choose one of them")
     fresh = config.online or config.spin
-    run.require(config.online or not (config.judge or config.refresh_ref), "--judge and --refresh-ref belong to --online: add it")
     run.require(fresh or config.rounds == Config.rounds, "--rounds belongs to --online and --spin: add one of them")
     known = config.judge or not (config.online and config.data)
     run.require(known, "--online on files needs a --judge: annotators know only the embedded world")
@@ -407,10 +438,8 @@ def main(config):
     questions = questions or data.questions[: config.watch]
 
     # --- training
-    longest = max(map(longest_side, data.pairs))
-    sampled = (config.watch or 256 * fresh) * longest  # tokens in the cache at once
-    job.ledger({"policy": policy}, tokens=2 * config.batch_size * longest, sampled=sampled)
     steps = config.steps or rounds * math.ceil(1.5 * len(data.training) / config.batch_size)
+    expect(config, job, policy, encoding, data, questions, steps)
     optimizer = run.optimizer(policy, config.lr)
     for step in job.steps(steps):
         turn = step * rounds // steps

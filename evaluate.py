@@ -367,6 +367,8 @@ class RewardReport:
 
 
 def reward_main(config):
+    unread = {"data": False, "held_out": False}
+    run.belong(config, {name: unread for name in ("sft", "agreement", "prompts")} | {"held_out": {"data": False}})
     annotators.check_agreement(config.agreement)
     device, records = run.device(config.device), []
     if config.data:
@@ -1026,10 +1028,10 @@ def chat_main(directory, config=None):
             messages = [*question, {"role": "assistant", "content": replies[0]}] if replies else messages
 
 
-def reply_to(model, encoding, messages, chats, config, generator, samples=1):
+def reply_to(model, encoding, messages, chats, config, generator, samples=0):
     """The texts of so many replies as they were sampled, white space included: what the model reads in the next turn is what it wrote.
 
-    A single one is printed as it is written. Says at the end how fast they came. No replies, and a sentence, if the message does not fit.
+    0: one, printed as it is written. Says at the end how fast they came. No replies, and a sentence, if the message does not fit.
     Where the conversation outgrows the context, its oldest turns are forgotten, but not the system message.
     """
     room = min(config.max_new_tokens, model.config.context // 2)
@@ -1041,7 +1043,7 @@ def reply_to(model, encoding, messages, chats, config, generator, samples=1):
     if len(prompt) >= model.config.context:
         print(f"a message of {len(prompt)} tokens does not fit the context of {model.config.context}: say it in fewer words", flush=True)
         return []
-    if samples == 1:
+    if not samples:
         print("model: ", end="", flush=True)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
 
@@ -1049,7 +1051,7 @@ def reply_to(model, encoding, messages, chats, config, generator, samples=1):
         print("" if tokens[0] in stops else decoder.decode(encoding.decode_single_token_bytes(tokens[0])), end="", flush=True)
 
     began = time.perf_counter()
-    options = dict(stop_id=stops, generator=generator, samples=samples, stream=show if samples == 1 else None)
+    options = dict(stop_id=stops, generator=generator, samples=samples or 1, stream=None if samples else show)
     replies = model.generate([prompt], room, config.temperature, config.top_k, config.top_p, **options)
     tokens, seconds = sum(map(len, replies)), time.perf_counter() - began
     print(f"{decoder.decode(b'', final=True)}\n[{tokens} tokens, {tokens / seconds:.0f} a second]", flush=True)

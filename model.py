@@ -41,7 +41,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 import kernels
-from kernels.chunks import padded, pieces
 
 TARGETS = "qkv,out,up,down"  # the matrices of a block, as `adapt` names them
 WHOLE = ("score_head.weight", "embed.weight", "lm_head.weight")  # what goes with an adapter as it is
@@ -125,7 +124,9 @@ class Cache:
 
     def select(self, rows):
         """Keeps only these rows (a 1-D index tensor): finished replies stop costing time."""
-        self.keys, self.values, self.lengths = self.keys[:, rows], self.values[:, rows], self.lengths[rows]
+        self.keys = self.keys[:, rows]  # one after the other: never twice as much memory
+        self.values = self.values[:, rows]
+        self.lengths = self.lengths[rows]
 
 
 class Linear(nn.Linear):
@@ -317,31 +318,12 @@ class GPT(nn.Module):
 
     # ----------------------------------------------------------------------------------------------------------- memory
 
-    def bytes_kept(self, T=32):
-        """(per token, once): bytes that a forward pass keeps for its backward pass, as measured on rows of T and of 2 T tokens. What is
-        kept once, however many tokens there are, are autocast's copies of the weights."""
-        T = max(1, min(T, self.config.context // 2))
-        short, long = self._bytes_kept(T), self._bytes_kept(2 * T)
-        return (long - short) / T, 2 * short - long
-
-    def _bytes_kept(self, T):
-        own = {tensor.untyped_storage().data_ptr() for tensor in (*self.parameters(), *self.buffers())}
-        kept = {}
-
-        def note(tensor):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            hidden = self(torch.zeros(1, T, dtype=torch.long, device=self.device))  # noqa: F841 (it keeps the graph alive)
-        return sum(size for at, size in kept.items() if at not in own)
-
-    def bytes_of_logits(self, tokens):
-        """The piece of fp32 logits that `kernels` has at a time over so many tokens, and the gradient of a head that learns."""
-        if self.config.head != "lm":
+    def bytes_of_logits(self, tokens, use="read"):
+        """What `kernels` takes for the logits of so many tokens; `use` as kernels.bytes_at_work knows it."""
+        if self.config.head != "lm" or not tokens:
             return 0
-        row = 4 * padded(self.config.vocab_size)
-        return pieces(tokens, row, 2 << 30, self.device) * row + self.head_weight.nbytes * self.head_weight.requires_grad
+        use = "learn" if use == "keep" and not self.head_weight.requires_grad else use
+        return kernels.bytes_at_work(tokens, *self.head_weight.shape, self.device, use)
 
     def bytes_of_cache(self, tokens):
         """Keys and values of so many tokens while `generate` writes them."""
@@ -520,13 +502,14 @@ class GPT(nn.Module):
         """Opens a checkpoint directory in the Hugging Face layout, one file or sharded, fp32 master weights; an adapter's directory in
         the PEFT layout gives its base model with the adapter merged.
 
-        head: None takes the checkpoint's own; "score" on an LM checkpoint keeps the trunk and starts a new scalar head.
+        head: None takes the checkpoint's own, or an adapter's; "score" on an LM checkpoint keeps the trunk and starts a new scalar head.
         trunk: a model with adapters; a scalar-head checkpoint that is the same frozen weights with an adapter of its own shares them.
         Raises FileNotFoundError / ValueError with one sentence for anything missing, unexpected or misshapen.
         """
         directory = Path(directory)
         if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
-            base = read_json(directory / "adapter_config.json").get("base_model_name_or_path") or ""
+            facts = read_json(directory / "adapter_config.json")
+            base, head = facts.get("base_model_name_or_path") or "", head or ("score" if facts.get("task_type") == "SEQ_CLS" else None)
             if not Path(base).is_dir():
                 raise ValueError(
                     f"{directory} is an adapter of {base or 'a base model without a name'}, which is no directory here: name it"
@@ -596,7 +579,9 @@ class GPT(nn.Module):
         facts = {"peft_type": "LORA", "task_type": "SEQ_CLS" if score else "CAUSAL_LM", "base_model_name_or_path": self.origin}
         facts |= {"r": self.rank, "lora_alpha": scale * self.rank, "target_modules": sorted(targets), "lora_dropout": 0.0, "bias": "none"}
         facts |= {"fan_in_fan_out": self.config.arch == "gpt2", "modules_to_save": ["score"] if score else None, "inference_mode": True}
-        write(directory, "adapter_model.safetensors", tensors, "adapter_config.json", facts)
+        # PEFT has no place for these two:
+        own = {"score_bias": repr(self.score_head.bias.item()), "score_gain": repr(self.config.score_gain)} if score else {}
+        write(directory, "adapter_model.safetensors", tensors, "adapter_config.json", facts, own)
 
     @torch.no_grad()
     def load_adapter(self, directory):
@@ -631,8 +616,15 @@ class GPT(nn.Module):
             module = self.get_submodule(name.removesuffix(".weight"))
             if name != "score_head.weight" and len(value) > self.config.vocab_size:
                 self.grow(len(value))
+            if name == "score_head.weight" and value.shape != module.weight.shape:
+                raise ValueError(f"{directory} has a head of shape {tuple(value.shape)}, a score needs {tuple(module.weight.shape)}")
             if not torch.equal(module.weight, value):  # a weight of its own: the one of before may be shared
                 module.weight = nn.Parameter(value, requires_grad=name == "score_head.weight")
+        if self.config.head == "score":
+            with safe_open(directory / "adapter_model.safetensors", framework="pt") as file:
+                own = file.metadata() or {}
+            self.config.score_gain = float(own.get("score_gain", self.config.score_gain))
+            nn.init.constant_(self.score_head.bias, float(own.get("score_bias", self.score_head.bias)))
         if found:
             raise ValueError(f"{directory} holds a tensor that has no place in {self.origin or 'this model'}: {next(iter(found.values()))}")
         return self
@@ -828,10 +820,11 @@ def tensors_of(path):
         raise ValueError(f"{path} is not a whole safetensors file ({error}): fetch or save it again") from None
 
 
-def write(directory, weights, tensors, facts_file, facts):
-    """Both files of a checkpoint: `tensors` in the one called `weights`, `facts` as JSON. Each appears whole or not at all."""
+def write(directory, weights, tensors, facts_file, facts, own=None):
+    """Both files of a checkpoint: `tensors` in the one called `weights`, `facts` as JSON. Each appears whole or not at all. own: words in
+    the first one's header, which no other tool reads."""
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / f"{weights}.tmp", metadata={"format": "pt"})
+    save_file(tensors, directory / f"{weights}.tmp", metadata={"format": "pt", **(own or {})})
     (directory / f"{facts_file}.tmp").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     for name in (weights, facts_file):
         os.replace(directory / f"{name}.tmp", directory / name)

@@ -39,6 +39,7 @@ score sits on it, not one position later; a reply that never ends gets a fixed l
 import contextlib
 import random
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -50,7 +51,8 @@ from data.collate import Batch, collate, score
 from model import GPT, TARGETS
 
 ADVANTAGES = ["gae", "rloo", "grpo", "dr-grpo"]
-OWNERS = {"group_size": ADVANTAGES[1:]} | {name: ["gae"] for name in ("critic_warmup", "critic_lr", "gamma", "lam")}
+READERS = {name: {"advantage": ["gae"]} for name in ("critic_warmup", "critic_lr", "gamma", "lam")}  # see run.belong
+READERS |= {"group_size": {"advantage": ADVANTAGES[1:]}}
 
 
 @dataclass
@@ -286,6 +288,16 @@ def rollout(config, beta, policy, ref, critic, reward_model, prompts, stops, gen
     return Rollout(replies, batch, old_logprobs, values, returns, advantages, scores, kl, ended)
 
 
+def batches_of(prompts, size, seed):
+    """Endless batches: every prompt once, then all of them again in another order."""
+    shuffle, queue = random.Random(seed), []
+    while True:
+        while len(queue) < size:
+            queue += shuffle.sample(prompts, len(prompts))
+        yield queue[:size]
+        queue = queue[size:]
+
+
 def main(config):
     for name in ("temperature", "clip_eps"):
         run.require(getattr(config, name) > 0, f"--{name.replace('_', '-')} must be positive, not {getattr(config, name)}")
@@ -294,7 +306,7 @@ def main(config):
     run.require(config.steps >= 1, f"--steps must be at least 1, not {config.steps}")
     run.require(1 <= config.minibatches <= config.batch_size, f"--minibatches must lie in 1 .. batch size, not {config.minibatches}")
     run.require(config.advantage in ADVANTAGES, f"--advantage must be one of {', '.join(ADVANTAGES)}, not {config.advantage}")
-    run.belong(config, "advantage", OWNERS)
+    run.belong(config, READERS)
     groups = config.advantage != "gae"
     K = config.group_size if groups else 1
     run.require(K > 1 or not groups, f"--group-size must be at least 2, to compare, not {K}")
@@ -326,10 +338,12 @@ def main(config):
     fitting = [prompt for prompt in prompts if len(prompt[0]) <= room]
     run.require(fitting, f"none of the {len(prompts)} prompts leaves room for a reply of {config.max_new_tokens} tokens in the context")
     job.say(f"ppo: {len(fitting)} prompts, {len(prompts) - len(fitting)} dropped for their length")
-    shuffle, queue = random.Random(config.seed), []
     models = {"policy": policy, "ref": ref, "reward_model": reward_model} | ({"critic": critic} if critic else {})
-    longest = max(len(prompt) for prompt, _ in fitting) + config.max_new_tokens
-    job.ledger(models, -(-config.batch_size // config.minibatches) * longest, sampled=config.batch_size * longest)
+    models |= {f"ensemble_{i + 1}": watcher for i, watcher in enumerate(watchers)}
+    count, new, most = config.batch_size // K, config.max_new_tokens, -(-config.batch_size // config.minibatches)
+    longest = [max(len(prompt) for prompt, _ in batch) for batch in islice(batches_of(fitting, count, config.seed), config.steps)]
+    learn, read = ([(rows * (prompt + new - 1), rows * new) for prompt in longest] for rows in (most, config.batch_size))
+    job.ledger(models, learn, read, sample=(config.batch_size, count, max(longest), new), keep=True)
 
     # --- training
     stops, generator = chat.stop_ids(encoding), torch.Generator(job.device).manual_seed(config.seed)
@@ -337,10 +351,9 @@ def main(config):
     optimizer = run.optimizer(policy, config.lr, eps=1e-5)
     critic_optimizer = run.optimizer(critic, config.critic_lr, eps=1e-5) if critic else None
     beta, start, seen = config.beta, {}, set()
+    batches = batches_of(fitting, count, config.seed)
     for step in job.steps(config.steps):
-        while len(queue) < config.batch_size // K:
-            queue += shuffle.sample(fitting, len(fitting))
-        asked, queue = queue[: config.batch_size // K], queue[config.batch_size // K :]
+        asked = next(batches)
         ids = [prompt for prompt, _ in asked]
         old = rollout(config, beta, policy, ref, critic, reward_model, ids, stops, generator, job.autocast)
         learning, losses = not critic or step >= min(config.critic_warmup, config.steps // 10), []

@@ -44,12 +44,16 @@ from safetensors.torch import save_file
 import run
 from data import annotators, chat, formats, tokenizer, world
 from data.collate import (
+    by_length,
     encode_pairs,
     encode_steps,
     epochs,
+    extent,
+    first_epoch,
     hold_out_rated,
     longest_side,
     pad,
+    pair_extents,
     score_all,
     score_pairs,
     step_scores,
@@ -58,6 +62,9 @@ from data.formats import Process
 from model import GPT, TARGETS
 
 STEP_LABELS = ["exact", "monte-carlo", "outcome"]
+READERS = {"prompts": {"data": False}, "agreement": {"data": False, "process": False}, "centring": {"process": False}}  # see run.belong
+READERS |= {"step_labels": {"process": True, "data": False}, "completions": {"process": True, "step_labels": ["monte-carlo"]}}
+READERS |= {"separator": {"process": True, "data": True}}
 
 
 @dataclass
@@ -230,10 +237,13 @@ def train_process(config, job, model, encoding, records):
     def flat(rows):
         return torch.tensor([label for i in rows for label in labels[i]], device=job.device)  # (M,)
 
-    job.ledger({"model": model}, tokens=config.batch_size * max(len(ids) for ids, _ in examples))
     steps = config.steps or math.ceil(1.5 * len(kept) / config.batch_size)
+    lengths, parts = [len(examples[i][0]) for i in kept], [held_out[i : i + 128] for i in range(0, len(held_out), 128)]
+    batches = ([kept[i] for i in rows] for rows in first_epoch(lengths, config.batch_size, config.seed, steps))
+    learn, read = ([extent([(examples[i][0], []) for i in rows]) for rows in each] for each in (batches, parts))
+    job.ledger({"model": model}, learn, read)
     optimizer = run.optimizer(model, config.lr, config.weight_decay)
-    batches = epochs([len(examples[i][0]) for i in kept], config.batch_size, config.seed)
+    batches = epochs(lengths, config.batch_size, config.seed)
     for step in job.steps(steps):
         rows = [kept[i] for i in next(batches)]
         with job.autocast():
@@ -245,7 +255,6 @@ def train_process(config, job, model, encoding, records):
         metrics = {"loss": loss.detach(), "accuracy": accuracy, "lr": lr, "grad_norm": grad_norm}
         if held_out and run.due(step, steps):
             with torch.no_grad():
-                parts = [held_out[i : i + 128] for i in range(0, len(held_out), 128)]
                 scores = torch.cat([step_scores(model, [examples[i] for i in part]) for part in parts])  # (M,)
             metrics["held_out_loss"] = step_loss(scores, flat(held_out)).mean()
             metrics["held_out_accuracy"] = ((scores > 0) == (flat(held_out) > 0.5)).float().mean()
@@ -254,6 +263,7 @@ def train_process(config, job, model, encoding, records):
 
 def main(config):
     annotators.check_agreement(config.agreement)
+    run.belong(config, READERS)
     run.require(config.step_labels in STEP_LABELS, f"--step-labels must be one of {', '.join(STEP_LABELS)}, not {config.step_labels}")
     few = not config.mixing or len(config.mixing) == len(config.heads)
     run.require(few, f"--mixing has {len(config.mixing)} weights for {len(config.heads)} --heads: give one for each")
@@ -310,11 +320,14 @@ def main(config):
         marks = torch.tensor(rating_labels(usable, config.heads), device=job.device)  # (N, K)
 
     # --- training
-    job.ledger({"model": model}, tokens=2 * config.batch_size * max(map(longest_side, pairs)))
     steps = config.steps or math.ceil(1.5 * len(kept) / config.batch_size)
+    lengths, reference = [longest_side(pairs[i]) for i in kept], [pairs[i] for i in (held_out + kept)[:1000]]
+    batches = ([kept[i] for i in rows] for rows in first_epoch(lengths, config.batch_size, config.seed, steps))
+    read = pair_extents(reference, by_length(reference, longest_side, model=model))
+    job.ledger({"model": model}, pair_extents(pairs, batches), read)
     learner = torch.nn.ModuleList([model, heads]) if heads else model
     optimizer = run.optimizer(learner, config.lr, config.weight_decay)
-    batches = epochs([longest_side(pairs[i]) for i in kept], config.batch_size, config.seed)
+    batches = epochs(lengths, config.batch_size, config.seed)
     for step in job.steps(steps):
         chosen_ones = [kept[i] for i in next(batches)]
         label, margin = labels[chosen_ones].unbind(1)  # (B,) each
@@ -349,7 +362,7 @@ def main(config):
 
     if heads:
         heads.fold(model)
-    normalise(model, [pairs[i] for i in (held_out + kept)[:1000]])
+    normalise(model, reference)
     job.finish(save)
 
 

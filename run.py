@@ -30,13 +30,18 @@ import shutil
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Flags that are read with others only, in every script that has them: see `belong`.
+READERS = {"lora_alpha": {"lora_rank": True}, "lora_targets": {"lora_rank": True}, "shape": {"init": ["scratch"]}}
 # Flags of which 0 means nothing:
 COUNTS = set("batch_size rounds minibatches ppo_epochs prompts group_size max_new_tokens annotators completions".split())
 
@@ -73,13 +78,20 @@ def parse(Config, argv=None, description=None):
     return config
 
 
-def belong(config, choice, owners):
-    """Raises ValueError for a flag that nobody would read. owners: {flag: the values of --`choice` that read it}."""
+def belong(config, readers=None):
+    """Raises ValueError for a flag that nobody would read. readers: {flag: {another flag: the values of that one with which it is read, or
+    True for any but nothing, False for nothing}}; READERS are every script's."""
     for field in dataclasses.fields(config):
-        name, chosen = field.name, getattr(config, choice)
-        read = getattr(config, name) == field.default or chosen in owners.get(name, [chosen])
-        flag = f"--{name.replace('_', '-')}"
-        require(read, f"{flag} is read with --{choice} {' or '.join(owners.get(name, []))} only, not with {chosen}: leave it out")
+        flag, value = f"--{field.name.replace('_', '-')}", getattr(config, field.name)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for name, wanted in {**READERS, **(readers or {})}.get(field.name, {}).items() if value != default else ():
+            other, chosen = f"--{name.replace('_', '-')}", getattr(config, name)
+            if wanted is True:
+                require(chosen, f"{flag} is read with {other} only: add it, or leave {flag} out")
+            elif wanted is False:
+                require(not chosen, f"{flag} is not read with {other}: leave one of them out")
+            else:
+                require(chosen in wanted, f"{flag} is read with {other} {' or '.join(wanted)} only, not with {chosen}: leave it out")
 
 
 class Parser(argparse.ArgumentParser):
@@ -205,32 +217,52 @@ class Job:
         }
         write_json(self.partial / "run.json", facts)
 
-    def ledger(self, models, tokens, sampled=0):
-        """Says where the memory will go. models by name; tokens of the largest forward pass that keeps what its backward needs, and of the
-        cache while `sampled` are. What a token keeps is measured on short rows; a weight that models share is counted once.
+    def ledger(self, models, learn, read=(), compare=(), sample=None, keep=False):
+        """Says where the memory will go. models by name; a weight that they share is counted once. learn, read, compare: (padded positions,
+        supervised tokens) of batches that they learn from, that they read without learning, and that the first one reads beside its
+        reference. sample: (replies at a time, their prompts, the longest of these, most new tokens). keep: for a stage of log-probs,
+        which keep the logits of a head that learns, and are read at the precision of training. What a position takes is measured.
 
-        Returns the parts in bytes, `peak` among them: activations and sampling are never there at the same time.
+        Returns the parts in bytes, `peak` among them. A step, its gradients, reading and sampling have the memory one after the other.
         """
         weights, counted = {}, set()
         for name, model in models.items():
             own = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers()) if t.data_ptr() not in counted}
             counted |= own.keys()
             weights[name] = sum(own.values())
-        learning = [model for model in models.values() if any(p.requires_grad for p in model.parameters())]
-        gradients = sum(p.nbytes for model in learning for p in model.parameters() if p.requires_grad)
-        with self.autocast():
-            kept = max(a_token * tokens + once for a_token, once in (model.bytes_kept() for model in learning))
-        parts = {"weights": sum(weights.values()), "gradients": gradients, "Adam": 2 * gradients, "activations": int(kept)}
-        parts["logits"] = max(model.bytes_of_logits(tokens) for model in learning)
-        parts["sampling"] = learning[0].bytes_of_cache(sampled)
-        passing = max(parts["activations"] + parts["logits"], parts["sampling"])
-        parts["peak"] = parts["weights"] + gradients + parts["Adam"] + passing
-        shown = ", ".join(f"{name} {value / 2**20:.4g}" for name, value in parts.items() if value and name not in ("weights", "peak"))
-        each = ", ".join(f"{name} {value / 2**20:.4g}" for name, value in weights.items())
-        total, own = parts["peak"] / 2**20, parts["weights"] / 2**20
-        self.say(
-            f"{self.stage}: memory in MiB: about {total:.0f} at the peak: weights {own:.4g} ({each}), {shown} ({tokens} tokens at most)"
-        )
+        gradients = sum(p.nbytes for model in models.values() for p in model.parameters() if p.requires_grad)
+        heads = [
+            model.head_weight.nbytes * model.head_weight.requires_grad if model.config.head == "lm" else 0 for model in models.values()
+        ]
+        steps, reads, first = [], [0], next(iter(models.values()))
+        for model, head in zip(models.values(), heads, strict=True):
+            with self.autocast():
+                (kept, once), (most, _) = per_position(learning, model)
+                for n, tokens in set(learn) if most else ():
+                    logits = model.bytes_of_logits(tokens, "keep" if keep else "learn")
+                    steps.append((int(n * kept + once), int(max(n * (most - kept), logits)) + head))  # its gradient is there first
+            with self.autocast() if keep and model.config.head == "lm" else contextlib.nullcontext():
+                [(each, once)] = per_position(reading, model)
+                reads += [int(max(n * each + once, 4 * n * model.config.width + model.bytes_of_logits(m))) for n, m in {*read, *compare}]
+        again = 0 if first.rank else next(iter(weights.values()))  # without adapters the reference is read from its file anew
+        reads += [again + 8 * n * first.config.width + first.bytes_of_logits(tokens, "kl") for n, tokens in compare]
+        parts = {"weights": sum(weights.values()), "gradients": gradients, "Adam": 2 * gradients}
+        parts["activations"], parts["temporaries"] = max(steps, key=sum)
+        parts |= {"reading": max(reads), "sampling": 0}
+        if sample:
+            replies, prompts, longest, new = sample
+            cache, logits = first.bytes_of_cache(replies * (longest + new)), 4 * replies * first.config.vocab_size
+            [(each, _)] = per_position(reading, first)
+            # The prompts are read at once; logits, these scaled, as probabilities, and what draws; finished rows leave the cache.
+            parts["sampling"] = cache + int(max(prompts * longest * each, 4 * logits, cache / 2 + logits))
+        step = parts["activations"] + parts["temporaries"] + gradients * bool(getattr(self.config, "micro_batch_size", 0))
+        ends = gradients + max(heads)  # a tied embedding has a second gradient
+        parts["peak"] = parts["weights"] + parts["Adam"] + max(step, ends, parts["reading"], parts["sampling"])
+        mib = {name: f"{name} {value / 2**20:.4g}" for name, value in {**parts, **weights}.items() if value or name in weights}
+        shown = ", ".join(text for name, text in mib.items() if name not in ("weights", "peak", *weights))
+        each, total, largest = ", ".join(mib[name] for name in weights), parts["peak"] / 2**20, max(n for n, _ in learn)
+        said = f"about {total:.0f} at the peak: {mib['weights']} ({each}), {shown} (up to {largest} tokens in a batch)"
+        self.say(f"{self.stage}: memory in MiB: {said}")
         return parts
 
     def autocast(self):
@@ -337,6 +369,58 @@ def curves(metrics, path):
     figure.tight_layout()
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------- memory
+
+
+class Tally(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made under it and still there: `now`, and at `most`."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage().data_ptr() for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
+        for storage in {tensor.untyped_storage() for tensor in tree_leaves(made) if isinstance(tensor, torch.Tensor)}:
+            if storage.data_ptr() not in given:  # no view, not in place
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return made
+
+    def add(self, size):
+        self.now += size
+        self.most = max(self.most, self.now)
+
+
+def per_position(measure, model, T=32):
+    """(per position, once) of each number of bytes that measure(model, T) finds for a row of T tokens, as it finds them for T and for 2 T.
+    Once, however many positions: autocast's copies of the weights."""
+    T = max(1, min(T, model.config.context // 2))
+    return [((long - short) / T, 2 * short - long) for short, long in zip(measure(model, T), measure(model, 2 * T), strict=True)]
+
+
+def reading(model, T):
+    """What a forward pass without gradients takes at most."""
+    torch.clear_autocast_cache()  # of the copies that an earlier pass has made
+    with torch.no_grad(), Tally() as tally:
+        model(torch.zeros(1, T, dtype=torch.long, device=model.device))
+    return [tally.most]
+
+
+def learning(model, T):
+    """What a forward pass keeps for its backward pass, and what the two take at most beside gradients of weights; 0 without any."""
+    first = next((p for p in model.blocks.parameters() if p.requires_grad), None)
+    if first is None:
+        return 0, 0
+    torch.clear_autocast_cache()
+    with Tally() as tally:
+        hidden = model(torch.zeros(1, T, dtype=torch.long, device=model.device))
+        kept = tally.now
+        torch.autograd.grad(hidden, first, torch.ones_like(hidden))
+    return kept, tally.most
 
 
 # ------------------------------------------------------------------------------------------------------------- optimiser

@@ -24,7 +24,7 @@ import torch
 import kernels
 import run
 from data import chat, formats, tokenizer, world
-from data.collate import collate, epochs, hold_out, rows_at_once
+from data.collate import collate, epochs, extent, first_epoch, hold_out, rows_at_once
 from model import GPT, TARGETS
 
 
@@ -102,6 +102,7 @@ def main(config):
     config.steps = config.steps or (3000 if config.pretrain else 800)
     config.lr = config.lr or (1.5e-3 if config.pretrain else 1e-3)
     config.init = config.init or ("scratch" if config.pretrain else "out/base")
+    run.belong(config, {"prompt_weight": {"pretrain": True}, "last_only": {"pretrain": False}})
     stage = "base" if config.pretrain else "sft"
     job = run.start(config, stage)
 
@@ -122,14 +123,16 @@ def main(config):
     job.say(f"{stage}: {len(examples)} examples ({long} cut to the context, {empty} dropped with nothing to learn)")
 
     # --- training
-    rows, longest = config.micro_batch_size or config.batch_size, max(len(ids) for ids, _ in examples)
-    job.ledger({"model": model}, tokens=rows * longest)
+    lengths, size = [len(ids) for ids, _ in examples], config.micro_batch_size or config.batch_size
+    looked = rows_at_once(128, max(lengths), model)  # examples at once without gradients
+    batches = [[examples[i] for i in rows] for rows in first_epoch(lengths, config.batch_size, config.seed, config.steps)]
+    parts = [extent(batch[start : start + size]) for batch in batches for start in range(0, len(batch), size)]
+    job.ledger({"model": model}, parts, [extent(held_out[i : i + looked]) for i in range(0, len(held_out), looked)])
     optimizer = run.optimizer(model, config.lr, config.weight_decay)
-    order = epochs([len(ids) for ids, _ in examples], config.batch_size, config.seed)
+    order = epochs(lengths, config.batch_size, config.seed)
     for step in job.steps(config.steps):
         batch = [examples[i] for i in next(order)]
         supervised = sum(sum(weights[1:]) for _, weights in batch)  # of the whole step: the divisor of every micro-batch
-        size = config.micro_batch_size or len(batch)
         loss = 0.0
         for start in range(0, len(batch), size):
             with job.autocast():
@@ -139,7 +142,7 @@ def main(config):
         lr, grad_norm = run.update(optimizer, model, step, config.steps, config.lr, warmup=config.steps // 20)
         metrics = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": supervised}
         if held_out and run.due(step, config.steps, times=10):
-            metrics["held_out_loss"] = held_out_loss(model, held_out, rows_at_once(128, longest, model))
+            metrics["held_out_loss"] = held_out_loss(model, held_out, looked)
         job.log(step, **metrics)
 
     def save(directory):

@@ -35,6 +35,7 @@ from model import GPT
 
 PRAISE = "great question"  # the flattery of this world; see world.OPENERS
 DIMENSIONS = ["helpful", "harmless", "honest"]
+READERS = {name: {"data": False} for name in ("init", "prompts", "held_out")} | {"ratings": {"judge": False}}  # see run.belong
 RATING_NOISE = 0.75  # standard deviation of a rating, on its scale from 1 to 5
 
 
@@ -73,6 +74,11 @@ def strength(differences, agreement):
     return low
 
 
+def replies_at_once(model, longest, samples=1, most=512):
+    """How many replies are sampled together, prompts and replies of up to `longest` tokens: keys and values in half a gigabyte."""
+    return max(samples, min(most, 2**29 // model.bytes_of_cache(longest)))
+
+
 def sample(model, encoding, prompts, max_new_tokens, temperature=1.0, seed=0, samples=1, batch=512, encode=chat.prompt):
     """Replies to each conversation: (ids, whether it ended by itself, its text) of each; those to the same one stand together.
 
@@ -83,7 +89,7 @@ def sample(model, encoding, prompts, max_new_tokens, temperature=1.0, seed=0, sa
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # prompts of like length together: less padding to read
     replies = [[] for _ in ids]
     longest = max(map(len, ids), default=0) + max_new_tokens
-    batch = max(samples, min(batch, 2**29 // model.bytes_of_cache(longest)))  # keys and values in half a gigabyte
+    batch = replies_at_once(model, longest, samples, batch)
     for start in range(0, len(ids), batch // samples):
         rows = order[start : start + batch // samples]
         options = dict(stop_id=stops, generator=generator, samples=samples)
@@ -333,6 +339,7 @@ def check_free(path):
 
 def main(config):
     check_agreement(config.agreement)
+    run.belong(config, READERS)
     run.require(config.abstain <= 1, f"--abstain must lie in [0, 1], not {config.abstain}")
     run.require(
         config.data or Path(config.init).is_dir(),

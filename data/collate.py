@@ -9,6 +9,7 @@ weights  likewise      by how much: 1 everywhere under the mask, unless the exam
 """
 
 import random
+from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
@@ -87,6 +88,22 @@ def epochs(lengths, batch_size, seed):
         yield from batches
 
 
+def first_epoch(lengths, batch_size, seed, steps):
+    """The batches of `epochs` that so many steps see, those of the first epoch at most: what comes later is of like size."""
+    return islice(epochs(lengths, batch_size, seed), min(steps, -(-len(lengths) // batch_size)))
+
+
+def extent(examples):
+    """(padded positions, supervised tokens) of what `collate` makes of the examples: what a batch costs."""
+    longest = max(len(ids) for ids, _ in examples) - 1
+    return len(examples) * longest, sum(sum(weight > 0 for weight in weights[1:]) for _, weights in examples)
+
+
+def pair_extents(pairs, batches):
+    """`extent` of each batch of indices of pairs, both sides of a pair together."""
+    return [extent([*chain(*(pairs[i] for i in batch))]) for batch in batches]
+
+
 def hold_out(n, most, seed):
     """Indices 0 .. n-1 in random order -> those that training does not see (a tenth, `most` at most) and the rest."""
     order = list(range(n))
@@ -105,15 +122,21 @@ def rows_at_once(size, length, model):
     return max(1, min(size, 128 * 256 * 96 // (length * model.config.width)))
 
 
+def by_length(rows, length, size=256, model=None):
+    """The indices of the rows in batches of up to `size`, sorted by length; of so many as fit the model's memory, if one is given."""
+    order = sorted(range(len(rows)), key=lambda i: length(rows[i]))
+    size = size if model is None or not rows else rows_at_once(size, length(rows[order[-1]]), model)
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
 def in_batches(function, rows, length, size=256, model=None):
     """function(list of up to `size` rows) -> tensor (b, ...), called for all rows -> (N, ...), in the order of the rows.
 
     length(row): what it is padded by; rows of like length go together, so little is. model: whose memory bounds the size.
     """
-    order = sorted(range(len(rows)), key=lambda i: length(rows[i]))
-    size = size if model is None else rows_at_once(size, length(rows[order[-1]]), model)
-    found = torch.cat([function([rows[i] for i in order[start : start + size]]) for start in range(0, len(rows), size)])
-    return torch.empty_like(found).index_copy_(0, torch.tensor(order, device=found.device), found)
+    batches = by_length(rows, length, size, model)
+    found = torch.cat([function([rows[i] for i in batch]) for batch in batches])
+    return torch.empty_like(found).index_copy_(0, torch.tensor([*chain(*batches)], device=found.device), found)
 
 
 @torch.no_grad()

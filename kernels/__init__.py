@@ -29,13 +29,13 @@ from typing import NamedTuple
 import torch
 
 from . import estimate, rows
-from .chunks import gather, scatter, supervised
+from .chunks import CPU_PIECE, gather, padded, pieces, scatter, supervised
 from .linear_kl import LinearKL
 from .linear_logprob import LinearLogprob
 from .token_loss import LinearTokenLoss
 
 __all__ = ["LogProbs", "kl_estimate", "kl_rows", "linear_cross_entropy", "linear_kl", "linear_logprob"]
-__all__ += ["linear_token_loss", "logprob_rows"]
+__all__ += ["linear_token_loss", "logprob_rows", "bytes_at_work"]
 
 
 class LogProbs(NamedTuple):
@@ -138,6 +138,20 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1") -> torch.Tensor:
     if logprobs.shape != ref_logprobs.shape:
         raise ValueError(f"ref_logprobs: got shape {tuple(ref_logprobs.shape)}, expected {tuple(logprobs.shape)} like logprobs")
     return estimate.estimate(logprobs, ref_logprobs, kind)
+
+
+def bytes_at_work(n, V, D, device, use="read", logits_budget=2 << 30):
+    """About how many bytes a linear op takes beside its arguments for n tokens under the present autocast, else in fp32. use: "read"
+    without gradients; "kl" likewise; "learn" a loss, or log-probs under a frozen head; "keep" log-probs under a head that learns."""
+    cpu, narrow, P, sides = device.type == "cpu", torch.is_autocast_enabled(device.type), padded(V), 1 + (use == "kl")
+    row, states = 4 * P * sides, 2 * n * D * (2 if narrow else 4)  # of logits in fp32; the hidden states and what is made of them
+    piece = pieces(n, row, logits_budget / (1 + narrow), device)
+    if use in ("read", "kl"):  # beside the logits a bf16 product, which a CPU stores before it is widened, or the KL's mask
+        return states + piece * (row + P * (2 * cpu if narrow else sides - 1)) + narrow * 2 * V * D * sides
+    if not narrow:
+        return states + row * (n if use == "keep" and n * row <= logits_budget else piece)
+    rows = n if use == "keep" and n * row <= 2 * logits_budget else max(piece, min(n, logits_budget // row))
+    return states + 2 * V * D + 2 * P * rows + row * min(piece, CPU_PIECE // row + 16 if cpu else n)  # the head and S in bf16, a piece
 
 
 # ---- checks: each raises one ValueError that names the argument, what it is and what was expected ----

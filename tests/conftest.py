@@ -1,12 +1,16 @@
 """What several rooms' tests share: the material beside the checkout, small random models, the embedded world's vocabulary."""
 
+import itertools
+import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+import run
 from data import chat, tokenizer, world
 from model import GPT, Config
 
@@ -84,3 +88,44 @@ def ragged():
     generator = torch.Generator().manual_seed(5)
     lengths = [5, 1, 12, 3, 8, 2, 11, 7]
     return [torch.randint(61, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.fixture(scope="session")
+def peak():
+    """peak(function, between): the most bytes that tensors made meanwhile held at once, as torch's profiler measures it.
+
+    between(): the times (ns) before and after which nothing counts, known once the function has run."""
+
+    def measure(function, between=lambda: (0, math.inf)):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            function()
+        events, (after, before) = sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()), between()
+        sizes = [e.nbytes() for e in events if e.name() == "[memory]" and after < e.start_ns() < before]
+        return max(itertools.accumulate(sizes))
+
+    return measure
+
+
+@pytest.fixture(scope="session")
+def weighed(peak):
+    """weighed(script, flags): runs a stage -> the parts of its ledger, and the peak of all tensors from there to the end."""
+
+    def stage(script, flags):
+        ledger, finish, now = run.Job.ledger, run.Job.finish, {}
+
+        def noted(job, *arguments, **options):
+            now["parts"], now["from"] = ledger(job, *arguments, **options), time.time_ns()
+
+        def ended(job, *arguments, **options):
+            now["to"] = time.time_ns()
+            finish(job, *arguments, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run.Job, "ledger", noted)
+            patch.setattr(run.Job, "finish", ended)
+            patch.setattr(run, "curves", lambda metrics, path: None)
+            config = run.parse(script.Config, list(map(str, flags)))
+            added = peak(lambda: script.main(config), lambda: (now["from"], now["to"]))
+        return now["parts"], now["parts"]["weights"] + added
+
+    return stage

@@ -157,6 +157,14 @@ def test_chat_keeps_its_system_message_and_samples_the_last_question_again(talke
     assert all(f"\n{i}: " in out for i in range(1, 5)) and "5: " not in out and out.count("ask one first") == 2
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_chat_prints_each_sample_once(talked, n):
+    out, _ = talked("add 1 and 2", f"/samples {n}", max_new_tokens=4)
+    before, _, samples = out.partition(" a second]\n")  # of the first answer
+    assert before.count("model: ") == 1 and "model: " not in samples
+    assert [line[:3] for line in samples.splitlines() if line[1:3] == ": "] == [f"{i + 1}: " for i in range(n)]
+
+
 def test_chat_forgets_the_oldest_turns_when_the_context_is_full(talked):
     out, seen = talked(*["say " * 12] * 6, system="be brief", max_new_tokens=8)
     assert out.count(" a second]") == 6 and seen[-1][0] == "be brief" and len(seen[-1]) < 12

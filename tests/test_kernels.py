@@ -445,6 +445,22 @@ def test_scoring_holds_one_chunk_and_saves_nothing():
             assert torch.equal(a, b) and torch.equal(a, c)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [40, 600])
+def test_bytes_at_work_is_what_is_measured(n, dtype):
+    hidden, weight, ref_hidden, ref_weight, *_ = linear_case(n, 20000, D=32, dtype=torch.float32)
+    targets = torch.randint(20000, (n,))
+    ops = {
+        "read": lambda w: kernels.linear_logprob(hidden.detach(), w.detach(), targets),
+        "kl": lambda w: kernels.linear_kl(hidden.detach(), w.detach(), ref_hidden, ref_weight),
+        "learn": lambda w: kernels.linear_token_loss(hidden, w.detach(), targets, lambda logprob, index: -logprob),
+        "keep": lambda w: kernels.linear_logprob(hidden, w, targets),
+    }
+    for use, op in ops.items():
+        with torch.autocast("cpu", dtype, dtype != torch.float32):
+            assert kernels.bytes_at_work(n, 20000, 32, hidden.device, use) == pytest.approx(peak_bytes(lambda: op(weight)), rel=0.15), use
+
+
 # ---- extreme values ----
 
 

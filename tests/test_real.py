@@ -1,4 +1,5 @@
-"""Real files, GPT-2's own vocabulary, a model of GPT-2's architecture: every stage runs 20 steps, with and without adapters, and learns."""
+"""Real files, GPT-2's own vocabulary, a model of GPT-2's architecture: every stage runs 20 steps, with and without adapters, learns, and
+takes the memory that it said it would."""
 
 import json
 
@@ -8,7 +9,6 @@ import torch
 import dpo
 import ppo
 import reward
-import run
 import sft
 from data import tokenizer
 from model import GPT
@@ -18,8 +18,9 @@ STAGES = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo}
 
 
 @pytest.fixture(scope="module", params=[0, 8], ids=["all weights", "LoRA"])
-def curves(request, shared, tmp_path_factory):
-    """{stage: its metrics} of a chain on the demonstrations and comparisons beside DESIGN.md; the same shapes as the published GPT-2."""
+def chain(request, shared, weighed, tmp_path_factory):
+    """{stage: (its metrics, its ledger's peak, the peak measured)} of a chain on the demonstrations and comparisons beside DESIGN.md; the
+    same shapes as the published GPT-2."""
     home = tmp_path_factory.mktemp("real")
     torch.manual_seed(0)
     GPT.from_scratch("gpt2:2x128x512", 50257).save_pretrained(home / "base")
@@ -39,16 +40,24 @@ def curves(request, shared, tmp_path_factory):
         "dpo": ["--init", home / "sft", "--data", pairs, "--lr", 1e-3],
         "ppo": ["--init", home / "sft", "--reward", home / "reward", "--data", pairs, "--max-new-tokens", 16, "--lr", 1e-4],
     }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "curves", lambda metrics, path: None)
-        for name, script in STAGES.items():
-            script.main(run.parse(script.Config, [*map(str, flags[name] + common), "--out", str(home / name)]))
-    return {name: [json.loads(line) for line in (home / name / "metrics.jsonl").read_text().splitlines()] for name in STAGES}
+    found = {}
+    for name, script in STAGES.items():
+        parts, peak = weighed(script, [*flags[name], *common, "--out", home / name])
+        rows = (home / name / "metrics.jsonl").read_text().splitlines()
+        found[name] = [json.loads(row) for row in rows], parts["peak"], peak
+    return found
 
 
 @pytest.mark.parametrize("stage, name", [("sft", "loss"), ("reward", "loss"), ("dpo", "loss"), ("ppo", "value_loss")])
-def test_the_loss_falls(curves, stage, name):
-    values = [row[name] for row in curves[stage]]
+def test_the_loss_falls(chain, stage, name):
+    values = [row[name] for row in chain[stage][0]]
     first, last = sum(values[:5]) / 5, sum(values[-5:]) / 5
     print(f"{stage} {name} {first:.3f} -> {last:.3f}")
     assert len(values) == 20 and last < first
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_ledger_is_what_is_measured(chain, stage):
+    _, said, peak = chain[stage]
+    print(f"{stage}: {said / 2**20:.1f} of {peak / 2**20:.1f} MiB, {said / peak:.3f}")
+    assert said == pytest.approx(peak, rel=0.15)

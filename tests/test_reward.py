@@ -168,7 +168,8 @@ def test_step_scores_do_not_depend_on_the_company(world_model, world_encoding):
 
 @pytest.mark.parametrize("labels", ["exact", "monte-carlo", "outcome"])
 def test_a_process_model_trains_on_the_world_s_sums(labels, policy, place):
-    train("--process", "--init", policy, "--prompts", 24, "--step-labels", labels, "--completions", 2, "--out", place / "prm")
+    few = ["--completions", 2] if labels == "monte-carlo" else []
+    train("--process", "--init", policy, "--prompts", 24, "--step-labels", labels, *few, "--out", place / "prm")
     assert GPT.from_pretrained(place / "prm").config.head == "score"
     assert metrics(place / "prm")[-1]["loss"] < 20
     facts = json.loads((place / "prm" / "run.json").read_text())
@@ -308,3 +309,9 @@ def test_a_file_of_pairs_and_the_pairs_a_run_kept_back_are_measured_the_same_way
     assert kept_back["label_accuracy"] == pytest.approx(metrics(scored / "trained")[-1]["held_out_accuracy"], abs=1e-6)
     with pytest.raises(ValueError, match="language model"):
         report("--runs", scored / "sft", "--data", file)
+
+
+@pytest.mark.parametrize("given", [["--sft", "x", "--data", "y"], ["--agreement", 0.6, "--held-out"], ["--held-out", "--data", "y"]])
+def test_a_report_refuses_what_it_would_not_read(given):
+    with pytest.raises(ValueError, match="is not read with --(data|held-out): leave one of them out"):
+        report(*given)

@@ -30,7 +30,8 @@ def train(tmp_path, checkpoint):
     """train(**flags): runs dpo.py on the CPU and gives its metrics, line by line."""
 
     def run(**flags):
-        flags = dict(init=checkpoint(), prompts=120, batch_size=16, steps=4, max_new_tokens=8, watch=8, lr=1e-2) | flags
+        flags = ({} if flags.get("data") else dict(prompts=120)) | flags
+        flags = dict(init=checkpoint(), batch_size=16, steps=4, max_new_tokens=8, watch=8, lr=1e-2) | flags
         flags = (dict(rounds=2) if flags.get("online") or flags.get("spin") else {}) | flags
         out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         dpo.main(dpo.Config(out=str(out), device="cpu", dtype="float32", **flags))
