@@ -690,10 +690,15 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+# glibc gives a large block back to the system as soon as it is freed, and gets it again page by page, each one zeroed. Memory that is
+# kept instead takes about a tenth off DPO's steps and off sampling.
+KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(1 << 30)}
+
+
 def stage(done, seed, threads, *command):
     """Runs a script that leaves its result in `done`: a run directory, or a file."""
     target = ["--out", done, *([] if done.suffix == ".jsonl" else ["--overwrite"]), "--seed", seed]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)} | KEEP_MEMORY
     ended = subprocess.run([sys.executable, *map(str, [*command, *target])], cwd=run.ROOT, env=environment)
     run.require(ended.returncode == 0, f"stopped at {done.name}: what went wrong stands above")
 
