@@ -775,6 +775,7 @@ def seed_interval(values):
 # ------------------------------------------------------------------------------------------- every method, side by side
 
 LABELS = 8000  # judgements that each method learns from
+DEMONSTRATIONS = 2000  # careful ones, that self-play imitates
 FLIPPED = 0.3  # of a separate set of labels, right but for these
 BETAS = [0.05, 0.1, 0.5]  # of DPO's frontier, beside its default
 ASKED = 2600  # held-out questions
@@ -827,7 +828,7 @@ def prepare_methods(home, seed):
         if gaps[0] != gaps[1]:
             turned = (gaps[0] < gaps[1]) != (rng.random() < FLIPPED)
             flipped.append(pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]} if turned else pair)
-    careful = [{"messages": r.messages} for r in world.demonstrations(LABELS, seed, wrong=0, misjudged=0, padded=0)]
+    careful = [{"messages": r.messages} for r in world.demonstrations(DEMONSTRATIONS, seed, wrong=0, misjudged=0, padded=0)]
     for name, rows in {"labels": pairs, "thumbs": thumbs, "flipped": flipped, "careful": careful}.items():
         run.write_lines(home / f"{name}.jsonl", rows)
 
@@ -838,6 +839,8 @@ def method_chains(home):
     labels, careful, flipped = (["--data", home / f"{name}.jsonl"] for name in ("labels", "careful", "flipped"))
     dpo, ppo = ["dpo.py", "--watch", 0], ["ppo.py", *start, "--reward", runs / "reward"]
     online = [*dpo, *start, "--online"]
+    gently = ["sft.py", *careful, "--steps", DEMONSTRATIONS // 32, "--lr", 5e-5]  # about one pass, which leaves own replies to beat
+    play = [*dpo, *careful, "--spin", "--rounds", 1, "--lr", 2e-4]
     return [
         {
             "reward": ["reward.py", *start, *labels],
@@ -853,10 +856,10 @@ def method_chains(home):
             "iterative": [*online, "--labels", LABELS - 300, "--refresh-ref"],
         },
         {
-            "careful": ["sft.py", *start, *careful, "--steps", 235],  # one pass
-            "more-sft": ["sft.py", "--init", runs / "careful", *careful, "--steps", 125],
-            "spin-1": [*dpo, "--init", runs / "careful", *careful, "--spin", "--rounds", 1],
-            "spin-2": [*dpo, "--init", runs / "spin-1", *careful, "--spin", "--rounds", 1],
+            "careful": [*gently, *start],
+            "more-sft": [*gently, "--init", runs / "careful"],
+            "spin-1": [*play, "--init", runs / "careful"],
+            "spin-2": [*play, "--init", runs / "spin-1"],
         },
         {
             **{f"dpo-beta-{beta}": [*dpo, *start, *labels, "--beta", beta] for beta in BETAS},
