@@ -841,22 +841,24 @@ def method_chains(home):
     runs, start = home / "methods", ["--init", home / "sft"]
     labels, careful, flipped = (["--data", home / f"{name}.jsonl"] for name in ("labels", "careful", "flipped"))
     dpo, ppo = ["dpo.py", "--watch", 0], ["ppo.py", *start, "--reward", runs / "reward"]
-    online = [*dpo, *start, "--online"]
+    learnt = LABELS - 300  # offline DPO holds 300 out
+    once = [*dpo, *start, "--steps", learnt // 64]  # one pass over them
+    online = [*once, "--online"]
     gently = ["sft.py", *careful, "--steps", DEMONSTRATIONS // 32, "--lr", 5e-5]  # about one pass, which leaves own replies to beat
     play = [*dpo, *careful, "--spin", "--rounds", 1, "--lr", 2e-4]
     return [
         {
             "reward": ["reward.py", *start, *labels],
             "ppo": ppo,
-            "online-rm": [*online, "--judge", runs / "reward", "--prompts", 10000],  # its labels cost nothing: all that there are
+            "online-rm": [*online, "--judge", runs / "reward"],  # one pass as well: as many labels, though these cost nothing
             **{name: [*ppo, "--advantage", name] for name in ("rloo", "grpo")},
         },
-        {loss: [*dpo, *start, *labels, "--loss", loss] for loss in ("dpo", "cdpo", "robust", "ipo", "hinge", "simpo")},
+        {loss: [*once, *labels, "--loss", loss] for loss in ("dpo", "cdpo", "robust", "ipo", "hinge", "simpo")},
         {"orpo": [*dpo, "--init", home / "base", *labels, "--loss", "orpo", "--batch-size", 32, "--steps", 1000]},  # SFT's share too
         {
-            "kto": [*dpo, *start, "--data", home / "thumbs.jsonl", "--loss", "kto"],
-            "online": [*online, "--labels", LABELS - 300],  # offline DPO holds 300 out
-            "iterative": [*online, "--labels", LABELS - 300, "--refresh-ref"],
+            "kto": [*once, "--data", home / "thumbs.jsonl", "--loss", "kto"],
+            "online": [*online, "--labels", learnt],
+            "iterative": [*online, "--labels", learnt, "--refresh-ref"],
         },
         {
             "careful": [*gently, *start],
@@ -865,9 +867,9 @@ def method_chains(home):
             "spin-2": [*play, "--init", runs / "spin-1"],
         },
         {
-            **{f"dpo-beta-{beta}": [*dpo, *start, *labels, "--beta", beta] for beta in BETAS},
-            "dpo-flipped": [*dpo, *start, *flipped],
-            "robust-flipped": [*dpo, *start, *flipped, "--loss", "robust", "--label-smoothing", FLIPPED],
+            **{f"dpo-beta-{beta}": [*once, *labels, "--beta", beta] for beta in BETAS},
+            "dpo-flipped": [*once, *flipped],
+            "robust-flipped": [*once, *flipped, "--loss", "robust", "--label-smoothing", FLIPPED],
         },
     ]
 
