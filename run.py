@@ -132,8 +132,8 @@ def guard(function, *arguments):
 
 
 def due(step, steps, times=5):
-    """Whether a run looks at what it does not train on: so many times, and after its last step."""
-    return (step + 1) % max(1, steps // times) == 0 or step + 1 == steps
+    """Whether a run looks at what it does not train on: so many times, evenly spread, the last time after its last step."""
+    return (step + 1) * times // steps > step * times // steps
 
 
 def complain(error):

@@ -103,12 +103,13 @@ def test_orpo_does_both_stages_in_one(methods):
     assert gain > half_width  # .028: the .05 that was hoped for is out of its reach (README, "What did not work")
 
 
-def test_self_play_keeps_what_more_of_the_same_fine_tuning_loses(methods):
-    gain, half_width = ahead(methods, "spin-2", "careful")
-    assert gain > -half_width and ahead(methods, "spin-2", "more-sft")[0] > 0
+@pytest.mark.parametrize(("after", "before"), [("spin-1", "careful"), ("spin-2", "spin-1")])
+def test_self_play_improves_in_each_of_its_first_two_rounds(methods, after, before):
+    gains = [board[after]["gold"] - board[before]["gold"] for board in methods["boards"].values()]
+    assert min(gains) > 0 and evaluate.mean(gains) >= 0.01
 
 
-@pytest.mark.parametrize("name", ["rloo", "grpo", "dr-grpo"])
+@pytest.mark.parametrize("name", ["rloo", "grpo"])
 def test_a_group_is_as_good_as_a_critic(methods, name):
     gain, half_width = ahead(methods, name, "ppo")
     assert gain + half_width >= 0
