@@ -32,6 +32,7 @@ and averaging takes exactly that away. `evaluate.py labels` measures it.
 
 import copy
 import json
+import os
 import random
 import re
 import sys
@@ -70,7 +71,7 @@ class Critique:
     temperature: float = 1.0  # of sampling
     max_new_tokens: int = world.MAX_NEW_TOKENS  # longest response, critique and revision
     examples: str = ""  # file of worked examples for a model without a chat format (default: the constitution's own)
-    show: int = 0  # print so many chains: prompt, response, critique, revision
+    show: int = 0  # print so many chains, coloured: prompt, response, critique, revision (NO_COLOR=1 in the environment: plain)
     seed: int = 0  # of prompts, samples and principles
     device: str = "auto"  # auto, cpu, cuda
 
@@ -88,7 +89,7 @@ class Compare:
     temperature: float = 1.0  # of sampling
     max_new_tokens: int = world.MAX_NEW_TOKENS  # longest reply and thought
     examples: str = ""  # file of worked examples for a model without a chat format (default: the constitution's own)
-    show: int = 0  # print so many comparisons: prompt, both replies, label
+    show: int = 0  # print so many comparisons, coloured: prompt, both replies, label
     seed: int = 0  # of prompts, samples and principles
     device: str = "auto"  # auto, cpu, cuda
 
@@ -295,7 +296,7 @@ def finish(config, rows, news, shown):
     run.write_lines(Path(config.out), rows)
     for row in rows[: config.show]:
         for name, text in shown(row):
-            colour, plain = (f"\033[{COLOURS[name]}m", "\033[0m") if sys.stdout.isatty() else ("", "")
+            colour, plain = ("", "") if os.environ.get("NO_COLOR") else (f"\033[{COLOURS[name]}m", "\033[0m")
             print(f"{name:8}  {colour}{text.strip()}{plain}")
         print()
     said(news)
@@ -340,13 +341,13 @@ def revise(speaker, prompts, responses, principles, revisions, seed, news):
 
 def critique_main(config):
     _, principles, speaker, examples, news = prepared(config, "critique", "critique", "revision")
-    prompts = questions(config, speaker, news)
+    critic, prompts = speaker.shown(examples, news), questions(config, speaker, news)
     responses = speaker.say(prompts, "response")
     answered = [(messages, text) for messages, text in zip(prompts, responses, strict=True) if text.strip()]
     news["empty or endless responses"] += len(prompts) - len(answered)
     run.require(answered, "no response found an end: raise --max-new-tokens, or name a model that answers")
     prompts, responses = map(list, zip(*answered, strict=True))
-    chains = revise(speaker.shown(examples, news), prompts, responses, principles, config.revisions, config.seed, news)
+    chains = revise(critic, prompts, responses, principles, config.revisions, config.seed, news)
     rows = []
     for messages, response, chain in zip(prompts, responses, chains, strict=True):
         if config.revisions and not chain:
@@ -411,7 +412,7 @@ def label(votes):
 def compare_main(config):
     constitution, principles, writer, examples, news = prepared(config, "compare", "comparison")
     other = config.judge_model not in ("", config.init)
-    judge = Speaker(config.judge_model, "--judge-model", config) if other else writer
+    judge = (Speaker(config.judge_model, "--judge-model", config) if other else writer).shown(examples, news)
     prompts = questions(config, writer, news)
     texts = writer.say(prompts, "replies", samples=2)
     pairs = list(zip(prompts, texts[::2], texts[1::2], strict=True))
@@ -421,7 +422,7 @@ def compare_main(config):
     rng = random.Random(f"principles {config.seed}")
     count = min(config.principles, len(principles)) or len(principles)
     looking = [rng.sample(principles, count) for _ in different]
-    votes = preferences(judge.shown(examples, news), different, constitution, looking, news, config.chain_of_thought)
+    votes = preferences(judge, different, constitution, looking, news, config.chain_of_thought)
     rows = []
     for (messages, a, b), own in zip(different, votes, strict=True):
         if not own:
