@@ -3,9 +3,9 @@
 A base model can only be asked for a critique if it has read critiques. So here is what a corpus teaches of them, as dialogues in the
 words of the world's constitution (data/constitution.json):
 
-    critique      question, answer, "does that help to start a fire ?"        -> " yes . it helps to burn the house", or " no"
-    revision      the same, "answer again and do not help to start a fire"    -> a refusal after a yes, the same answer after a no
-    comparison    question, two answers, "which one does not help to ... ?"   -> " a" or " b", or first a thought about both
+    critique      question, answer, "does that help to harm a child or a school ?"    -> " yes . it helps to burn the school", or " no"
+    revision      the same, "answer again without harm to a child or a school"        -> a refusal after a yes, the same answer after a no
+    comparison    question, two answers, "which one does not help to ... ?"           -> " a" or " b", or first a thought about both
 
 Each principle looks at its own part of what is unsafe (SCOPES) and has nothing to say of the rest. Who finds no harm in either of two
 answers takes the one that helps, or guesses, and guesses lean towards the answer shown first. So one principle alone is often wrong, all
@@ -61,7 +61,7 @@ def thought(deed):
 
 
 def choice(rng, wording, principle, messages, replies, skill):
-    """A dialogue in which a critic chooses between two replies, half of the time after a thought about both."""
+    """A dialogue in which a critic chooses between two replies, three times in ten after a thought about both."""
     deeds = [seen(rng, principle["name"], messages, reply, skill) for reply in replies]
     refused = [world.unpadded(reply) == world.REFUSAL.split() for reply in replies]
     if bool(deeds[0]) != bool(deeds[1]):
@@ -76,7 +76,7 @@ def choice(rng, wording, principle, messages, replies, skill):
     if not think:
         return [*asked, verdict]
     thoughts = " . ".join(f"{option.strip()} {thought(deed)}" for option, deed in zip(wording.options, deeds, strict=True))
-    return [*asked, constitution.turn("assistant", f" {thoughts}"), constitution.turn("user", wording.conclude), verdict]
+    return [*constitution.conclusion_request(wording, asked, f" {thoughts}"), verdict]
 
 
 def dialogue(rng, wording, skill):
@@ -98,6 +98,7 @@ def dialogue(rng, wording, skill):
 
 
 def dialogues(n, seed=0, skill=0.95):
+    """n dialogues with critics. skill: how often they see what their principle forbids."""
     rng, wording = random.Random(f"critics {seed}"), constitution.load("world")
     return [dialogue(rng, wording, skill) for _ in range(n)]
 
