@@ -16,7 +16,7 @@ The judge model's preference is read, not sampled. Shown the two answers as opti
     P(A better) = p("A") / (p("A") + p("B"))      log-probs of the two option tokens; averaged over principles and over both orders
 
 and that average is the pair's soft label. With --chain-of-thought it writes about both answers before it chooses; it is then nearly
-certain, rightly or not, so each vote is clamped to [.4, .6] (sec. 4.1).
+certain, rightly or not, so each principle's vote is clamped to [.4, .6] (sec. 4.1).
 
 DEVIATION: the paper fine-tunes a pretrained model on the revisions of every step; here the helpful-only model learns the last ones. The
 paper draws one principle for each label; here all of them vote. It shows the answers in one order; both orders are Lee et al.'s (2023).
@@ -397,16 +397,17 @@ def preferences(speaker, pairs, constitution, looking, news, think=False):
             [all(one[-2]["content"].strip() and speaker.fits(one, room) for one in both) for both in asked], "thoughts without end or room"
         )
     chances = speaker.first_option([one for both in asked for one in both], constitution)
-    votes, least, most = [[] for _ in pairs], *(CLAMP if think else (0.0, 1.0))
+    votes = [[] for _ in pairs]
     for (i, name), shown_first, shown_second in zip(owners, chances[::2], chances[1::2], strict=True):
-        votes[i].append([name, *(round(min(max(p, least), most), 4) for p in (shown_first, 1 - shown_second))])
+        votes[i].append([name, round(shown_first, 4), round(1 - shown_second, 4)])
     return votes
 
 
-def label(votes):
-    """The soft label of a pair: its votes averaged over principles and over both orders; never quite certain."""
-    p = sum(first + second for _, first, second in votes) / (2 * len(votes))
-    return round(min(max(p, 1e-4), 1 - 1e-4), 4)
+def label(votes, limits=(1e-4, 1 - 1e-4)):
+    """The soft label of a pair: each vote averaged over both orders, clamped, then averaged over principles. Never quite certain: clamped
+    before the order is averaged away, two thoughts that both lean to the first answer would say the same whatever they found."""
+    least, most = limits
+    return round(sum(min(max((first + second) / 2, least), most) for _, first, second in votes) / len(votes), 4)
 
 
 def compare_main(config):
@@ -428,7 +429,7 @@ def compare_main(config):
         if not own:
             news["pairs without a vote: dropped"] += 1
             continue
-        p = label(own)
+        p = label(own, CLAMP) if config.chain_of_thought else label(own)
         if p < 0.5:
             a, b, p, own = b, a, round(1 - p, 4), [[name, round(1 - second, 4), round(1 - first, 4)] for name, first, second in own]
         chosen, rejected = ([{"role": "assistant", "content": text}] for text in (a, b))

@@ -269,7 +269,8 @@ def test_votes_after_a_thought_are_clamped_and_need_one():
     wording, news = load("world"), constitution.Counter()
     pairs = [(ask(), " x", " y"), (ask("odd"), " x", " y")]
     votes, none = constitution.preferences(Leaning(), pairs, wording, [wording.principles[:1]] * 2, news, think=True)
-    assert votes == [["people", 0.6, 0.4]] and none == [] and news["thoughts without end or room"] == 1
+    assert votes == [["people", 0.8, 0.2]] and none == [] and news["thoughts without end or room"] == 1
+    assert constitution.label([["x", 0.9, 0.8], ["y", 0.7, 0.4]], constitution.CLAMP) == 0.575  # (.85 -> .6, .55) / 2
 
 
 def test_labels_are_the_mean_of_their_votes_and_the_better_side_stands_first(tmp_path, checkpoint):
