@@ -238,7 +238,7 @@ def test_an_adapter_of_an_adapted_model_names_it_as_its_base(opened, tmp_path):
     model = trained(GPT.from_pretrained(tmp_path / "first").grow(67).adapt(3), seed=2)
     model.save_adapter(tmp_path / "second")
     again = GPT.from_pretrained(tmp_path / "second")
-    torch.testing.assert_close(again.logits(again(IDS)), model.logits(model(IDS)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(again.logits(again(IDS)), model.logits(model(IDS)), rtol=1e-4, atol=1e-4)
     assert json.loads((tmp_path / "second/adapter_config.json").read_text())["base_model_name_or_path"] == str(tmp_path / "first")
     trained(again.adapt(2), seed=3).save_adapter(tmp_path / "third")  # its base holds the new rows: they need not go with it
     assert not any("embed" in key for key in load_file(tmp_path / "third/adapter_model.safetensors"))
