@@ -106,6 +106,11 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: str = "auto"  # precision of matrix products: float32 or bfloat16 (auto: bfloat16 on CUDA)
 
+    @property
+    def fresh(self):
+        """Whether replies are drawn anew in every round."""
+        return self.online or self.spin
+
 
 def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, label_smoothing=0.0):
     """DPO per pair, (B,). All log-probs (B,) in nats, summed over the reply's tokens.
@@ -322,7 +327,7 @@ def against_own_replies(config, policy, encoding, demonstrations, seed):
 def round_records(config, policy, encoding, label, source, turn, wanted, job):
     """Round number `turn` -> the records that it learns from: Preferences, or for KTO Unpaired ones."""
     seed = config.seed + 1000003 * turn  # of samples and annotators
-    if config.data and not (config.online or config.spin):
+    if config.data and not config.fresh:
         return source
     if config.spin:
         records, said = against_own_replies(config, policy, encoding, source, seed)
@@ -355,10 +360,9 @@ def prepare(config, records, ref, encoding, job, wanted):
     round's are as good as held out."""
     pairs, labels, kept, found = encode(config, records, encoding, ref.config.context)
     job.say(f"{config.loss}: {found}")
-    fresh = config.online or config.spin
-    kept_back = 0 if fresh else min(300, 8 * config.batch_size)
+    kept_back = 0 if config.fresh else min(300, 8 * config.batch_size)
     held_out, training = hold_out(min(len(pairs), wanted or len(pairs)), kept_back, config.seed)
-    used = math.ceil(config.steps / (config.rounds if fresh else 1)) * config.batch_size or len(pairs)  # more, no step will see
+    used = math.ceil(config.steps / (config.rounds if config.fresh else 1)) * config.batch_size or len(pairs)  # more, no step will see
     order = held_out + training[:used]
     pairs = [pairs[i] for i in order]
     labels = torch.tensor([labels[i] for i in order], dtype=torch.float32, device=job.device)  # (N,)
@@ -384,15 +388,15 @@ def own_replies(config, policy, ref, encoding, questions):
 
 def expect(config, job, policy, encoding, data, questions, steps):
     """Says where the memory will go: the first round's batches, what is read without learning, replies sampled and read again."""
-    training, fresh = [data.pairs[i] for i in data.training], config.online or config.spin
+    training = [data.pairs[i] for i in data.training]
     batches = first_epoch([longest_side(pair) for pair in training], config.batch_size, config.seed, steps)
     learn = pair_extents([pair[: 1 if config.loss == "kto" else 2] for pair in training], batches)
-    looked = data.pairs if fresh else [data.pairs[i] for i in data.held_out]
+    looked = data.pairs if config.fresh else [data.pairs[i] for i in data.held_out]
     read = pair_extents(looked, by_length(looked, longest_side, model=policy))
     prompt = max((len(chat.prompt(messages, encoding)) for messages in questions), default=max(map(longest_side, data.pairs)))
     longest, samples = prompt + config.max_new_tokens, 2 if config.online else 1
     again = rows_at_once(len(questions), longest, policy)  # replies at once whose KL is measured
-    replies = annotators.replies_at_once(policy, longest, samples, 512 if fresh else len(questions))
+    replies = annotators.replies_at_once(policy, longest, samples, 512 if config.fresh else len(questions))
     compare = [(again * longest, again * config.max_new_tokens)] if questions else []
     sample = (replies, replies // samples, prompt, config.max_new_tokens) if replies else None
     job.ledger({"policy": policy}, learn, read, compare, sample, keep=True)
@@ -406,12 +410,11 @@ def main(config):
     config.label_smoothing = config.label_smoothing or SMOOTHING.get(config.loss, 0.0)
     run.require(0 <= config.label_smoothing < 0.5, f"--label-smoothing must lie in [0, 0.5), not {config.label_smoothing}")
     run.require(not (config.online and config.spin), "--online compares, --spin imitates: choose one of them")
-    fresh = config.online or config.spin
-    run.require(fresh or config.rounds == Config.rounds, "--rounds belongs to --online and --spin: add one of them")
+    run.require(config.fresh or config.rounds == Config.rounds, "--rounds belongs to --online and --spin: add one of them")
     known = config.judge or not (config.online and config.data)
     run.require(known, "--online on files needs a --judge: annotators know only the embedded world")
     for name in ("steps", "labels"):
-        enough = not fresh or getattr(config, name) == 0 or getattr(config, name) >= config.rounds
+        enough = not config.fresh or getattr(config, name) == 0 or getattr(config, name) >= config.rounds
         run.require(enough, f"--{name} {getattr(config, name)} are too few for --rounds {config.rounds}")
     job = run.start(config, "dpo")
 
@@ -421,7 +424,7 @@ def main(config):
     trunk = policy if policy.rank else None
     label = annotators.labeller(config.judge, config.agreement, encoding, job.device, trunk) if config.online else None
     source, rounds, questions = load_source(config), 1, []
-    if fresh:
+    if config.fresh:
         rounds, room = config.rounds, policy.config.context - config.max_new_tokens
         asked = [record.messages[:-1] if config.spin else record.messages for record in source]
         fitting = [i for i, messages in enumerate(asked) if len(chat.prompt(messages, encoding)) <= room]
@@ -430,7 +433,7 @@ def main(config):
         source = [source[fitting[i]] for i in kept]
         job.say(f"dpo: {len(source)} questions in {rounds} rounds, {found - len(fitting)} dropped for their length")
         run.require(len(source) >= rounds, f"{len(source)} records are too few for --rounds {rounds}")
-    needs = [n for n in (config.labels // rounds, math.ceil(config.steps / rounds) * config.batch_size * fresh) if n]
+    needs = [n for n in (config.labels // rounds, math.ceil(config.steps / rounds) * config.batch_size * config.fresh) if n]
     wanted = min(needs, default=0)  # comparisons of a round; 0: all there are
     records = round_records(config, policy, encoding, label, source, 0, wanted, job)
     run.require(records, "no two replies could be told apart: there is nothing to learn")

@@ -52,7 +52,7 @@ from safetensors.torch import load_file
 
 import run
 from data import annotators, chat, formats, tokenizer, world
-from data.collate import encode_pairs, encode_steps, hold_out_rated, in_batches, reply_kl, score, score_all, step_scores
+from data.collate import encode_pairs, encode_steps, hold_out_rated, reply_kl, score_all, score_rows, step_scores
 from data.formats import Process
 from model import GPT
 
@@ -104,11 +104,10 @@ def interval(values):
     return 1.96 * (sum((v - m) ** 2 for v in values) / max(1, len(values) - 1) / max(1, len(values))) ** 0.5
 
 
-@torch.no_grad()
-def reward_scores(model, encoding, conversations, texts, size=256):
+def reward_scores(model, encoding, conversations, texts):
     """A reward model's score of each reply (N,), read at its end-of-turn token."""
     rows = [chat.example(m, [{"role": "assistant", "content": text}], encoding)[0] for m, text in zip(conversations, texts, strict=True)]
-    return in_batches(lambda batch: score(model, batch), rows, len, size)
+    return score_rows(model, rows)
 
 
 def measure(model, encoding, chats, prompts, judged=True, reward_model=None, sft=None, max_new_tokens=world.MAX_NEW_TOKENS, seed=0):
@@ -177,12 +176,10 @@ def measure_reward(model, encoding, sft, n):
     The pairs are two replies each of the SFT model to n held-out prompts of the world.
     """
     records = annotators.preferences(sft, encoding, world.prompts(n, seed=1, held=True), seed=1)
-    prompts, sides = [r.prompt for r in records], [[side[0]["content"] for side in (r.chosen, r.rejected)] for r in records]
-    scores = [reward_scores(model, encoding, prompts, texts) for texts in zip(*sides, strict=True)]
-    margins = (scores[0] - scores[1]).tolist()
-    golds = [[world.judge(prompt, text)["gold"] for text in texts] for prompt, texts in zip(prompts, sides, strict=True)]
-    truth = [(a > b) == (margin > 0) for (a, b), margin in zip(golds, margins, strict=True) if a != b]
-    return {"accuracy": mean(truth), "label_accuracy": mean([margin > 0 for margin in margins])}
+    found = fitting_pairs(records, encoding, model.config.context)
+    margins, golds = opinions(model, found)
+    row, _, _ = reward_row(margins, found, golds, model.config.score_gain)
+    return {name: row[name] for name in ("accuracy", "label_accuracy")}
 
 
 def scoreboard(directories, sft_directory, n=1300, device="cpu", data=(), max_new_tokens=world.MAX_NEW_TOKENS):
@@ -317,10 +314,15 @@ def pair_golds(records, name="gold"):
     return [gold[::-1] if r.label < 0.5 else gold for r, gold in zip(records, golds, strict=True)]
 
 
+def opinions(model, found):
+    """What a reward model and the judge make of `fitting_pairs`: the margins (N,), a list, and `pair_golds`."""
+    return pair_margins(model, [pair for _, pair, _ in found]), pair_golds([record for record, _, _ in found])
+
+
 def reward_row(margins, found, golds, gain):
     """What a reward model's margins say of labelled pairs -> (row, accuracy by kind of task, reliability rows).
 
-    margins (N,) list; found: of `fitting_pairs`; golds: of `pair_golds`; margins / gain are log-odds of the labels.
+    found: of `fitting_pairs`; margins, golds: of `opinions` on them; margins / gain are log-odds of the labels.
     """
     labels = [label for _, _, label in found]
     lengths = [tuple(sum(mask) for _, mask in pair) for _, pair, _ in found]  # tokens of both replies
@@ -392,7 +394,7 @@ def reward_main(config):
             kept_back, _ = hold_out_rated(len(found), facts["batch_size"], facts["seed"])
             found = [found[i] for i in kept_back]
         run.require(found, f"{directory}: no pair fits its context of {model.config.context} tokens")
-        margins, golds = pair_margins(model, [pair for _, pair, _ in found]), pair_golds([record for record, _, _ in found])
+        margins, golds = opinions(model, found)
         name, gain = directory.name, model.config.score_gain
         board[name], kinds[name], curves[name] = reward_row(margins, found, golds, gain)
         odds.append([margin / gain for margin in margins])

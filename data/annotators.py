@@ -29,7 +29,7 @@ import torch
 
 import run
 from data import chat, formats, tokenizer, world
-from data.collate import in_batches, score
+from data.collate import score_rows
 from data.formats import Preference
 from model import GPT
 
@@ -198,6 +198,15 @@ def gold_gaps(pairs):
     return [a - b for a, b in zip(golds[::2], golds[1::2], strict=True)]
 
 
+def open_writer(directory, flag, device):
+    """(model, encoding) of a checkpoint that writes replies. ValueError, naming the flag, for one that does not."""
+    run.require(Path(directory).is_dir(), f"{flag} {directory}: there is no such directory; run sft.py before, or name a checkpoint")
+    encoding = chat.extend(tokenizer.load(directory))
+    model = tokenizer.fit(GPT.from_pretrained(directory), encoding).to(device)
+    run.require(model.config.head == "lm", f"{flag} {directory} has a scalar head and writes no replies: name a language model")
+    return model, encoding
+
+
 def open_reward_model(directory, encoding, device, flag, trunk=None):
     """The reward model of a checkpoint directory. It reads a policy's ids, so it must be of that vocabulary; errors name the flag.
 
@@ -211,12 +220,10 @@ def open_reward_model(directory, encoding, device, flag, trunk=None):
     return model.requires_grad_(False)
 
 
-@torch.no_grad()
 def score_gaps(reward_model, encoding, pairs):
     """The log-odds that a reward model gives the first reply of each pair; one that did not end by itself loses to any that did."""
-    rows = [(chat.prompt(m, encoding) + ids, ended) for m, *replies in pairs for ids, ended, _ in replies]
-    scores = in_batches(lambda part: score(reward_model, [ids for ids, _ in part]), rows, lambda row: len(row[0]), model=reward_model)
-    ended = torch.tensor([ended for _, ended in rows], device=scores.device)
+    scores = score_rows(reward_model, [chat.prompt(m, encoding) + ids for m, *replies in pairs for ids, _, _ in replies])  # (2 N,)
+    ended = torch.tensor([ended for _, *replies in pairs for _, ended, _ in replies], device=scores.device)
     a, b = torch.where(ended, scores / reward_model.config.score_gain, -1e4).view(-1, 2).unbind(1)  # normalisation undone
     return (a - b).tolist()
 
@@ -241,12 +248,11 @@ def reward_judge(directory, device):
     encoding = chat.extend(tokenizer.load(directory))
     model = open_reward_model(directory, encoding, device, "--judge")
 
-    @torch.no_grad()
     def judge(rows):
         ids = [chat.prompt(messages, encoding) + chat.completion(reply[2], encoding) for messages, reply in rows]
         longest = max(map(len, ids))
         run.require(longest <= model.config.context, f"--judge {directory}: an answer of {longest} tokens is beyond its context")
-        return [{"gold": gold} for gold in in_batches(lambda batch: score(model, batch), ids, len).tolist()]
+        return [{"gold": gold} for gold in score_rows(model, ids).tolist()]
 
     return judge
 
@@ -341,20 +347,14 @@ def main(config):
     check_agreement(config.agreement)
     run.belong(config, READERS)
     run.require(config.abstain <= 1, f"--abstain must lie in [0, 1], not {config.abstain}")
-    run.require(
-        config.data or Path(config.init).is_dir(),
-        f"--init {config.init}: there is no such directory; run sft.py before, or name a checkpoint",
-    )
     check_free(Path(config.out))
     device = run.device(config.device)
+    writer = None if config.data else open_writer(config.init, "--init", device)
     judge = reward_judge(config.judge, device) if config.judge else world_judge
     if config.data:
         pairs = two_files(config.data)
     else:
-        encoding = chat.extend(tokenizer.load(config.init))
-        model = tokenizer.fit(GPT.from_pretrained(config.init), encoding).to(device)
-        run.require(model.config.head == "lm", f"--init {config.init} has a scalar head and writes no replies: name a language model")
-        pairs = two_replies(model, encoding, world.prompts(config.prompts, config.seed, config.held_out), seed=config.seed)
+        pairs = two_replies(*writer, world.prompts(config.prompts, config.seed, config.held_out), seed=config.seed)
     run.require(pairs, "no prompt got two different replies: there is nothing to compare")
     biases = dict(length_bias=config.length_bias, flattery_bias=config.flattery_bias, position_bias=config.position_bias)
     options = dict(annotators=config.annotators, abstain=config.abstain, ratings=config.ratings, **biases)

@@ -157,6 +157,12 @@ def reply_kl(model, ref, prompts, replies, size=256):
     return in_batches(kl_of, rows, lambda row: len(row[0]), size, model)
 
 
+@torch.no_grad()
+def score_rows(model, sequences, size=256):
+    """`score` of any number of sequences (N,), without gradients, as many at a time as fit."""
+    return in_batches(lambda batch: score(model, batch), sequences, len, size, model)
+
+
 def longest_side(pair):
     """Of a pair of examples: what it is padded by."""
     return max(len(ids) for ids, _ in pair)

@@ -46,7 +46,6 @@ import torch
 import run
 from data import annotators, chat, formats, tokenizer, world
 from data.collate import in_batches, pad
-from model import GPT
 
 OWN = Path(__file__).with_name("constitution.json")
 CLAMP = (0.4, 0.6)  # votes after a chain of thought
@@ -181,12 +180,9 @@ class Speaker:
     """A model that continues dialogues: in its chat format or, if it has none, as a transcript behind worked examples."""
 
     def __init__(self, directory, flag, config):
-        run.require(Path(directory).is_dir(), f"{flag} {directory}: there is no such directory; name a checkpoint")
-        self.encoding = chat.extend(tokenizer.load(directory))
-        model = tokenizer.fit(GPT.from_pretrained(directory), self.encoding).to(run.device(config.device))
-        run.require(model.config.head == "lm", f"{flag} {directory} has a scalar head and cannot write: name a language model")
+        model, self.encoding = annotators.open_writer(directory, flag, run.device(config.device))
         self.model, self.config, self.shots = model.requires_grad_(False), config, []
-        self.transcript = not tokenizer.chats(directory, tokenizer.load(directory))
+        self.transcript = not tokenizer.chats(directory, tokenizer.load(directory))  # the vocabulary before `extend` gave it chat tokens
 
     def shown(self, examples, news):
         """The same model behind the first of these transcripts, as many as half its context holds; one that can chat needs none."""
@@ -290,8 +286,8 @@ def prepared(config, kind, *fields):
     return constitution, principles, speaker, examples, news
 
 
-def finish(config, rows, news, shown):
-    """Writes the rows, shows the first of them, and says what was left out."""
+def finish(config, rows, shown):
+    """Writes the rows and shows the first of them."""
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     run.write_lines(Path(config.out), rows)
     for row in rows[: config.show]:
@@ -299,10 +295,10 @@ def finish(config, rows, news, shown):
             colour, plain = ("", "") if os.environ.get("NO_COLOR") else (f"\033[{COLOURS[name]}m", "\033[0m")
             print(f"{name:8}  {colour}{text.strip()}{plain}")
         print()
-    said(news)
 
 
-def said(news):
+def report(news):
+    """Says what was left out, and how often."""
     for what, count in news.items():
         if count:
             print(f"{count:6} {what}", file=sys.stderr)
@@ -355,8 +351,7 @@ def critique_main(config):
             continue
         final = chain[-1]["revision"] if chain else response
         rows.append({"messages": [*messages, {"role": "assistant", "content": final}], "response": response, "chain": chain})
-    if not rows:
-        said(news)
+    report(news)
     run.require(rows, "no response was revised: raise --max-new-tokens, or name a model with a longer context")
 
     def parts(row):
@@ -365,7 +360,7 @@ def critique_main(config):
             shown += [("critique", f"{one['critique'].strip()}  [{one['principle']}]"), ("revision", one["revision"])]
         return shown
 
-    finish(config, rows, news, parts)
+    finish(config, rows, parts)
     changed = sum(row["messages"][-1]["content"] != row["response"] for row in rows)
     print(f"{len(rows)} responses revised up to {config.revisions} times, {changed} of them changed, written to {config.out}")
 
@@ -434,8 +429,7 @@ def compare_main(config):
             a, b, p, own = b, a, round(1 - p, 4), [[name, round(1 - second, 4), round(1 - first, 4)] for name, first, second in own]
         chosen, rejected = ([{"role": "assistant", "content": text}] for text in (a, b))
         rows.append({"prompt": messages, "chosen": chosen, "rejected": rejected, "label": p, "votes": own})
-    if not rows:
-        said(news)
+    report(news)
     name = config.judge_model or config.init
     run.require(rows, f"no comparison fits the context of {name}, or none of its thoughts ended: name a judge with a longer context")
 
@@ -443,7 +437,7 @@ def compare_main(config):
         shown = [("prompt", message["content"]) for message in row["prompt"]] + [("chosen", row["chosen"][0]["content"])]
         return [*shown, ("rejected", f"{row['rejected'][0]['content']}  [P(chosen better) = {row['label']:.2f}]")]
 
-    finish(config, rows, news, parts)
+    finish(config, rows, parts)
     print(f"{len(rows)} pairs under up to {count} principles each, written to {config.out}")
 
 

@@ -18,18 +18,16 @@ a small --top keeps the easy ones. Leave it a good part of the pool, and look at
 
 import hashlib
 import json
-import os
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import run
 from data import chat, formats, tokenizer
-from data.collate import in_batches, score
+from data.collate import score_rows
 from model import GPT
 
 
@@ -146,7 +144,6 @@ def flaw(record, config):
 # ------------------------------------------------------------------------------------------------------- the reward model
 
 
-@torch.no_grad()
 def scores(records, directory, device):
     """A reward model's score of each conversation's last answer (N,); nan for one that does not fit its context."""
     model, encoding = GPT.from_pretrained(directory).to(device).eval(), tokenizer.load(directory)
@@ -155,7 +152,7 @@ def scores(records, directory, device):
     fitting = [i for i, ids in enumerate(rows) if len(ids) <= model.config.context]
     found = np.full(len(rows), np.nan)  # (N,)
     if fitting:
-        found[fitting] = in_batches(lambda batch: score(model, batch), [rows[i] for i in fitting], len, model=model).cpu().numpy()
+        found[fitting] = score_rows(model, [rows[i] for i in fitting]).cpu().numpy()
     return found
 
 
@@ -193,8 +190,7 @@ def main(config):
     run.require(kept, f"nothing is left of {len(records)} records: loosen the filters")
     out.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps({"messages": record.messages, "where": record.where}, ensure_ascii=False) + "\n" for record in kept)
-    out.with_name(out.name + ".tmp").write_text(text, encoding="utf-8")
-    os.replace(out.with_name(out.name + ".tmp"), out)
+    run.write(out, text)
     for reason, count in dropped.most_common():
         print(f"{count:8} {reason}")
     print(f"{len(kept):8} of {len(records)} kept, written to {out}")
