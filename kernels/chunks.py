@@ -69,6 +69,17 @@ def product(left, right, out=None):
     return (left @ right).to(dtype) if out is None else out.copy_(left @ right)
 
 
+def transposed_product(left, right):
+    """left (k, a)^T @ right (k, b) -> (a, b) in their dtype, rounded once. A CPU's bf16 product first makes a transposed copy of
+    `left`: slice by slice the copy stays in the cache, and takes no fresh memory."""
+    if left.dtype != torch.bfloat16 or left.is_cuda:
+        return left.T @ right
+    out = left.new_empty(left.shape[1], right.shape[1])
+    for start, stop in spans(len(out), max(FLOOR, CPU_PIECE // (left.itemsize * max(1, len(left))))):
+        torch.mm(left[:, start:stop].T, right, out=out[start:stop])
+    return out
+
+
 def add_product_(total, left, right):
     """total (a, b), fp32 (fp64) <- total + left (a, k) @ right (k, b)."""
     if left.dtype == total.dtype:

@@ -12,7 +12,7 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .chunks import add_product_, padded, pieces, product, project_, spans, wide
+from .chunks import add_product_, padded, pieces, product, project_, spans, transposed_product, wide
 from .dispatch import row_ops
 from .rows import kl_coefficients
 
@@ -67,7 +67,7 @@ class LinearKL(Function):
             unit = None if kept is None else kept[:, : len(weight)]  # (n, V)
             d_hidden = (product(unit, weight) if unit_hidden is None else unit_hidden) * g if need_hidden else None
             if need_weight:
-                d_weight = unit.T @ (hidden * g).to(hidden.dtype)  # (V, D)
+                d_weight = transposed_product(unit, (hidden * g).to(hidden.dtype))  # (V, D)
         return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, None, None, None, None, None, None
 
     @staticmethod

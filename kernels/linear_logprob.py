@@ -15,7 +15,7 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .chunks import CPU_PIECE, FLOOR, add_product_, padded, pieces, product, project_, spans, wide
+from .chunks import CPU_PIECE, FLOOR, add_product_, padded, pieces, product, project_, spans, transposed_product, wide
 from .dispatch import fused_forward, row_ops
 from .rows import logprob_coefficients
 
@@ -120,7 +120,7 @@ def unit_backward(hidden, weight, targets, unit, unit_hidden, needs, scale, g_lo
         if g_lse is not None:
             d_hidden.addcmul_(weight.index_select(0, targets), g_lse)
     if needs[1]:
-        d_weight = unit.T @ (hidden * g).to(hidden.dtype)  # (V, D)
+        d_weight = transposed_product(unit, (hidden * g).to(hidden.dtype))  # (V, D)
         if g_lse is not None:
             rows = (hidden * g_lse).to(hidden.dtype)  # (n, D)
             if d_weight.is_cuda:  # tokens that share a target: sorted and added in order; index_add_ would add in any order

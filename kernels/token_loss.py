@@ -11,7 +11,7 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .chunks import add_product_, product, wide
+from .chunks import add_product_, product, transposed_product, wide
 from .linear_logprob import fill, unit_chunks
 
 
@@ -50,7 +50,7 @@ class LinearTokenLoss(Function):
             if needs[1]:
                 scaled = (hidden[a:b] * g).to(hidden.dtype)  # (rows, D)
                 if a == 0 and b == n:
-                    d_weight = unit.T @ scaled  # one product, rounded once
+                    d_weight = transposed_product(unit, scaled)  # one product, rounded once
                 elif a == 0:
                     d_weight = product(unit.T, scaled)  # fp32 (fp64): chunks are added up without rounding
                 else:
