@@ -35,6 +35,7 @@ end-of-turn) in one of the four log-probs: then the first loss is not ln 2. A te
 
 import math
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -49,7 +50,9 @@ from data.collate import (
     encode_pairs,
     encode_unpaired,
     epochs,
+    extent,
     first_epoch,
+    fork,
     hold_out,
     in_batches,
     longest_side,
@@ -110,6 +113,11 @@ class Config:
     def fresh(self):
         """Whether replies are drawn anew in every round."""
         return self.online or self.spin
+
+    @property
+    def unpaired(self):
+        """Whether single replies are judged, not pairs."""
+        return self.loss == "kto"
 
 
 def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, label_smoothing=0.0):
@@ -221,7 +229,7 @@ def batch_metrics(config, logps, ref_logps, sizes, labels):
     averaged = config.loss in ("simpo", "orpo") or (config.loss == "ipo" and not config.summed)
     rewards = config.beta * (logps - ref_logps) / (sizes if averaged else 1)  # (B, 2), up to a constant per prompt
     both = torch.stack([rewards, logps], dim=-1)  # (B, 2, 2)
-    if config.loss == "kto":
+    if config.unpaired:
         good = labels > 0.5  # (B,)
         right = (rewards[:, 0] > mismatched_kl(rewards[:, 1])) == good  # (B,)
         chosen, rejected = both[good, 0], both[~good, 0]  # (n, 2) each, either may be empty
@@ -245,20 +253,26 @@ def sequence_logps(model, examples):
     return logprobs.view(batch.mask.shape).sum(1)  # zero outside the mask
 
 
-def pair_logps(model, pairs, second=True):
-    """Pairs of examples -> log-probs of both sides (B, 2), in one forward pass; unless `second`, no gradient for the second side."""
-    first_ones, second_ones = zip(*pairs, strict=True)
-    if second:
-        return torch.stack(sequence_logps(model, first_ones + second_ones).chunk(2), dim=1)
-    with torch.no_grad():
-        others = sequence_logps(model, second_ones)
-    return torch.stack([sequence_logps(model, first_ones), others], dim=1)
+def pair_logps(model, pairs, apart=False):
+    """Pairs of examples -> log-probs of both sides (B, 2), what they begin with, the prompt, read once for both. apart: each side in a
+    row of its own, the second one without gradient: KTO's, which is only a number to compare with."""
+    if apart:
+        first_ones, second_ones = zip(*pairs, strict=True)
+        with torch.no_grad():
+            others = sequence_logps(model, second_ones)
+        return torch.stack([sequence_logps(model, first_ones), others], dim=1)
+    batch = collate([*chain(*pairs)])  # (2 B, T)
+    rows, positions = batch.mask.nonzero(as_tuple=True)  # (n,) of the reply tokens
+    hidden = fork(batch.inputs, batch.lengths).hidden(model, rows, positions)  # (n, D)
+    logprob = kernels.linear_logprob(hidden, model.head_weight, batch.targets[rows, positions].to(model.device)).logprob  # (n,)
+    mask = batch.mask.to(model.device)
+    return logprob.new_zeros(mask.shape).masked_scatter(mask, logprob).sum(1).view(-1, 2)
 
 
 @torch.no_grad()
-def all_logps(model, pairs, size=256):
+def all_logps(model, pairs, apart=False, size=256):
     """pair_logps of many pairs without gradients: (N, 2)."""
-    return in_batches(lambda batch: pair_logps(model, batch), pairs, longest_side, size, model)
+    return in_batches(lambda batch: pair_logps(model, batch, apart), pairs, longest_side, size, model)
 
 
 # -------------------------------------------------------------------------------------------------- comparisons, round by round
@@ -293,7 +307,7 @@ def reference(config, policy, encoding):
 def load_source(config):
     """What the rounds draw on: comparisons (KTO: judged replies), with --online questions, with --spin demonstrations. Without --data
     the embedded world's demonstrations or questions; comparisons are then made of the first round's replies."""
-    kind = "conversation" if config.spin else "prompt" if config.online else "unpaired" if config.loss == "kto" else "preference"
+    kind = "conversation" if config.spin else "prompt" if config.online else "unpaired" if config.unpaired else "preference"
     if config.data:
         return [record for path in config.data for record in formats.read(path, kind)]
     run.require(config.init != "scratch", "--init scratch has no replies to compare: name files with --data")
@@ -337,13 +351,13 @@ def round_records(config, policy, encoding, label, source, turn, wanted, job):
     else:
         records, said = annotators.preferences(policy, encoding, source, config.agreement, seed), f"{len(source)} questions asked"
     job.say(f"dpo: round {turn + 1}: {said}")
-    return [side for record in records for side in formats.reading(record, "unpaired" if config.loss == "kto" else "preference")]
+    return [side for record in records for side in formats.reading(record, "unpaired" if config.unpaired else "preference")]
 
 
 def encode(config, records, encoding, context):
     """Records -> pairs of examples, their labels, the records that they come from, and what to say of them."""
-    unpaired, source = config.loss == "kto", ", ".join(map(str, config.data)) or "the embedded world"
-    if unpaired:
+    source = ", ".join(map(str, config.data)) or "the embedded world"
+    if config.unpaired:
         pairs, labels, kept = encode_unpaired(records, encoding, context, config.seed)
         both = len(set(labels)) == 2
         run.require(both or not pairs, f"KTO learns from good replies and bad ones, and {source} holds only one kind: add the other")
@@ -351,7 +365,7 @@ def encode(config, records, encoding, context):
         pairs, labels, kept = encode_pairs(records, encoding, context)
         labels = [label for label, _ in labels]
     run.require(pairs, f"none of the {len(records)} records of {source} fits the model's context of {context} tokens")
-    kind, why = ("judged replies", "too long") if unpaired else ("pairs", "too long, or two equal sides")
+    kind, why = ("judged replies", "too long") if config.unpaired else ("pairs", "too long, or two equal sides")
     return pairs, labels, kept, f"{len(pairs)} {kind}, {len(records) - len(kept)} dropped ({why})"
 
 
@@ -370,7 +384,7 @@ def prepare(config, records, ref, encoding, job, wanted):
     ref_logps = torch.zeros_like(sizes, dtype=torch.float32)  # (N, 2)
     if config.loss not in ("simpo", "orpo"):
         with job.autocast():  # at the precision of training, or the first loss is not ln 2
-            ref_logps = all_logps(ref, pairs)
+            ref_logps = all_logps(ref, pairs, config.unpaired)
     indices = torch.arange(len(pairs)).tensor_split([len(held_out)])
     return Comparisons(pairs, labels, sizes, ref_logps, *indices, [kept[i].prompt for i in held_out])
 
@@ -390,9 +404,13 @@ def expect(config, job, policy, encoding, data, questions, steps):
     """Says where the memory will go: the first round's batches, what is read without learning, replies sampled and read again."""
     training = [data.pairs[i] for i in data.training]
     batches = first_epoch([longest_side(pair) for pair in training], config.batch_size, config.seed, steps)
-    learn = pair_extents([pair[: 1 if config.loss == "kto" else 2] for pair in training], batches)
     looked = data.pairs if config.fresh else [data.pairs[i] for i in data.held_out]
-    read = pair_extents(looked, by_length(looked, longest_side, model=policy))
+    reads = by_length(looked, longest_side, model=policy)
+    if config.unpaired:  # each side is a pass of its own, and only the first one learns
+        learn = [extent([training[i][0] for i in batch]) for batch in batches]
+        read = [extent([looked[i][side] for i in batch]) for batch in reads for side in (0, 1)]
+    else:
+        learn, read = pair_extents(training, batches), pair_extents(looked, reads)
     prompt = max((len(chat.prompt(messages, encoding)) for messages in questions), default=max(map(longest_side, data.pairs)))
     longest, samples = prompt + config.max_new_tokens, 2 if config.online else 1
     again = rows_at_once(len(questions), longest, policy)  # replies at once whose KL is measured
@@ -459,7 +477,7 @@ def main(config):
         rows = data.training[next(batches)]  # (B,)
         labels, sizes, ref_logps = data.labels[rows], data.sizes[rows], data.ref_logps[rows]
         with job.autocast():
-            logps = pair_logps(policy, [data.pairs[i] for i in rows], second=config.loss != "kto")  # (B, 2)
+            logps = pair_logps(policy, [data.pairs[i] for i in rows], config.unpaired)  # (B, 2)
         losses = batch_losses(config, logps, ref_logps, sizes, labels)
         losses.mean().backward()
         lr, grad_norm = run.update(optimizer, policy, step, steps, config.lr, warmup=steps // 10)
@@ -468,7 +486,7 @@ def main(config):
         if len(data.held_out) and run.due(step, steps):
             rows = data.held_out
             with job.autocast():
-                now = all_logps(policy, [data.pairs[i] for i in rows])  # (N, 2)
+                now = all_logps(policy, [data.pairs[i] for i in rows], config.unpaired)  # (N, 2)
             metrics["held_out_loss"] = batch_losses(config, now, data.ref_logps[rows], data.sizes[rows], data.labels[rows]).mean()
         if questions and run.due(step, steps):
             metrics |= own_replies(config, policy, reference(config, policy, encoding), encoding, questions)

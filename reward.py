@@ -51,8 +51,8 @@ from data.collate import (
     extent,
     first_epoch,
     hold_out_rated,
+    last_hidden,
     longest_side,
-    pad,
     pair_extents,
     score_all,
     score_pairs,
@@ -161,9 +161,7 @@ class Heads(torch.nn.Module):
 
 def head_pairs(model, heads, pairs):
     """pairs of examples -> each head's chosen and rejected scores, (B, K) both."""
-    ids, lengths = pad([side[0] for pair in zip(*pairs, strict=True) for side in pair])
-    hidden = model(ids.to(model.device))[torch.arange(len(lengths)), lengths - 1]  # (2 B, D)
-    return heads(hidden).chunk(2)
+    return heads(last_hidden(model, pairs)).unflatten(0, (-1, 2)).unbind(1)
 
 
 def rating_labels(records, names):

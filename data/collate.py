@@ -8,6 +8,7 @@ mask     mask[1:]      whether that *target* counts: the first reply token is pr
 weights  likewise      by how much: 1 everywhere under the mask, unless the examples come with numbers instead of booleans
 """
 
+import os
 import random
 from itertools import chain, islice
 from typing import NamedTuple
@@ -71,6 +72,42 @@ def collate(examples):
     return Batch(inputs, targets.masked_fill(~mask, IGNORE), mask, weights, lengths)
 
 
+class Forks(NamedTuple):
+    """Pairs of sequences, each pair one row: what both begin with (a prompt, most of the time) stands there once, then the rest of the
+    first, then the rest of the second. In the place of a model's cache it says where tokens stand and what they see: every token its
+    own sequence up to itself, so its hidden state is what it would be in a row of its own."""
+
+    ids: torch.Tensor  # (B, T) int64, right-padded with 0
+    positions: torch.Tensor  # (B, T) in the token's own sequence
+    mask: torch.Tensor  # (B, 1, T, T) bool: the query (row) sees the key (column)
+    places: torch.Tensor  # (2 B, t) where in its row each token of each sequence stands
+
+    def append(self, layer, k, v):
+        """Keys and values to look at: there are no others."""
+        return k, v
+
+    def hidden(self, model, rows, positions):
+        """Hidden states (n, D) of tokens of the sequences: of those `rows` (n,), at those `positions` (n,)."""
+        forks = Forks(*(tensor.to(model.device) for tensor in self))
+        return model(forks.ids, forks)[rows // 2, forks.places[rows, positions]]
+
+
+def fork(ids, lengths):
+    """ids (2 B, t) right-padded, two rows a pair, and lengths (2 B,) -> Forks."""
+    (first, second), (one, two) = ids.view(-1, 2, ids.shape[1]).unbind(1), lengths.view(-1, 2, 1).unbind(1)  # (B, t), (B, 1) twice
+    t = torch.arange(ids.shape[1])
+    shared = ((first == second) & (t < one) & (t < two)).cumprod(1).sum(1, keepdim=True)  # (B, 1) tokens in common
+    places = torch.stack([t.expand_as(first), t + (t >= shared) * (one - shared)], dim=1).flatten(0, 1)  # (2 B, t)
+    row, column = (t < lengths[:, None]).nonzero(as_tuple=True)  # every token of every sequence; shared ones come twice
+    joined, positions = ids.new_zeros(2, len(first), int((one + two - shared).max()))  # (B, T) each
+    at = row // 2, places[row, column]
+    joined[at], positions[at] = ids[row, column], column
+    place = torch.arange(joined.shape[1])
+    part = (place >= shared).long() + (place >= one)  # (B, T) 0 shared, 1 the rest of the first, 2 of the second
+    seen = (part[:, None] == 0) | (part[:, None] == part[:, :, None])  # (B, T, T)
+    return Forks(joined, positions, (seen & (place <= place[:, None]))[:, None], places)
+
+
 def epochs(lengths, batch_size, seed):
     """Endless batches of indices: every example once per epoch, in a new order each time, similar lengths together.
 
@@ -100,8 +137,12 @@ def extent(examples):
 
 
 def pair_extents(pairs, batches):
-    """`extent` of each batch of indices of pairs, both sides of a pair together."""
-    return [extent([*chain(*(pairs[i] for i in batch))]) for batch in batches]
+    """`extent` of each batch of indices of pairs, what the sides of a pair begin with counted once."""
+    extents = []
+    for batch in batches:
+        _, supervised = extent([*chain(*(pairs[i] for i in batch))])
+        extents.append((len(batch) * max(joined_length(pairs[i]) for i in batch), supervised))
+    return extents
 
 
 def hold_out(n, most, seed):
@@ -168,9 +209,21 @@ def longest_side(pair):
     return max(len(ids) for ids, _ in pair)
 
 
+def joined_length(pair):
+    """Of a pair of examples: its tokens, those that both sides begin with counted once."""
+    first, second = (ids for ids, _ in pair)
+    return len(first) + len(second) - len(os.path.commonprefix([first, second]))
+
+
+def last_hidden(model, pairs):
+    """pairs of examples -> the hidden states of their last tokens (2 B, D), the sides of a pair one after the other."""
+    ids, lengths = pad([ids for pair in pairs for ids, _ in pair])
+    return fork(ids, lengths).hidden(model, torch.arange(len(ids)), lengths - 1)
+
+
 def score_pairs(model, pairs):
     """pairs of (chosen, rejected) examples -> chosen_scores (B,), rejected_scores (B,), in one forward pass."""
-    return score(model, [side[0] for pair in zip(*pairs, strict=True) for side in pair]).chunk(2)
+    return model.score(last_hidden(model, pairs)).view(-1, 2).unbind(1)
 
 
 @torch.no_grad()

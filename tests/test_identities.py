@@ -16,7 +16,7 @@ import ppo
 import reward
 import sft
 from data import chat, formats, tokenizer, world
-from data.collate import IGNORE, collate, encode_pairs, epochs, pad, score
+from data.collate import IGNORE, collate, encode_pairs, epochs, fork, joined_length, pad, score, score_pairs
 from data.formats import Preference
 from model import GPT
 
@@ -281,6 +281,42 @@ def test_the_first_dpo_loss_is_ln_2(world_model, world_encoding, preferences, ar
         assert losses.shape == (len(rows),)
         assert float((losses.detach() - math.log(2)).abs().max()) < 1e-6
         assert torch.isfinite(chosen).all() and float(chosen.detach().min()) < -1 and not torch.equal(chosen, rejected)
+
+
+@pytest.fixture(scope="module")
+def forking(world_encoding, preferences):
+    """Pairs that part early, late and never: preferences, nothing in common, one side going on, too long together for the context."""
+    pairs, _, _ = encode_pairs(preferences, world_encoding, 128)
+    rows = [([3, 4, 5], [6, 7]), ([3, 4, 5, 6], [3, 4, 5, 6, 7, 8]), ([3, 4, 5, 6], [3, 4]), ([5] * 20 + [6] * 100, [5] * 20 + [7] * 107)]
+    return pairs + [tuple((ids, [False] + [True] * (len(ids) - 1)) for ids in row) for row in rows]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_what_a_pair_begins_with_is_read_once_and_each_side_as_if_it_stood_alone(world_model, forking, arch):
+    policy, scorer = world_model(arch=arch).double(), world_model("score", arch=arch).double()
+    alone = torch.stack([torch.stack([dpo.sequence_logps(policy, [side])[0] for side in pair]) for pair in forking])  # (N, 2)
+    together = dpo.pair_logps(policy, forking)  # (N, 2)
+    torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(dpo.pair_logps(policy, forking, apart=True), alone, rtol=1e-10, atol=1e-10)
+    weights = torch.randn(alone.shape, generator=torch.Generator().manual_seed(0))
+    found, expected = (torch.autograd.grad((logps * weights).sum(), list(policy.parameters())) for logps in (together, alone))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8 * float(other.abs().max()))
+    with torch.no_grad():
+        scores = torch.stack(score_pairs(scorer, forking), dim=1)  # (N, 2), fp32
+        expected = torch.stack([torch.cat([score(scorer, [ids]) for ids, _ in pair]) for pair in forking])
+    torch.testing.assert_close(scores, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_fork_holds_every_token_once_and_the_ledger_knows_its_length(forking):
+    ids, lengths = pad([ids for pair in forking for ids, _ in pair])
+    forks = fork(ids, lengths)
+    for row, pair in enumerate(forking):
+        sides = [[forks.places[2 * row + side, t] for t in range(len(one))] for side, (one, _) in enumerate(pair)]
+        for places, (one, _) in zip(sides, pair, strict=True):
+            assert forks.ids[row, places].tolist() == one and forks.positions[row, places].tolist() == list(range(len(one)))
+        assert len({int(place) for side in sides for place in side}) == joined_length(pair)
+    assert forks.ids.shape[1] == max(map(joined_length, forking)) > 128  # their context
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
