@@ -65,7 +65,7 @@ from model import GPT, TARGETS
 LOSSES = ["dpo", "cdpo", "robust", "ipo", "hinge", "simpo", "orpo", "kto"]
 BETA = {"ipo": 0.5, "simpo": 1.0}  # the embedded world's defaults, where not .2
 SMOOTHING = {"cdpo": 0.25, "robust": 0.1}
-READERS = {"label_smoothing": ["cdpo", "robust"], "summed": ["ipo"], "gamma": ["simpo"], "lam": ["orpo"]}  # flags of some losses only
+READERS = {"label_smoothing": ["cdpo", "robust", "orpo"], "summed": ["ipo"], "gamma": ["simpo"], "lam": ["orpo"]}  # of some losses only
 READERS |= {"beta": [name for name in LOSSES if name != "orpo"], "desirable_weight": ["kto"], "undesirable_weight": ["kto"]}
 READERS = {flag: {"loss": losses} for flag, losses in READERS.items()}  # and flags of some sources, see run.belong
 READERS |= {"prompts": {"data": False}, "agreement": {"data": False, "judge": False, "spin": False}}
@@ -84,7 +84,7 @@ class Config:
     prompts: int = 20000  # without --data: how many of the world's questions get two replies
     agreement: float = 0.75  # without --data: how often annotators agree with the judge
     beta: float = 0.0  # KL strength: larger stays closer to the reference (default: .2; ipo .5, simpo 1)
-    label_smoothing: float = 0.0  # cdpo, robust: assumed share of flipped labels (default: cdpo .25, robust .1)
+    label_smoothing: float = 0.0  # cdpo, robust, orpo: assumed share of flipped labels (default: cdpo .25, robust .1)
     online: bool = False  # compare fresh replies of the policy, round by round (--data: files whose prompts are asked)
     judge: str = ""  # online: who compares: a reward model's directory, or "world", its judge (default: annotators of the world)
     spin: bool = False  # demonstrations against the policy's own replies, round by round (--data: files of conversations)
@@ -132,14 +132,16 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
     return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
 
 
-def robust_dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, label_smoothing):
-    """DPO without bias from a share e of flipped labels, (B,): [(1-e) l(+) - e l(-)] / (1-2e)       (Chowdhury et al. 2024, eq. 12)
-
-    Its mean over the flips is the loss on the true labels. A single pair's loss has no lower bound: only the mean makes sense.
-    """
-    four = chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
-    kept, flipped = dpo_loss(*four, beta), dpo_loss(*four, -beta)  # (B,) l(+), l(-)
+def unbiased(kept, flipped, label_smoothing):
+    """[(1-e) l(+) - e l(-)] / (1-2e), (B,), from a pair's losses under its label and under the other one: its mean over a share e of
+    flipped labels is the mean of l under the true ones (Natarajan et al. 2013, lemma 1). A single pair's has no lower bound."""
     return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+
+
+def robust_dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, label_smoothing):
+    """DPO without bias from a share `label_smoothing` of flipped labels, (B,)                           (Chowdhury et al. 2024, eq. 12)"""
+    four = chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
+    return unbiased(dpo_loss(*four, beta), dpo_loss(*four, -beta), label_smoothing)
 
 
 def ipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
@@ -166,18 +168,22 @@ def simpo_loss(chosen_avg_logps, rejected_avg_logps, beta, gamma):
     return -F.logsigmoid(beta * (chosen_avg_logps - rejected_avg_logps) - gamma)
 
 
-def orpo_loss(chosen_avg_logps, rejected_avg_logps, chosen_nll, lam):
+def orpo_loss(chosen_avg_logps, rejected_avg_logps, chosen_nll, lam, label_smoothing=0.0):
     """NLL(chosen) - lam log sigmoid(log-odds_w - log-odds_l) per pair, (B,)                           (Hong et al. 2024, eq. 6)
 
     odds = p / (1 - p) with p = e^a, the reply's mean probability per token; chosen_nll (B,) in nats per token. One stage from the
     base model: the first term is SFT, the second tells the two replies apart.
+
+    DEVIATION: the second can be rid of a share `label_smoothing` of flipped labels, as robust DPO is. It has no beta: where a quarter
+    of the labels is wrong it rests at odds of 3 : 1, flatter than what SFT believes already.
     """
 
     def log_odds(avg_logps):
         a = avg_logps.clamp(max=-1e-6)  # (B,) a little below 0, where the odds are infinite
         return a - torch.log(-torch.expm1(a))
 
-    return chosen_nll - lam * F.logsigmoid(log_odds(chosen_avg_logps) - log_odds(rejected_avg_logps))
+    logits = log_odds(chosen_avg_logps) - log_odds(rejected_avg_logps)  # (B,)
+    return chosen_nll + lam * unbiased(-F.logsigmoid(logits), -F.logsigmoid(-logits), label_smoothing)
 
 
 def kto_loss(log_ratios, desirable, kl, beta, desirable_weight=1.0, undesirable_weight=1.0):
@@ -217,7 +223,7 @@ def batch_losses(config, logps, ref_logps, sizes, labels):
         case "simpo":
             return simpo_loss(*averages, config.beta, config.gamma)
         case "orpo":
-            return orpo_loss(*averages, -averages[0], config.lam)
+            return orpo_loss(*averages, -averages[0], config.lam, config.label_smoothing)
         case "kto":
             log_ratios, mismatched = (logps - ref_logps).unbind(1)  # (B,) each
             weights = config.desirable_weight, config.undesirable_weight

@@ -444,7 +444,7 @@ UNREAD = [  # script, flags, what the sentence says
     ("dpo", "--gamma=2", "--gamma is read with --loss simpo only, not with dpo: leave it out"),
     ("dpo", "--lam=.1", "--loss orpo only"),
     ("dpo", "--summed", "--loss ipo only"),
-    ("dpo", "--label-smoothing=.1", "--loss cdpo or robust only"),
+    ("dpo", "--label-smoothing=.1", "--loss cdpo or robust or orpo only"),
     ("dpo", "--desirable-weight=2", "--loss kto only"),
     ("dpo", "--agreement=.6 --data=x.jsonl", "--agreement is not read with --data: leave one of them out"),
     ("dpo", "--agreement=.6 --online --judge=world", "--agreement is not read with --judge"),

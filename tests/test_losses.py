@@ -152,6 +152,9 @@ def test_every_relative_by_hand():
     # p = 1/2 and 1/5: odds 1 and 1/4, log-odds difference ln 4, -log sigmoid(ln 4) = ln(5/4)
     orpo = orpo_loss(numbers(0.5).log(), numbers(0.2).log(), numbers(0.7), 0.1)
     torch.testing.assert_close(orpo, numbers(0.7 + 0.1 * math.log(1.25)))
+    # a quarter of the labels flipped: (3/4 ln(5/4) - 1/4 ln 5) / (1/2)
+    orpo = orpo_loss(numbers(0.5).log(), numbers(0.2).log(), numbers(0.7), 0.1, 0.25)
+    torch.testing.assert_close(orpo, numbers(0.7 + 0.1 * (1.5 * math.log(1.25) - 0.5 * math.log(5))))
     kto = kto_loss(numbers(3.0, 3.0), torch.tensor([True, False]), 1.0, 0.5, 1.0, 2.0)
     torch.testing.assert_close(kto, numbers(1 - sigmoid(1.0), 2 * (1 - sigmoid(-1.0))))
 
@@ -174,6 +177,13 @@ def test_robust_dpo_undoes_flipped_labels_in_the_mean(randn):
     for e in (0.1, 0.3, 0.45):
         kept, flipped = robust_dpo_loss(w, lost, ref_w, ref_lost, 0.2, e), robust_dpo_loss(lost, w, ref_lost, ref_w, 0.2, e)
         torch.testing.assert_close((1 - e) * kept + e * flipped, clean)
+
+
+def test_orpo_told_of_flipped_labels_undoes_them_in_its_odds_and_leaves_its_likelihood_alone(randn):
+    w, lost, nll = -randn(8).abs(), -randn(8).abs(), randn(8)
+    for e in (0.1, 0.3, 0.45):
+        kept, flipped = orpo_loss(w, lost, nll, 0.2, e), orpo_loss(lost, w, nll, 0.2, e)
+        torch.testing.assert_close((1 - e) * kept + e * flipped, orpo_loss(w, lost, nll, 0.2))
 
 
 def test_ipo_rests_at_its_distance_and_the_hinge_beyond_its_margin():
@@ -203,6 +213,7 @@ def test_relatives_pass_gradcheck(randn):
     assert torch.autograd.gradcheck(lambda *x: hinge_loss(*x, 0.1), four)
     assert torch.autograd.gradcheck(lambda *x: simpo_loss(*x, 2.0, 0.5), averages)
     assert torch.autograd.gradcheck(lambda w, lost: orpo_loss(w, lost, -w, 0.3), averages)
+    assert torch.autograd.gradcheck(lambda w, lost: orpo_loss(w, lost, -w, 0.3, 0.25), averages)
     assert torch.autograd.gradcheck(lambda h: kto_loss(h, desirable, 0.2, 0.5, 1.2, 0.8), four[:1])
 
 
@@ -215,7 +226,7 @@ def test_relatives_stay_finite_at_log_ratios_of_ten_thousand_and_log_probs_of_ze
         lambda w: hinge_loss(w, zero, zero, zero, 1.0),
         lambda w: simpo_loss(w, zero, 2.0, 0.5),
         lambda w: orpo_loss(-w.abs(), zero, w.abs(), 0.5),
-        lambda w: orpo_loss(zero, -w.abs(), zero, 0.5),
+        lambda w: orpo_loss(zero, -w.abs(), zero, 0.5, 0.2),
         lambda w: kto_loss(w, good, 0.0, 1.0),
         lambda w: kto_loss(w, ~good, 0.0, 1.0),
     ):
