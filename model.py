@@ -557,7 +557,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def tensors(self):
         """(name in the checkpoint without prefix, what it holds) of every tensor. Without adapters these are the parameters' own memory."""
-        for name, (keys, transposed) in layout(self.config).items():
+        for name, (keys, transposed) in layout(self).items():
             module, value = self.get_submodule(name.rpartition(".")[0]), self.get_parameter(name)
             value = module.merged() if isinstance(module, Linear) and name.endswith("weight") else value
             for key, part in zip(keys, value.detach().split(getattr(module, "parts", len(value))), strict=True):
@@ -565,7 +565,7 @@ class GPT(nn.Module):
 
     def save_adapter(self, directory):
         """Writes adapter_config.json and adapter_model.safetensors in the PEFT layout; a scalar head goes with them."""
-        tensors, targets, names, score = {}, set(), layout(self.config), self.config.head == "score"
+        tensors, targets, names, score = {}, set(), layout(self), self.config.head == "score"
         for name, module in self.linears():
             for key, (A, B) in zip(names[f"{name}.weight"][0], module.pairs(), strict=False):  # no pairs: no adapter
                 tensors |= {key.replace("weight", "lora_A.weight"): A, key.replace("weight", "lora_B.weight"): B}
@@ -596,7 +596,7 @@ class GPT(nn.Module):
             what = ", ".join(odd) or facts.get("peft_type")
             raise ValueError(f"{directory / 'adapter_config.json'} describes no plain LoRA adapter ({what})")
         self.freeze()
-        names, rank = layout(self.config), facts["r"]
+        names, rank = layout(self), facts["r"]
         found = {re.sub(r"^base_model\.model\.((transformer|model)\.)?", "", key): key for key in where}
         for name, module in self.linears():
             keys = names[f"{name}.weight"][0]
@@ -679,17 +679,17 @@ def spelled(table, arch):
     return {ours: theirs[column] for ours, theirs in table.items() if theirs[column]}
 
 
-def layout(config):
+def layout(model):
     """Our parameter name -> (names in the checkpoint without prefix, stored transposed?); several names are one of ours stacked."""
-    with torch.device("meta"):  # names and shapes without numbers
-        parameters = GPT(config).state_dict()
-    parameters.pop("score_head.bias", None)  # it lives in config.json
-    names, modules = {}, spelled(MODULES, config.arch)
-    for name, value in parameters.items():
+    names, arch = {}, model.config.arch
+    modules = spelled(MODULES, arch)
+    for name, value in model.named_parameters():
+        if name == "score_head.bias" or name.endswith((".A", ".B")):
+            continue  # it lives in config.json, adapters in files of their own
         module, _, kind = name.rpartition(".")
         layer = re.search(r"\d+|$", module)[0]
         theirs = modules[re.sub(r"\.\d+\.", ".*.", module)].replace("*", layer)
-        transposed = config.arch == "gpt2" and layer != "" and value.dim() == 2  # GPT-2's "Conv1D" stores matrices as (in, out)
+        transposed = arch == "gpt2" and layer != "" and value.dim() == 2  # GPT-2's "Conv1D" stores matrices as (in, out)
         names[name] = [f"{key}.{kind}" for key in theirs.split()], transposed
     return names
 

@@ -85,7 +85,7 @@ def test_every_gradient_norm_is_the_published_one(reference):
     assert loss.item() == pytest.approx(float(arrays["loss_b"]), rel=1e-6)
     parameters, norms = dict(model.named_parameters()), {}
     heads = [n * model.config.head_dim for n in (model.config.heads, model.config.kv_heads, model.config.kv_heads)]
-    for name, (keys, _) in model_module.layout(model.config).items():
+    for name, (keys, _) in model_module.layout(model).items():
         grad = parameters[name].grad
         parts = grad.split(heads) if len(keys) == 3 else grad.chunk(len(keys))
         norms |= {key: float(part.norm()) for key, part in zip(keys, parts, strict=True)}
