@@ -33,14 +33,18 @@ Per reward model (`reward`), on pairs of replies with a noisy label each:
 """
 
 import codecs
+import contextlib
 import html
+import io
 import json
 import math
+import multiprocessing.connection
 import os
 import random
+import runpy
 import statistics
-import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -764,14 +768,37 @@ def cores():
 # glibc gives a large block back to the system as soon as it is freed, and gets it again page by page, each one zeroed. Memory that is
 # kept instead takes about a tenth off DPO's steps and off sampling.
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(1 << 30)}
+TURN = threading.Lock()
+
+
+def as_main(threads, quiet, words):
+    """In a process of its own: what `python` does with these words."""
+    torch.set_num_threads(threads)
+    os.chdir(run.ROOT)
+    sys.argv = words
+    with contextlib.redirect_stdout(io.StringIO() if quiet else sys.stdout):
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def script(threads, *words, quiet=False):
+    """Runs a file of this project with its flags, as `python` would -> its exit code. The process is forked from one that has torch and
+    matplotlib in memory: starting anew takes five seconds of processor time, a seventh of a small run."""
+    server = multiprocessing.get_context("forkserver")
+    os.environ.update(KEEP_MEMORY)  # read when the server starts
+    with TURN:  # starting a process also asks how the others are, and an exit code can be read only once
+        server.set_forkserver_preload(["__main__", "torch._dynamo", "matplotlib.pyplot"])
+        process = server.Process(target=as_main, args=(threads, quiet, [*map(str, words)]))
+        process.start()
+    multiprocessing.connection.wait([process.sentinel])
+    with TURN:
+        process.join()
+    return process.exitcode
 
 
 def stage(done, seed, threads, *command):
     """Runs a script that leaves its result in `done`: a run directory, or a file."""
-    target = ["--out", done, *([] if done.suffix == ".jsonl" else ["--overwrite"]), "--seed", seed]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)} | KEEP_MEMORY
-    ended = subprocess.run([sys.executable, *map(str, [*command, *target])], cwd=run.ROOT, env=environment)
-    run.require(ended.returncode == 0, f"stopped at {done.name}: what went wrong stands above")
+    ended = script(threads, *command, "--out", done, *([] if done.suffix == ".jsonl" else ["--overwrite"]), "--seed", seed)
+    run.require(ended == 0, f"stopped at {done.name}: what went wrong stands above")
 
 
 def unless_kept(keep, done, *rest):
@@ -785,7 +812,7 @@ def foundation(out, seed, threads, keep=False):
     commands = {
         "base": ["sft.py", "--pretrain"],
         "sft": ["sft.py", "--init", out / "base"],
-        "pairs.jsonl": ["-m", "data.annotators", "--init", out / "sft"],
+        "pairs.jsonl": ["data/annotators.py", "--init", out / "sft"],
     }
     for name, command in commands.items():
         unless_kept(keep, out / name, seed, threads, *command)
@@ -872,7 +899,8 @@ def methods_main(config):
         jobs = [(prepared[seed], home, seed, chain) for seed, home in homes.items() for chain in method_chains(home)]
         jobs.sort(key=lambda job: len(job[-1]), reverse=True)  # the long ones first, so that no processor waits for one at the end
         list(pool.map(lambda job: run_chain(*job), jobs))
-        boards, best = zip(*pool.map(measure_methods, homes.values()), strict=True)
+        list(pool.map(lambda job: run_measurement(*job), [job for home in homes.values() for job in measurements(home).items()]))
+    boards, best = zip(*map(measured, homes.values()), strict=True)
     rows, best = summary(boards), {n: spread([found[n] for found in best]) for n in BEST_OF}
     differences = {f"{a} - {b}": [board[a]["gold"] - board[b]["gold"] for board in boards] for a, b in COMPARED}
     run.write_json(out / "methods.json", {"boards": dict(zip(seeds, boards, strict=True)), "best_of_n": best, "summary": rows})
@@ -913,6 +941,7 @@ def method_chains(home):
     learnt = LABELS - 300  # offline DPO holds 300 out
     once = [*dpo, *start, "--steps", learnt // 64]  # one pass over them
     online = [*once, "--online"]
+    one_stage = [*dpo, "--init", home / "base", *labels, "--loss", "orpo", "--batch-size", 32, "--steps", 600]
     gently = ["sft.py", *careful, "--steps", DEMONSTRATIONS // 32, "--lr", 5e-5]  # about one pass, which leaves own replies to beat
     play = [*dpo, *careful, "--spin", "--rounds", 1, "--lr", 2e-4]
     return [
@@ -923,7 +952,7 @@ def method_chains(home):
             **{name: [*ppo, "--advantage", name] for name in ("rloo", "grpo")},
         },
         {loss: [*once, *labels, "--loss", loss] for loss in ("dpo", "cdpo", "robust", "ipo", "hinge", "simpo")},
-        {"orpo": [*dpo, "--init", home / "base", *labels, "--loss", "orpo", "--batch-size", 32, "--steps", 1000]},  # SFT's share too
+        {"orpo": one_stage, "robust-orpo": [*one_stage, "--label-smoothing", 0.25, "--lam", 0.3]},
         {
             "kto": [*once, "--data", home / "thumbs.jsonl", "--loss", "kto"],
             "online": [*online, "--labels", learnt],
@@ -956,27 +985,39 @@ def cost(directory):
     return facts["cpu_seconds"] + sum(cost(path) for path in needed if path.parent == directory.parent)
 
 
-def measure_methods(home):
+def policies(home):
+    return [home / "methods" / name for chain in method_chains(home) for name in chain if name != "reward"]
+
+
+MEASURED = ["measured/1/scoreboard.json", "measured/2/scoreboard.json", "measured/best/best-of-n.json"]
+
+
+def measurements(home):
+    """The commands that measure a seed's methods, each with the directory that it fills, and of about the same length."""
+    runs, best = [home / "base", home / "sft", *policies(home)], ["--policy", home / "sft", "--reward", home / "methods/reward"]
+    return {
+        home / "measured/1": ["scoreboard", "--runs", *runs[::2], "--sft", home / "sft", "--prompts", ASKED],
+        home / "measured/2": ["scoreboard", "--runs", *runs[1::2], "--sft", home / "sft", "--prompts", ASKED],
+        home / "measured/best": ["best-of-n", *best, "--n", max(BEST_OF), "--prompts", ASKED // 4],
+    }
+
+
+def run_measurement(out, command):
+    run.require(script(1, "evaluate.py", *command, "--out", out, quiet=True) == 0, f"stopped at {out}: what went wrong stands above")
+
+
+def measured(home):
     """-> the scoreboard of a seed's methods, and {n: gold of the best of n replies by the reward model's choice}."""
-    torch.set_num_threads(1)
-    runs = [home / "methods" / name for chain in method_chains(home) for name in chain]
-    policies = [directory for directory in runs if directory.name != "reward"]
-    board, _, _, prompts = scoreboard([home / "base", home / "sft", *policies], home / "sft", n=ASKED)
-    for row in (board["base"], board["sft"]):
-        row.pop("seconds", None)  # it belongs to all of them
-    for directory in runs:
-        board.setdefault(directory.name, {}).update(memory=facts_of(directory)["peak_memory_mib"], seconds=cost(directory))
-    for row in board.values():
+    first, second, best = (json.loads((home / name).read_text()) for name in MEASURED)
+    found = first | second
+    board = {name: found[name] for name in ["base", "sft", *(path.name for path in policies(home))]} | {"reward": {}}
+    for name, row in board.items():
+        row.pop("seconds", None)
+        if name not in ("base", "sft"):  # these belong to all of them
+            row |= {"memory": facts_of(home / "methods" / name)["peak_memory_mib"], "seconds": cost(home / "methods" / name)}
         if "gold" in row:
-            row["gain"] = row["gold"] - board["sft"]["gold"]
-    sft, encoding, _ = open_run(home / "sft")
-    asked = [record.messages for record in prompts[: len(prompts) // 4]]
-    most = max(BEST_OF)
-    replies = annotators.sample(sft, encoding, asked, world.MAX_NEW_TOKENS, samples=most)
-    asked = [messages for messages in asked for _ in range(most)]
-    scores = reward_scores(open_run(home / "methods" / "reward")[0], encoding, asked, [text for _, _, text in replies])
-    golds = torch.tensor([one["gold"] for one in annotators.world_judge(zip(asked, replies, strict=True))])
-    return board, {n: float(best_of(golds.view(-1, most), scores.view(-1, most), n).mean()) for n in BEST_OF}
+            row["gain"] = row["gold"] - found["sft"]["gold"]
+    return board, {n: best["gold"][f"n={n}"]["outcome"] for n in BEST_OF}
 
 
 def frontier_picture(rows, best, path):

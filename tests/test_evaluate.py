@@ -224,6 +224,19 @@ def test_chat_takes_its_flags_from_the_command_line(runs, monkeypatch, capsys):
     assert exit.value.code == 2 and "nowhere" in capsys.readouterr().err
 
 
+def test_a_script_runs_in_a_process_of_its_own_and_says_how_it_ended(tmp_path, capfd):
+    path = tmp_path / "tiny.py"
+    path.write_text(
+        "import sys, torch\nif __name__ == '__main__':\n"
+        "    print(sys.argv[1:], torch.get_num_threads())\n    torch.set_num_threads(3)\n    sys.exit(int(sys.argv[1]))\n"
+    )
+    assert [evaluate.script(1, path, code, tmp_path) for code in (0, 2)] == [0, 2]
+    assert capfd.readouterr().out.splitlines() == [f"['{code}', '{tmp_path}'] 1" for code in (0, 2)]
+    assert evaluate.script(1, path, 0, quiet=True) == 0 and capfd.readouterr().out == ""
+    with pytest.raises(ValueError, match="stopped at done"):
+        evaluate.stage(tmp_path / "done", 0, 1, path, 2)
+
+
 # ------------------------------------------------------------------------------------------- every method, side by side
 
 
@@ -265,10 +278,18 @@ def quick_stages(monkeypatch, world_encoding, world_model):
             done / "run.json", {"seconds": 9.0, "cpu_seconds": 2.0, "peak_memory_mib": 300, "flags": {"reward": str(reward_model)}}
         )
 
+    def script(threads, name, command, *flags, quiet):
+        few = ["--prompts", "26", *(["--max-new-tokens", "4"] if command == "scoreboard" else [])]
+        main, Config = {
+            "scoreboard": (evaluate.scoreboard_main, evaluate.Scoreboard),
+            "best-of-n": (evaluate.best_of_n_main, evaluate.BestOfN),
+        }[command]
+        main(run.parse(Config, [*map(str, flags), *few]))
+        return 0
+
     monkeypatch.setattr(evaluate, "stage", stage)
+    monkeypatch.setattr(evaluate, "script", script)
     monkeypatch.setattr(evaluate, "LABELS", 12)
-    measured = evaluate.scoreboard
-    monkeypatch.setattr(evaluate, "scoreboard", lambda runs, sft, n: measured(runs, sft, n=26, max_new_tokens=4))
 
 
 def test_the_comparison_of_methods_has_a_row_for_each_and_keeps_what_is_trained(quick_stages, tmp_path, capsys):
