@@ -766,18 +766,19 @@ def cores():
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(1 << 30)}
 
 
-def stage(done, seed, threads, *command):
-    """Runs a script that leaves its result in `done`: a run directory, or a file."""
-    target = ["--out", done, *([] if done.suffix == ".jsonl" else ["--overwrite"]), "--seed", seed]
+def stage(done, seed, threads, *command, resume=False):
+    """Runs a script that leaves its result in `done`: a run directory, or a file. resume: goes on with a run that was killed there."""
+    begun = resume and (done.with_name(f"{done.name}.partial") / "run.json").exists()
+    target = ["--out", done, *([] if done.suffix == ".jsonl" else ["--resume" if begun else "--overwrite"]), "--seed", seed]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)} | KEEP_MEMORY
     ended = subprocess.run([sys.executable, *map(str, [*command, *target])], cwd=run.ROOT, env=environment)
     run.require(ended.returncode == 0, f"stopped at {done.name}: what went wrong stands above")
 
 
 def unless_kept(keep, done, *rest):
-    """`stage`, where its result is not there yet or need not be kept."""
+    """`stage`, where its result is not there yet or need not be kept; what was killed on the way goes on."""
     if not (keep and done.exists()):
-        stage(done, *rest)
+        stage(done, *rest, resume=keep)
 
 
 def foundation(out, seed, threads, keep=False):
