@@ -95,21 +95,23 @@ CASES = {  # script, flags, steps between two states; six steps, cut short in th
     "kto lora": ("dpo", "--init MODELS/sft --batch-size 4 --prompts 40 --loss kto --lora-rank 2", 2),
     "online": ("dpo", "--init MODELS/sft --batch-size 4 --prompts 240 --online --rounds 3 --lr 1e-2 --watch 8", 3),
     "spin": ("dpo", "--init MODELS/sft --batch-size 4 --prompts 60 --spin --rounds 2 --lr 1e-2 --watch 8", 3),
-    "ppo": ("ppo", "--init MODELS/sft --reward MODELS/scorer --batch-size 8 --kl-target .01 --ensemble MODELS/scorer --critic-warmup 0", 2),
+    "ppo": ("ppo", "--init MODELS/sft --reward MODELS/scorer --batch-size 8 --kl-target .01 --kl-budget 1e-9 --critic-warmup 0", 2),
     "ppo lora": ("ppo", "--init MODELS/sft --reward MODELS/adapted --batch-size 8 --lora-rank 2 --ppo-epochs 2", 2),
     "grpo": ("ppo", "--init MODELS/sft --reward MODELS/scorer --batch-size 8 --advantage grpo", 2),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_cut_short_twice_ends_like_one_that_was_not(case, place, flags):
+def test_a_run_cut_short_twice_ends_like_one_that_was_not(case, place, flags, capsys):
     name, text, every = CASES[case]
     given = [*flags(text), "--steps=6", f"--save-every={every}"]
     stage(name, *given, "--out=whole")
+    warnings = capsys.readouterr().err.count("over its budget")
     cut(3, name, *given, "--out=cut")
     assert {"state.pt", "metrics.jsonl"} <= contents(place / "cut.partial").keys() and not (place / "cut").exists()
     cut(5, name, *given, "--out=cut", "--resume")
     stage(name, *given, "--out=cut", "--resume")
+    assert capsys.readouterr().err.count("over its budget") == warnings == (case == "ppo")  # each sign is said once
     assert sorted(path.name for path in place.iterdir()) == ["cut", "whole"]
     ours, theirs = contents(place / "cut"), contents(place / "whole")
     facts, others = json.loads(ours.pop("run.json")), json.loads(theirs.pop("run.json"))
@@ -306,11 +308,18 @@ def test_a_run_of_another_stage_or_another_kind_of_device_is_refused(name, value
         noisy(resume=True)
 
 
+class Code:
+    """Makes a file when it is unpickled."""
+
+    def __reduce__(self):
+        return open, ("ran", "w")
+
+
 DAMAGE = {
     "empty": lambda path: path.write_bytes(b""),
     "half": lambda path: path.write_bytes(path.read_bytes()[:700]),
     "text": lambda path: path.write_text("years of work"),
-    "code": lambda path: torch.save(os.system, path),  # which is not run
+    "code": lambda path: torch.save(Code(), path),
     "no state": lambda path: torch.save({"first": 1}, path),
     "other parts": lambda path: torch.save(torch.load(path, weights_only=True) | {"parts": {}}, path),
     "metrics": lambda path: (path.parent / "metrics.jsonl").write_text(""),
