@@ -449,7 +449,7 @@ def main(config):
     steps = config.steps or rounds * math.ceil(1.5 * len(data.training) / config.batch_size)
     expect(config, job, policy, encoding, data, questions, steps)
     optimizer = run.optimizer(policy, config.lr)
-    now = SimpleNamespace(data=None)  # for --resume: of a later round its comparisons, which a policy has made that is gone
+    now = SimpleNamespace(data=None)  # for --resume: a later round's comparisons, whose policy is gone (the first round's was --init)
     first = job.resume(policy=policy, optimizer=optimizer, now=now)
     data = Comparisons(json.loads(now.data[0]), *now.data[1:]) if now.data else data
     for step in job.steps(steps):

@@ -13,7 +13,7 @@ untouched and half a checkpoint is never mistaken for a whole one. DIR then hold
 tokenizer, run.json (every flag, seed, versions, git commit), metrics.jsonl and curves.png.
 
 Now and then DIR.partial/state.pt is written, whole or not at all: all that cannot be made again from the flags. With --resume a killed
-run goes on from there and ends with the same weights, bit for bit, and the same metrics.
+run goes on from there and ends, on the same machine, with the same weights, bit for bit, and the same metrics.
 
 Bad input: every module of the project raises ValueError or OSError with one sentence that says what is wrong and what to
 do. `run.script` prints it on standard error and exits with code 2. Anything raised deeper, in a library, is a bug and keeps
