@@ -33,9 +33,11 @@ What everybody gets wrong: a reference that is not the model training starts fro
 end-of-turn) in one of the four log-probs: then the first loss is not ln 2. A test asserts that it is, to 1e-6.
 """
 
+import json
 import math
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -81,6 +83,8 @@ class Config:
     data: list = field(default_factory=list)  # files of preferences; none: replies of --init to the embedded world, compared by annotators
     out: str = ""  # run directory (default: out/dpo, replaced when complete)
     overwrite: bool = False  # replace a run that --out already holds
+    resume: bool = False  # go on with the killed run of these flags that --out has left, to the same result
+    save_every: int = 0  # steps after which its state is written for --resume (0: ten times in a run)
     prompts: int = 20000  # without --data: how many of the world's questions get two replies
     agreement: float = 0.75  # without --data: how often annotators agree with the judge
     beta: float = 0.0  # KL strength: larger stays closer to the reference (default: .2; ipo .5, simpo 1)
@@ -468,18 +472,23 @@ def main(config):
     steps = config.steps or rounds * math.ceil(1.5 * len(data.training) / config.batch_size)
     expect(config, job, policy, encoding, data, questions, steps)
     optimizer = run.optimizer(policy, config.lr)
+    now = SimpleNamespace(data=None)  # for --resume: a later round's comparisons, whose policy is gone (the first round's was --init)
+    first = job.resume(policy=policy, optimizer=optimizer, now=now)
+    data = Comparisons(json.loads(now.data[0]), *now.data[1:]) if now.data else data
     for step in job.steps(steps):
         turn = step * rounds // steps
-        begins = step == 0 or turn > (step - 1) * rounds // steps
-        if begins and step:  # a new round: fresh replies, and what the reference makes of them
+        begun = -(-turn * steps // rounds)  # the round's first step
+        if step == begun > 0:  # a new round: fresh replies, and what the reference makes of them
             records = round_records(config, policy, encoding, label, source, turn, wanted, job)
             if not records:
                 job.say("dpo: no two replies could be told apart any more: training ends here")
                 break
             refreshed = config.spin or config.refresh_ref
             data = prepare(config, records, policy if refreshed else reference(config, policy, encoding), encoding, job, wanted)
-        if begins:
-            batches = epochs([longest_side(data.pairs[i]) for i in data.training], config.batch_size, config.seed)
+            now.data = json.dumps(data.pairs), *data[1:]  # one string: millions of small lists would take long to write
+        if step in (begun, first):
+            lengths = [longest_side(data.pairs[i]) for i in data.training]
+            batches = islice(epochs(lengths, config.batch_size, config.seed), step - begun, None)
         rows = data.training[next(batches)]  # (B,)
         labels, sizes, ref_logps = data.labels[rows], data.sizes[rows], data.ref_logps[rows]
         with job.autocast():

@@ -795,16 +795,17 @@ def script(threads, *words, quiet=False):
     return process.exitcode
 
 
-def stage(done, seed, threads, *command):
-    """Runs a script that leaves its result in `done`: a run directory, or a file."""
-    ended = script(threads, *command, "--out", done, *([] if done.suffix == ".jsonl" else ["--overwrite"]), "--seed", seed)
-    run.require(ended == 0, f"stopped at {done.name}: what went wrong stands above")
+def stage(done, seed, threads, *command, resume=False):
+    """Runs a script that leaves its result in `done`: a run directory, or a file. resume: goes on with a run that was killed there."""
+    begun = resume and (done.with_name(f"{done.name}.partial") / "run.json").exists()
+    target = ["--out", done, *([] if done.suffix == ".jsonl" else ["--resume" if begun else "--overwrite"]), "--seed", seed]
+    run.require(script(threads, *command, *target) == 0, f"stopped at {done.name}: what went wrong stands above")
 
 
 def unless_kept(keep, done, *rest):
-    """`stage`, where its result is not there yet or need not be kept."""
+    """`stage`, where its result is not there yet or need not be kept; what was killed on the way goes on."""
     if not (keep and done.exists()):
-        stage(done, *rest)
+        stage(done, *rest, resume=keep)
 
 
 def foundation(out, seed, threads, keep=False):

@@ -40,6 +40,7 @@ import contextlib
 import random
 from dataclasses import dataclass, field
 from itertools import islice
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -63,6 +64,8 @@ class Config:
     data: list = field(default_factory=list)  # files whose prompts are asked; none: the embedded world
     out: str = ""  # run directory (default: out/ppo, replaced when complete)
     overwrite: bool = False  # replace a run that --out already holds
+    resume: bool = False  # go on with the killed run of these flags that --out has left, to the same result
+    save_every: int = 0  # steps after which its state is written for --resume (0: ten times in a run)
     steps: int = 32  # iterations: one batch of prompts sampled, scored and learnt from
     batch_size: int = 256  # replies per iteration
     advantage: str = "gae"  # gae (with a critic), rloo, grpo or dr-grpo (by comparison within a group)
@@ -350,12 +353,14 @@ def main(config):
     shuffler = torch.Generator().manual_seed(config.seed)  # of the minibatches
     optimizer = run.optimizer(policy, config.lr, eps=1e-5)
     critic_optimizer = run.optimizer(critic, config.critic_lr, eps=1e-5) if critic else None
-    beta, start, seen = config.beta, {}, set()
-    batches = batches_of(fitting, count, config.seed)
+    now = SimpleNamespace(beta=config.beta, start={}, seen=set())  # beta moves; of the detector: its first batch, its signs so far
+    learners = dict(policy=policy, optimizer=optimizer, critic=critic, critic_optimizer=critic_optimizer)
+    first = job.resume(**learners, generator=generator, shuffler=shuffler, now=now)
+    batches = islice(batches_of(fitting, count, config.seed), first, None)
     for step in job.steps(config.steps):
         asked = next(batches)
         ids = [prompt for prompt, _ in asked]
-        old = rollout(config, beta, policy, ref, critic, reward_model, ids, stops, generator, job.autocast)
+        old = rollout(config, now.beta, policy, ref, critic, reward_model, ids, stops, generator, job.autocast)
         learning, losses = not critic or step >= min(config.critic_warmup, config.steps // 10), []
         for _ in range(config.ppo_epochs):
             order = torch.randperm(config.batch_size, generator=shuffler).to(job.device)
@@ -379,7 +384,7 @@ def main(config):
                 ratio = (logprobs - old.old_logprobs[rows]).detach().exp()[mask]  # (tokens,)
                 losses.append((p_loss.detach(), ratio, grad_norm))
 
-        metrics = {"score": old.scores.mean(), "kl": old.kl.sum(1).mean(), "ended": old.ended.float().mean(), "beta": beta}
+        metrics = {"score": old.scores.mean(), "kl": old.kl.sum(1).mean(), "ended": old.ended.float().mean(), "beta": now.beta}
         metrics["kl_k3"] = kernels.kl_estimate(old.kl, torch.zeros_like(old.kl), "k3").sum(1).mean()  # as k1, but never negative
         metrics["length"] = old.batch.mask.sum(1).float().mean()
         if critic:
@@ -390,21 +395,21 @@ def main(config):
             metrics["ratio_first"] = first[(first - 1).abs().argmax()]  # of all its tokens, the one farthest from 1
             metrics["clipped"] = ((last - 1).abs() > config.clip_eps).float().mean()
         if config.kl_target:
-            beta = adapted(beta, float(metrics["kl"]), config.kl_target, config.batch_size)
+            now.beta = adapted(now.beta, float(metrics["kl"]), config.kl_target, config.batch_size)
         ended = old.ended.tolist()
         texts = [encoding.decode(reply[:-1] if end else reply) for reply, end in zip(old.replies, ended, strict=True)]
         whole = [prompt + reply for prompt, reply in zip([p for p in ids for _ in range(K)], old.replies, strict=True)]
         others = [torch.where(old.ended, score(model, whole), config.no_end_score) for model in watchers]  # (B,) each
         values = traces(old.replies, texts, old.scores, old.batch.mask.sum(1), others)
-        start = start or {name: float(value.mean()) for name, value in values.items()}  # of the first batch: the reference's own
-        drifts = {name: drift(value, old.kl.sum(1), start[name]) for name, value in values.items()}
+        now.start = now.start or {name: float(value.mean()) for name, value in values.items()}  # of the first batch: the reference's own
+        drifts = {name: drift(value, old.kl.sum(1), now.start[name]) for name, value in values.items()}
         metrics |= {f"{name}_drift": moved for name, (moved, _) in drifts.items()}
         metrics["length_paid"] = float(correlation(values["length"], old.scores))
-        found = signs(drifts, start["length"], metrics["length_paid"], float(metrics["kl"]), config.kl_budget)
+        found = signs(drifts, now.start["length"], metrics["length_paid"], float(metrics["kl"]), config.kl_budget)
         for sign, sentence in found.items():
-            if sign not in seen:
+            if sign not in now.seen:
                 job.say(f"ppo: step {step + 1}: this looks like reward hacking: {sentence}")
-        seen |= found.keys()
+        now.seen |= found.keys()
         metrics["hacking"] = len(found)
         if not config.data:
             messages = [m for _, m in asked for _ in range(K)]

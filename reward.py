@@ -36,6 +36,7 @@ right-padded rows, and a test asserts that neither padding nor the company in a 
 
 import math
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +75,8 @@ class Config:
     data: list = field(default_factory=list)  # files of preferences; none: replies of --init to the embedded world, compared by annotators
     out: str = ""  # run directory (default: out/reward, replaced when complete)
     overwrite: bool = False  # replace a run that --out already holds
+    resume: bool = False  # go on with the killed run of these flags that --out has left, to the same result
+    save_every: int = 0  # steps after which its state is written for --resume (0: ten times in a run)
     prompts: int = 20000  # without --data: how many of the world's questions get two replies
     agreement: float = 0.75  # without --data: how often annotators agree with the judge
     centring: float = 0.0  # strength of a pull of both sides' scores towards 0 (Eisenstein et al. 2023 use .01)
@@ -241,7 +244,8 @@ def train_process(config, job, model, encoding, records):
     learn, read = ([extent([(examples[i][0], []) for i in rows]) for rows in each] for each in (batches, parts))
     job.ledger({"model": model}, learn, read)
     optimizer = run.optimizer(model, config.lr, config.weight_decay)
-    batches = epochs(lengths, config.batch_size, config.seed)
+    first = job.resume(model=model, optimizer=optimizer)
+    batches = islice(epochs(lengths, config.batch_size, config.seed), first, None)
     for step in job.steps(steps):
         rows = [kept[i] for i in next(batches)]
         with job.autocast():
@@ -325,7 +329,8 @@ def main(config):
     job.ledger({"model": model}, pair_extents(pairs, batches), read)
     learner = torch.nn.ModuleList([model, heads]) if heads else model
     optimizer = run.optimizer(learner, config.lr, config.weight_decay)
-    batches = epochs(lengths, config.batch_size, config.seed)
+    first = job.resume(learner=learner, optimizer=optimizer)
+    batches = islice(epochs(lengths, config.batch_size, config.seed), first, None)
     for step in job.steps(steps):
         chosen_ones = [kept[i] for i in next(batches)]
         label, margin = labels[chosen_ones].unbind(1)  # (B,) each

@@ -2,6 +2,7 @@
 
     config = run.parse(Config)                      the flat dataclass of a script, filled from the command line
     job = run.start(config, "sft")                  seeds, picks the device, opens the run directory
+    first = job.resume(model=model, ...)            the first step: 0, or where --resume goes on
     for step in job.steps(config.steps):            the progress bar, with the time left
         ...
         job.log(step, loss=loss, lr=lr)             one line in metrics.jsonl, the same numbers on the terminal
@@ -10,6 +11,9 @@
 A run works in DIR.partial and is renamed to DIR once its checkpoint is complete, so a killed run leaves the earlier one
 untouched and half a checkpoint is never mistaken for a whole one. DIR then holds config.json, model.safetensors, the
 tokenizer, run.json (every flag, seed, versions, git commit), metrics.jsonl and curves.png.
+
+Now and then DIR.partial/state.pt is written, whole or not at all: all that cannot be made again from the flags. With --resume a killed
+run goes on from there and ends, on the same machine, with the same weights, bit for bit, and the same metrics.
 
 Bad input: every module of the project raises ValueError or OSError with one sentence that says what is wrong and what to
 do. `run.script` prints it on standard error and exits with code 2. Anything raised deeper, in a library, is a bug and keeps
@@ -32,6 +36,7 @@ import sys
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,6 +49,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 READERS = {"lora_alpha": {"lora_rank": True}, "lora_targets": {"lora_rank": True}, "shape": {"init": ["scratch"]}}
 # Flags of which 0 means nothing:
 COUNTS = set("batch_size rounds minibatches ppo_epochs prompts group_size max_new_tokens annotators completions".split())
+# Flags that leave the result alone: --resume takes others than the killed run had.
+FREE = {"out", "overwrite", "resume", "save_every", "device"}
 
 
 # ----------------------------------------------------------------------------------------------------------------- flags
@@ -154,7 +161,8 @@ def complain(error):
 def start(config, stage):
     """Prepares a run: directory, seed, device, precision. `stage` names its default directory, out/<stage>.
 
-    Raises ValueError for a directory that must not be written, a missing --init, a device that is not there. Writes nothing.
+    Raises ValueError for a directory that must not be written, a missing --init, a device that is not there, a --resume of another
+    run. Writes nothing. With --resume of a complete run it ends the process, with exit code 0.
     """
     return Job(config, stage)
 
@@ -180,26 +188,100 @@ class Job:
             if place.exists() and (not place.is_dir() or any(place.iterdir())):
                 ours = (place / "run.json").exists() and (place / "metrics.jsonl").exists()
                 require(ours, f"--out {self.out}: {place} holds files that are no run of ours: name another directory")
-                replace = place == self.partial or not config.out or config.overwrite
+                replace = place == self.partial or not config.out or config.overwrite or config.resume
                 require(replace, f"--out {self.out} already holds a run: name another directory or pass --overwrite")
+        self.device = device(config.device)
+        self.first, self.resumed_at, self.before, self.parts = 0, [], {}, {}  # see `resume`; before: what was spent
+        if config.resume:
+            self.check_resume()
         for flag in ("init", "reward", "judge"):
             given = getattr(config, flag, "")
             there = given in ("", "scratch", "world") or Path(given).is_dir()
             require(there, f"--{flag} {given}: there is no such directory; run the stage before, or name a checkpoint")
-        self.device = device(config.device)
         self.dtype = DTYPES.get(config.dtype, torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         torch.manual_seed(config.seed)
         self.began = time.perf_counter()
 
+    def check_resume(self):
+        """--resume needs a run to go on with, of these flags. Raises ValueError otherwise; ends here if that run is complete."""
+        require(not self.config.overwrite, "--resume goes on with a run and --overwrite begins another: leave one of them out")
+        places = [place for place in (self.partial, self.out) if (place / "run.json").exists()]
+        require(places, f"--resume: neither {self.partial} nor {self.out} holds a run: leave --resume out to begin one")
+        place, anew = places[0], "leave --resume out to begin anew"
+        facts = json.loads((place / "run.json").read_text(encoding="utf-8"))
+        require(facts.get("stage") == self.stage, f"--resume: {place} is no run of {self.stage}: name another directory, or {anew}")
+        for name, value in dataclasses.asdict(self.config).items():
+            was, flag = facts["flags"].get(name), f"--{name.replace('_', '-')}"
+            same = name in FREE or was == value
+            require(same, f"--resume: {place} was run with {flag} {was!r}, not {value!r}: give the same flags, or {anew}")
+        on = "cpu" if facts["device"].startswith("cpu") else "cuda"
+        require(on == self.device.type, f"--resume: {place} was run on {on}, and this is {self.device}: name that --device, or {anew}")
+        if place == self.out:
+            self.say(f"{self.stage}: {self.out} is already complete")
+            sys.exit(0)
+        self.resumed_at = facts.get("resumed_at", [])
+
+    def resume(self, **parts):
+        """The first step: 0, or with --resume the one after the state in DIR.partial, which is put into the parts. From now on `steps`
+        writes their state now and then.
+
+        parts: models, optimisers, generators, namespaces of plain values: all that a step changes and a later one reads; None: a part
+        that this run does without. Called when everything is as it was before the first step. Raises ValueError for a state that is
+        damaged or of another run.
+        """
+        self.parts, path = {name: part for name, part in parts.items() if part is not None}, self.partial / "state.pt"
+        if not self.config.resume:
+            return 0
+        if not path.exists():
+            self.say(f"{self.stage}: {self.partial} had not come to writing its state: from the beginning")
+            return 0
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            for name, part in self.parts.items():
+                put_back(part, state["parts"][name])
+            torch.set_rng_state(state["rng"].cpu())
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)
+            self.first, self.before, self.size = state["first"], state["cost"], state["size"]
+            require((self.partial / "metrics.jsonl").stat().st_size >= self.size, "metrics.jsonl is shorter than it was")
+        except Exception as error:
+            why = f"({type(error).__name__}): leave --resume out to begin anew"
+            raise ValueError(f"--resume: {path} is damaged, or no state of this run {why}") from None
+        self.resumed_at.append(self.first)
+        self.say(f"{self.stage}: goes on after step {self.first}")
+        return self.first
+
+    def write_state(self, step):
+        """All that --resume needs to go on after this step. A kill at any moment leaves the earlier state or this one."""
+        os.fsync(self.metrics.fileno())  # never behind the state, which knows how long the file was
+        state = {"first": step + 1, "size": os.fstat(self.metrics.fileno()).st_size, "cost": self.cost(), "rng": torch.get_rng_state()}
+        state["cuda_rng"] = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        state["parts"] = {name: state_of(part) for name, part in self.parts.items()}
+        temporary = self.partial / "state.pt.tmp"
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.partial / "state.pt")
+
     def open(self):
         """The run begins to write: called by `steps`, when model and data are in place and nothing is left to refuse."""
-        shutil.rmtree(self.partial, ignore_errors=True)
         try:
-            self.partial.mkdir(parents=True)
+            if self.first:
+                os.truncate(self.partial / "metrics.jsonl", self.size)  # steps after the state are taken again
+            else:
+                shutil.rmtree(self.partial, ignore_errors=True)
+                self.partial.mkdir(parents=True)
         except OSError as error:
             raise ValueError(f"--out {self.out} cannot be written ({str(error.strerror).lower()}): name another directory") from None
-        self.metrics = open(self.partial / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115 (until finish)
+        self.metrics = open(self.partial / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (until finish)
         self.write_facts()
+
+    def cost(self):
+        """What the run has taken so far, before a --resume too."""
+        spent = {"seconds": time.perf_counter() - self.began, "cpu_seconds": time.process_time()}
+        spent = {name: round(self.before.get(name, 0) + value, 1) for name, value in spent.items()}
+        return spent | {"peak_memory_mib": max(self.before.get("peak_memory_mib", 0), round(peak_memory(self.device)))}
 
     def write_facts(self, **more):
         """run.json: all that is needed to run this again."""
@@ -213,6 +295,7 @@ class Job:
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
             "git_commit": commit.strip() or None,
+            "resumed_at": self.resumed_at,
             **more,
         }
         write_json(self.partial / "run.json", facts)
@@ -272,14 +355,16 @@ class Job:
         return torch.autocast(self.device.type, self.dtype)
 
     def steps(self, n):
-        """0 .. n-1 behind a progress bar; without a terminal, a line every tenth of the way."""
+        """The steps to n-1 behind a progress bar; without a terminal, a line every tenth of the way. Writes the state now and then."""
         self.open()
         self.every = max(1, n // 10)
-        self.bar = tqdm(total=n, desc=self.stage, disable=None, dynamic_ncols=True, file=sys.stderr)
-        self.n = n
-        for step in range(n):
+        self.bar = tqdm(total=n, initial=self.first, desc=self.stage, disable=None, dynamic_ncols=True, file=sys.stderr)
+        self.n, often = n, self.config.save_every
+        for step in range(self.first, n):
             yield step
             self.bar.update()
+            if self.parts and ((step + 1) % often == 0 if often else due(step, n, times=10)):
+                self.write_state(step)
         self.bar.close()
 
     def log(self, step, **values):
@@ -303,14 +388,37 @@ class Job:
         self.metrics.close()
         save(self.partial)
         curves(self.partial / "metrics.jsonl", self.partial / "curves.png")
-        seconds = time.perf_counter() - self.began
-        cost = {"cpu_seconds": round(time.process_time(), 1), "peak_memory_mib": round(peak_memory(self.device))}
-        self.write_facts(seconds=round(seconds, 1), **cost, **facts)
+        cost = self.cost()
+        self.write_facts(**cost, **facts)
         if self.out.exists():  # the earlier run leaves inside the new one: no third name, which might be somebody's
             os.replace(self.out, self.partial / "replaced")
         os.replace(self.partial, self.out)
         shutil.rmtree(self.out / "replaced", ignore_errors=True)
-        self.say(f"{self.stage}: {seconds:.0f} s, written to {self.out}")
+        (self.out / "state.pt").unlink(missing_ok=True)  # not before: until here a kill may still want it
+        self.say(f"{self.stage}: {cost['seconds']:.0f} s, written to {self.out}")
+
+
+def state_of(part):
+    """What has to be written of a model (what training changes: the rest comes from --init again), an optimiser, a torch.Generator, or
+    a namespace of plain values."""
+    if isinstance(part, torch.nn.Module):
+        return {name: parameter.detach() for name, parameter in part.named_parameters() if parameter.requires_grad}
+    if isinstance(part, torch.Generator):
+        return part.get_state()
+    return vars(part) if isinstance(part, SimpleNamespace) else part.state_dict()
+
+
+def put_back(part, state):
+    """A part as it was when `state_of` was asked. Raises what torch raises, or ValueError, for the state of another part."""
+    if isinstance(part, torch.nn.Module):
+        require(state.keys() == state_of(part).keys(), "other parameters are trained")
+        part.load_state_dict(state, strict=False)
+    elif isinstance(part, torch.Generator):
+        part.set_state(state.cpu())
+    elif isinstance(part, SimpleNamespace):
+        vars(part).update(state)
+    else:
+        part.load_state_dict(state)
 
 
 def write(path, text):

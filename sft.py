@@ -18,6 +18,7 @@ micro-batch means weighs a token by the company it happened to keep.
 """
 
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 
@@ -35,6 +36,8 @@ class Config:
     data: list = field(default_factory=list)  # files of conversations (with --pretrain: of text); none: the embedded world
     out: str = ""  # run directory (default: out/base or out/sft, replaced when complete)
     overwrite: bool = False  # replace a run that --out already holds
+    resume: bool = False  # go on with the killed run of these flags that --out has left, to the same result
+    save_every: int = 0  # steps after which its state is written for --resume (0: ten times in a run)
     pretrain: bool = False  # raw text, every token in the loss
     template: str = ""  # chat format: chatml, llama3 or alpaca (default: the vocabulary's own, else chatml)
     last_only: bool = False  # of a conversation with several answers, only the last one counts
@@ -129,7 +132,8 @@ def main(config):
     parts = [extent(batch[start : start + size]) for batch in batches for start in range(0, len(batch), size)]
     job.ledger({"model": model}, parts, [extent(held_out[i : i + looked]) for i in range(0, len(held_out), looked)])
     optimizer = run.optimizer(model, config.lr, config.weight_decay)
-    order = epochs(lengths, config.batch_size, config.seed)
+    first = job.resume(model=model, optimizer=optimizer)
+    order = islice(epochs(lengths, config.batch_size, config.seed), first, None)
     for step in job.steps(config.steps):
         batch = [examples[i] for i in next(order)]
         supervised = sum(sum(weights[1:]) for _, weights in batch)  # of the whole step: the divisor of every micro-batch

@@ -156,7 +156,7 @@ def test_every_flag_is_flat_and_has_a_comment_that_becomes_its_help(name, node):
 
 
 def test_the_shared_flags_are_called_the_same_in_every_stage():
-    shared = {"init", "tokenizer", "data", "out", "overwrite", "steps", "batch_size", "lr", "seed", "device", "dtype"}
+    shared = set("init tokenizer data out overwrite resume save_every steps batch_size lr seed device dtype".split())
     for name, node in configs():
         if name in ("sft.py", "reward.py", "ppo.py", "dpo.py"):
             fields = {item.target.id for item in node.body if isinstance(item, ast.AnnAssign)}

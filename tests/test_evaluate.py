@@ -265,7 +265,7 @@ def test_every_method_s_command_has_flags_that_its_script_knows(tmp_path):
 def quick_stages(monkeypatch, world_encoding, world_model):
     """Every stage leaves a tiny random model; the twelve comparisons of a seed hold right and wrong answers."""
 
-    def stage(done, seed, threads, script, *flags):
+    def stage(done, seed, threads, script, *flags, resume):
         if done.suffix == ".jsonl":
             rows = [(r.messages, f" {world.solve(r.messages).answer}", " i am not sure") for r in world.prompts(12, seed)]
             run.write_lines(done, [{"prompt": m, "chosen": right, "rejected": wrong} for m, right, wrong in rows])

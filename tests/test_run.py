@@ -36,6 +36,8 @@ class Flags:
     seed: int = 0  # of everything
     device: str = "cpu"  # where
     dtype: str = "float32"  # precision
+    resume: bool = False  # go on with a killed run
+    save_every: int = 0  # steps between two states
 
 
 @pytest.fixture
