@@ -399,10 +399,12 @@ def prepare(config, records, ref, encoding, job, wanted):
     return Comparisons(pairs, labels, sizes, ref_logps, *indices, [kept[i].prompt for i in held_out])
 
 
-def own_replies(config, policy, ref, encoding, questions):
-    """What the policy says now: KL to the reference on its own replies (nats per reply), and gold where the judge knows the questions."""
+def own_replies(config, policy, ref, encoding, questions, job):
+    """What the policy says now: KL to the reference on its own replies (nats per reply), and gold where the judge knows the questions.
+    The first reply is shown."""
     replies = annotators.sample(policy, encoding, questions, config.max_new_tokens)
     prompts = [chat.prompt(messages, encoding) for messages in questions]
+    job.say(chat.painted_reply(prompts[0], replies[0][0], encoding, job.colour))
     metrics = {"kl": reply_kl(policy, ref, prompts, [ids for ids, _, _ in replies]).mean()}
     if all(map(world.solve, questions)):
         golds = [one["gold"] for one in annotators.world_judge(zip(questions, replies, strict=True))]
@@ -504,7 +506,7 @@ def main(config):
                 now = all_logps(policy, [data.pairs[i] for i in rows], config.unpaired)  # (N, 2)
             metrics["held_out_loss"] = batch_losses(config, now, data.ref_logps[rows], data.sizes[rows], data.labels[rows]).mean()
         if questions and run.due(step, steps):
-            metrics |= own_replies(config, policy, reference(config, policy, encoding), encoding, questions)
+            metrics |= own_replies(config, policy, reference(config, policy, encoding), encoding, questions, job)
         job.log(step, **metrics)
 
     def save(directory):

@@ -415,6 +415,8 @@ def main(config):
             messages = [m for _, m in asked for _ in range(K)]
             golds = [world.judge(m, text, end)["gold"] for m, text, end in zip(messages, texts, ended, strict=True)]
             metrics["gold"] = sum(golds) / len(golds)
+        if run.due(step, config.steps):
+            job.say(f"{chat.painted_reply(ids[0], old.replies[0], encoding, job.colour)}  score {old.scores[0]:.2f}")
         job.log(step, **metrics)
         if found and config.stop_on_hacking:
             job.say(f"ppo: stopped after step {step + 1}")

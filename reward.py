@@ -359,6 +359,8 @@ def main(config):
                 heads.fold(model)
             label, margin = labels[held_out].unbind(1)
             chosen_scores, rejected_scores = score_all(model, [pairs[i] for i in held_out])
+            for side, scores in zip(pairs[held_out[0]], (chosen_scores, rejected_scores), strict=True):
+                job.say(f"{chat.painted(*side, encoding, job.colour)}  score {scores[0]:.2f}")
             metrics["held_out_accuracy"] = (chosen_scores > rejected_scores).float().mean()
             metrics["held_out_loss"] = bradley_terry_loss(chosen_scores, rejected_scores, margin, label).mean()
         job.log(step, **metrics)

@@ -379,6 +379,11 @@ class Job:
         elif step % self.every == 0 or step == self.n - 1:
             print(f"{self.stage} step {step + 1}/{self.n}  {line}", file=sys.stderr, flush=True)
 
+    @property
+    def colour(self):
+        """Whether lines for the reader may have some: they go to a terminal, and NO_COLOR is not in the environment."""
+        return sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+
     def say(self, text):
         """A line for the reader, above the progress bar."""
         tqdm.write(text, file=sys.stderr)

@@ -76,6 +76,15 @@ def held_out_loss(model, examples, size):
     return sum(batch_loss(model, batch, total) for batch in batches)
 
 
+def reply_to(model, example, encoding, colour):
+    """What the model would say, at its most likely, where the example's first answer stands; a line for the terminal."""
+    ids, weights = example
+    first = weights.index(1) if 1 in weights else len(ids) - 1
+    prompt = ids[: max(1, first)][-model.config.context // 2 :]  # a text may begin with what counts, and a prompt may leave no room
+    (reply,) = model.generate([prompt], world.MAX_NEW_TOKENS, temperature=0, stop_id=chat.stop_ids(encoding))
+    return chat.painted_reply(prompt, reply, encoding, colour)
+
+
 def load_examples(config, encoding, context):
     """(ids, weights) examples from --data or the embedded world."""
     end = chat.end_of_text_id(encoding)
@@ -123,7 +132,8 @@ def main(config):
     run.require(examples, f"nothing to train on: no record of {source} has a supervised token within the context of {context} tokens")
     held_out, kept = hold_out(len(examples), min(500, 16 * config.batch_size), config.seed)
     held_out, examples = [examples[i] for i in held_out], [examples[i] for i in kept]
-    job.say(f"{stage}: {len(examples)} examples ({long} cut to the context, {empty} dropped with nothing to learn)")
+    job.say(f"{stage}: {len(examples)} examples ({long} cut to the context, {empty} dropped with nothing to learn), such as")
+    job.say(chat.painted(*examples[0], encoding, job.colour))  # what counts is marked
 
     # --- training
     lengths, size = [len(ids) for ids, _ in examples], config.micro_batch_size or config.batch_size
@@ -147,6 +157,7 @@ def main(config):
         metrics = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": supervised}
         if held_out and run.due(step, config.steps, times=10):
             metrics["held_out_loss"] = held_out_loss(model, held_out, looked)
+            job.say(reply_to(model, held_out[0], encoding, job.colour))
         job.log(step, **metrics)
 
     def save(directory):

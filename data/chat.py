@@ -228,6 +228,21 @@ def example(prompt: list[dict], reply: list[dict], encoding: tiktoken.Encoding) 
     return ids[:end], mask[:end]
 
 
+def painted(ids: list[int], mask: list, encoding: tiktoken.Encoding, colour: bool) -> str:
+    """Tokens as a line of text for a terminal, those under the mask (or of weight 1) in green, without colour in « »; of long ones what
+    stands around the first of these."""
+    on, off = ("\033[32m", "\033[0m") if colour else ("«", "»")
+    first = mask.index(1) if 1 in mask else 0
+    tokens = list(zip(ids, mask, strict=True))[max(0, first - 60) : first + 100]
+    parts = [(counts == 1, encoding.decode([token for token, _ in part])) for counts, part in groupby(tokens, lambda token: token[1])]
+    return "".join(f"{on}{text}{off}" if counts else text for counts, text in parts).replace("\n", "\\n")
+
+
+def painted_reply(prompt: list[int], reply: list[int], encoding: tiktoken.Encoding, colour: bool) -> str:
+    """`painted` of a prompt and what a model says to it."""
+    return painted(prompt + reply, [False] * len(prompt) + [True] * len(reply), encoding, colour)
+
+
 def _check(messages: list[dict]) -> None:
     if not messages:
         raise ValueError("a conversation needs at least one message, and this list of messages is empty")

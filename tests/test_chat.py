@@ -296,3 +296,17 @@ def test_templates_render_as_the_checkpoints_own(name, published):
 def test_an_unknown_template_is_refused():
     with pytest.raises(ValueError, match="vicuna.*chatml, llama3, alpaca"):
         chat.extend(vocabulary(), "vicuna")
+
+
+def test_what_counts_is_marked_and_the_rest_is_not(world_encoding):
+    messages = [{"role": "user", "content": "last : fox\ncat"}, {"role": "assistant", "content": " cat"}]
+    ids, mask = chat.render(messages, world_encoding)
+    plain = chat.painted(ids, mask, world_encoding, colour=False)
+    assert plain.endswith("assistant\\n« cat<|im_end|>»\\n") and "\n" not in plain and plain.count("«") == 1
+    weights = [float(counts) or 0.1 for counts in mask]  # pretraining's: the scene counts a little, and is not marked
+    assert chat.painted(ids, weights, world_encoding, colour=False) == plain
+    assert chat.painted(ids, mask, world_encoding, colour=True) == plain.replace("«", "\033[32m").replace("»", "\033[0m")
+    reply = ids[mask.index(True) : -1]
+    assert chat.painted_reply(ids[: mask.index(True)], reply, world_encoding, colour=False) == plain.removesuffix("\\n")
+    long = chat.painted([ids[0]] * 500 + ids, [False] * 500 + mask, world_encoding, colour=False)
+    assert len(long) < len(plain) + 60 * len(world_encoding.decode(ids[:1])) and "« cat<|im_end|>»" in long
