@@ -44,7 +44,7 @@ class Config:
     prompt_weight: float = 0.1  # with --pretrain: what a token counts that only sets the scene (a question nobody could predict)
     steps: int = 0  # optimiser steps (default: 3000 with --pretrain, else 800)
     batch_size: int = 32  # sequences per optimiser step
-    micro_batch_size: int = 0  # sequences per forward pass; gradients add up to the same step (0: the whole batch)
+    micro_batch_size: int = 0  # sequences per forward pass of a process; gradients add up to the same step (0: the whole batch)
     lr: float = 0.0  # peak learning rate (default: 1.5e-3 with --pretrain, else 1e-3)
     weight_decay: float = 0.01  # AdamW's, on matrices
     lora_rank: int = 0  # train low-rank adapters of this rank beside frozen weights (0: train all weights)
@@ -126,21 +126,25 @@ def main(config):
     job.say(f"{stage}: {len(examples)} examples ({long} cut to the context, {empty} dropped with nothing to learn)")
 
     # --- training
-    lengths, size = [len(ids) for ids, _ in examples], config.micro_batch_size or config.batch_size
+    lengths, size = [len(ids) for ids, _ in examples], (config.micro_batch_size or config.batch_size) * job.ranks  # at once, of all ranks
     looked = rows_at_once(128, max(lengths), model)  # examples at once without gradients
     batches = [[examples[i] for i in rows] for rows in first_epoch(lengths, config.batch_size, config.seed, config.steps)]
-    parts = [extent(batch[start : start + size]) for batch in batches for start in range(0, len(batch), size)]
+    parts = [extent(job.share(batch[start : start + size])) for batch in batches for start in range(0, len(batch), size)]
     job.ledger({"model": model}, parts, [extent(held_out[i : i + looked]) for i in range(0, len(held_out), looked)])
     optimizer = run.optimizer(model, config.lr, config.weight_decay)
     first = job.resume(model=model, optimizer=optimizer)
+    learner = job.learner(model)
     order = islice(epochs(lengths, config.batch_size, config.seed), first, None)
     for step in job.steps(config.steps):
         batch = [examples[i] for i in next(order)]
         supervised = sum(sum(weights[1:]) for _, weights in batch)  # of the whole step: the divisor of every micro-batch
         loss = 0.0
         for start in range(0, len(batch), size):
+            micro = batch[start : start + size]
+            learner.require_backward_grad_sync = start + size >= len(batch)  # ranks exchange gradients once a step, with the last part's
             with job.autocast():
-                micro_loss = batch_loss(model, collate(batch[start : start + size]).to(job.device), supervised)
+                micro_loss = batch_loss(learner, collate(job.share(micro)).to(job.device), supervised)
+            micro_loss = job.whole(micro_loss[None], min(job.ranks, len(micro))).sum()  # () one number from each rank with a share
             micro_loss.backward()
             loss += micro_loss.detach()
         lr, grad_norm = run.update(optimizer, model, step, config.steps, config.lr, warmup=config.steps // 20)
@@ -157,4 +161,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run.script(main, Config, __doc__)
+    run.script(main, Config, __doc__, ranks=True)
