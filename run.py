@@ -206,7 +206,7 @@ def device(name):
 class Job:
     def __init__(self, config, stage):
         self.config, self.stage = config, stage
-        self.rank, self.ranks = torchrun("RANK"), torchrun("WORLD_SIZE", 1)
+        self.rank, self.ranks, self.sharded = torchrun("RANK"), torchrun("WORLD_SIZE", 1), None
         self.out = Path(config.out or f"out/{stage}")
         require(self.out.name not in ("", ".."), f"--out {self.out} is a place and no name: name a directory of the run's own")
         if self.out.is_symlink():
@@ -399,9 +399,20 @@ class Job:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
-    def learner(self, model):
-        """The model as a forward pass that learns is to call it: among several ranks in PyTorch's DDP, otherwise itself. None: None."""
+    def learner(self, model, shard=False):
+        """The model as a forward pass that learns is to call it: among several ranks in PyTorch's DDP, otherwise itself. None: None.
+
+        shard: in PyTorch's FSDP2 instead. A rank then keeps its part of weights, gradients and moments, and gathers a block's when it
+        comes to it: every rank must go forward and backward as often as the others. To be called before the optimiser is made.
+        """
         if self.ranks == 1 or model is None:
+            return model
+        if shard:
+            from torch.distributed.fsdp import fully_shard  # here, because few runs need it and it takes long to import
+
+            for block in model.blocks:
+                fully_shard(block)
+            self.sharded = fully_shard(model)  # in place: the root's own, embedding and head, stay gathered from forward to backward
             return model
         learner = Replica(model, gradient_as_bucket_view=True)
         learner.broadcast_buffers = False  # tables of the positions, which never change
@@ -442,7 +453,7 @@ class Job:
         for step in range(self.first, n):
             yield step
             self.bar.update()
-            if self.parts and not self.rank and ((step + 1) % often == 0 if often else due(step, n, times=10)):
+            if self.parts and not self.rank and not self.sharded and ((step + 1) % often == 0 if often else due(step, n, times=10)):
                 self.write_state(step)
         self.bar.close()
 
@@ -468,6 +479,8 @@ class Job:
     def finish(self, save, **facts):
         """Completes the run: save(directory) writes the checkpoint, then DIR.partial becomes DIR in one rename."""
         if self.ranks > 1:
+            for module in [*self.sharded.blocks, self.sharded] if self.sharded else []:
+                module.unshard()  # a checkpoint holds whole tensors
             dist.barrier()
             dist.destroy_process_group()
         if self.rank:
@@ -650,6 +663,7 @@ def update(optimizer, model, step, steps, lr, warmup=0, max_norm=1.0):
     for group in optimizer.param_groups:
         group["lr"] = rate
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model: over all ranks
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return rate, norm

@@ -51,6 +51,7 @@ class Config:
     lora_alpha: float = 0.0  # LoRA: the adapter counts alpha / rank (default: 2 * rank)
     lora_targets: str = TARGETS  # LoRA: the matrices of a block that get an adapter
     shape: str = "llama:4x96x128"  # of a model from scratch: architecture:layers x width x context
+    shard: bool = False  # under torchrun: weights, gradients and moments divided among the processes, for models too large for each
     seed: int = 0  # of weights, data and order
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: str = "auto"  # precision of matrix products: float32 or bfloat16 (auto: bfloat16 on CUDA)
@@ -105,7 +106,11 @@ def main(config):
     config.steps = config.steps or (3000 if config.pretrain else 800)
     config.lr = config.lr or (1.5e-3 if config.pretrain else 1e-3)
     config.init = config.init or ("scratch" if config.pretrain else "out/base")
-    run.belong(config, {"prompt_weight": {"pretrain": True}, "last_only": {"pretrain": False}})
+    run.belong(
+        config, {"prompt_weight": {"pretrain": True}, "last_only": {"pretrain": False}, "shard": {"resume": False, "save_every": False}}
+    )
+    several = not config.shard or run.torchrun("WORLD_SIZE", 1) > 1
+    run.require(several, "--shard divides a model among several processes: start them with torchrun")
     stage = "base" if config.pretrain else "sft"
     job = run.start(config, stage)
 
@@ -130,10 +135,11 @@ def main(config):
     looked = rows_at_once(128, max(lengths), model)  # examples at once without gradients
     batches = [[examples[i] for i in rows] for rows in first_epoch(lengths, config.batch_size, config.seed, config.steps)]
     parts = [extent(job.share(batch[start : start + size])) for batch in batches for start in range(0, len(batch), size)]
-    job.ledger({"model": model}, parts, [extent(held_out[i : i + looked]) for i in range(0, len(held_out), looked)])
+    if not config.shard:
+        job.ledger({"model": model}, parts, [extent(held_out[i : i + looked]) for i in range(0, len(held_out), looked)])
+    learner = job.learner(model, config.shard)
     optimizer = run.optimizer(model, config.lr, config.weight_decay)
     first = job.resume(model=model, optimizer=optimizer)
-    learner = job.learner(model)
     order = islice(epochs(lengths, config.batch_size, config.seed), first, None)
     for step in job.steps(config.steps):
         batch = [examples[i] for i in next(order)]

@@ -28,6 +28,7 @@ SCRIPTS = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo}
 CASES = {
     "sft": ("sft", "--init sft --data chats.jsonl --batch-size 5"),
     "sft in micro-batches": ("sft", "--init sft --data chats.jsonl --batch-size 5 --micro-batch-size 1 --lora-rank 2"),
+    "sft in shards": ("sft", "--init sft --data chats.jsonl --batch-size 5 --micro-batch-size 1 --shard"),
     "pretrain": ("sft", "--pretrain --shape llama:1x32x64 --batch-size 5"),
     "reward": ("reward", "--init sft --batch-size 5 --prompts 30 --centring .1 --lora-rank 2"),
     "reward with heads": ("reward", "--init sft --batch-size 5 --data rated.jsonl --heads short good"),
@@ -122,7 +123,7 @@ def home(tmp_path_factory, world_encoding):
         options = dict(args=(free_ports(len(CASES) + 2), str(home)), nprocs=2, join=False, start_method="spawn")
         processes, deadline = torch.multiprocessing.start_processes(rank, **options), time.monotonic() + 300
         for case, (name, text) in CASES.items():
-            stage(name, text, "--out", f"alone/{case}")
+            stage(name, text.removesuffix("--shard"), "--out", f"alone/{case}")
         while not processes.join(timeout=1):  # raises what a process has raised
             if time.monotonic() > deadline:
                 for process in processes.processes:
@@ -158,7 +159,7 @@ def test_one_process_writes_and_speaks(home):
     assert sorted(path.name for path in (home / "ranks-0").iterdir()) == sorted(CASES) and not (home / "ranks-1").exists()
     assert (home / "said-1").read_text() == ""
     said = (home / "said-0").read_text()
-    assert said.count("written to") == len(CASES) + 1 and said.count("sft step 3/3") == 2 + 2  # each case's, cut short, and resumed
+    assert said.count("written to") == len(CASES) + 1 and said.count("sft step 3/3") == 3 + 2  # each case's, cut short, and resumed
     for where, ranks in (("ranks-0", 2), ("alone", 1)):
         assert json.loads((home / where / "sft" / "run.json").read_text())["ranks"] == ranks
 
@@ -200,6 +201,15 @@ def test_what_is_no_stage_runs_alone(argv, local, second_of_three, monkeypatch, 
     assert exit.value.code == 2 and capsys.readouterr().err == (said if local == 0 else "")  # each machine says it once
 
 
+@pytest.mark.parametrize("flag", ["", "--resume", "--save-every=2"])
+def test_shards_need_several_processes_and_leave_no_state(flag, monkeypatch, tmp_path):
+    if flag:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    said = f"--shard is not read with {flag.partition('=')[0]}: leave one of them out" if flag else "--shard divides a model among several"
+    with pytest.raises(ValueError, match=f"^{said}"):
+        stage("sft", "--init scratch --shard", "--out", tmp_path / "a", *flag.split())
+
+
 @pytest.mark.parametrize(
     ("device", "said"),
     [
@@ -212,3 +222,14 @@ def test_every_process_needs_a_device_of_its_own(device, said, second_of_three, 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ValueError, match=f"^{said}$"):
         run.start(sft.Config(init="scratch", device=device, out=str(tmp_path / "a")), "sft")
+
+
+def test_a_process_takes_the_device_of_its_own_number(second_of_three, monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", made.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, device_id: made.append((backend, device_id)))
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: None)
+    job = run.start(sft.Config(init="scratch", out=str(tmp_path / "a")), "sft")
+    assert job.device == torch.device("cuda:1") and made == [job.device, ("nccl", job.device)]
