@@ -268,6 +268,8 @@ class Job:
         that this run does without. Called when everything is as it was before the first step. Raises ValueError for a state that is
         damaged or of another run.
         """
+        if self.sharded:
+            return 0  # no rank holds all that a state would need
         self.parts, path = {name: part for name, part in parts.items() if part is not None}, self.partial / "state.pt"
         if not self.config.resume:
             return 0
@@ -453,7 +455,7 @@ class Job:
         for step in range(self.first, n):
             yield step
             self.bar.update()
-            if self.parts and not self.rank and not self.sharded and ((step + 1) % often == 0 if often else due(step, n, times=10)):
+            if self.parts and not self.rank and ((step + 1) % often == 0 if often else due(step, n, times=10)):
                 self.write_state(step)
         self.bar.close()
 
