@@ -394,7 +394,7 @@ def prepare(config, records, ref, encoding, job, wanted):
     ref_logps = torch.zeros_like(sizes, dtype=torch.float32)  # (N, 2)
     if config.loss not in ("simpo", "orpo"):
         with job.autocast():  # at the precision of training, or the first loss is not ln 2
-            ref_logps = all_logps(ref, pairs, config.unpaired)
+            ref_logps = job.whole(all_logps(ref, job.share(pairs), config.unpaired), len(pairs))
     indices = torch.arange(len(pairs)).tensor_split([len(held_out)])
     return Comparisons(pairs, labels, sizes, ref_logps, *indices, [kept[i].prompt for i in held_out])
 
@@ -415,7 +415,7 @@ def own_replies(config, policy, ref, encoding, questions, job):
 def expect(config, job, policy, encoding, data, questions, steps):
     """Says where the memory will go: the first round's batches, what is read without learning, replies sampled and read again."""
     training = [data.pairs[i] for i in data.training]
-    batches = first_epoch([longest_side(pair) for pair in training], config.batch_size, config.seed, steps)
+    batches = map(job.share, first_epoch([longest_side(pair) for pair in training], config.batch_size, config.seed, steps))
     looked = data.pairs if config.fresh else [data.pairs[i] for i in data.held_out]
     reads = by_length(looked, longest_side, model=policy)
     if config.unpaired:  # each side is a pass of its own, and only the first one learns
@@ -476,6 +476,7 @@ def main(config):
     optimizer = run.optimizer(policy, config.lr)
     now = SimpleNamespace(data=None)  # for --resume: a later round's comparisons, whose policy is gone (the first round's was --init)
     first = job.resume(policy=policy, optimizer=optimizer, now=now)
+    learner = job.learner(policy)
     data = Comparisons(json.loads(now.data[0]), *now.data[1:]) if now.data else data
     for step in job.steps(steps):
         turn = step * rounds // steps
@@ -494,7 +495,8 @@ def main(config):
         rows = data.training[next(batches)]  # (B,)
         labels, sizes, ref_logps = data.labels[rows], data.sizes[rows], data.ref_logps[rows]
         with job.autocast():
-            logps = pair_logps(policy, [data.pairs[i] for i in rows], config.unpaired)  # (B, 2)
+            logps = pair_logps(learner, [data.pairs[i] for i in job.share(rows)], config.unpaired)
+        logps = job.whole(logps, len(rows))  # (B, 2)
         losses = batch_losses(config, logps, ref_logps, sizes, labels)
         losses.mean().backward()
         lr, grad_norm = run.update(optimizer, policy, step, steps, config.lr, warmup=steps // 10)
@@ -503,8 +505,9 @@ def main(config):
         if len(data.held_out) and run.due(step, steps):
             rows = data.held_out
             with job.autocast():
-                now = all_logps(policy, [data.pairs[i] for i in rows], config.unpaired)  # (N, 2)
-            metrics["held_out_loss"] = batch_losses(config, now, data.ref_logps[rows], data.sizes[rows], data.labels[rows]).mean()
+                logps = all_logps(policy, [data.pairs[i] for i in job.share(rows)], config.unpaired)
+            logps = job.whole(logps, len(rows))  # (N, 2)
+            metrics["held_out_loss"] = batch_losses(config, logps, data.ref_logps[rows], data.sizes[rows], data.labels[rows]).mean()
         if questions and run.due(step, steps):
             metrics |= own_replies(config, policy, reference(config, policy, encoding), encoding, questions, job)
         job.log(step, **metrics)
@@ -517,4 +520,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run.script(main, Config, __doc__)
+    run.script(main, Config, __doc__, ranks=True)

@@ -343,7 +343,7 @@ def main(config):
     job.say(f"ppo: {len(fitting)} prompts, {len(prompts) - len(fitting)} dropped for their length")
     models = {"policy": policy, "ref": ref, "reward_model": reward_model} | ({"critic": critic} if critic else {})
     models |= {f"ensemble_{i + 1}": watcher for i, watcher in enumerate(watchers)}
-    count, new, most = config.batch_size // K, config.max_new_tokens, -(-config.batch_size // config.minibatches)
+    count, new, most = config.batch_size // K, config.max_new_tokens, -(-config.batch_size // (config.minibatches * job.ranks))
     longest = [max(len(prompt) for prompt, _ in batch) for batch in islice(batches_of(fitting, count, config.seed), config.steps)]
     learn, read = ([(rows * (prompt + new - 1), rows * new) for prompt in longest] for rows in (most, config.batch_size))
     job.ledger(models, learn, read, sample=(config.batch_size, count, max(longest), new), keep=True)
@@ -356,6 +356,7 @@ def main(config):
     now = SimpleNamespace(beta=config.beta, start={}, seen=set())  # beta moves; of the detector: its first batch, its signs so far
     learners = dict(policy=policy, optimizer=optimizer, critic=critic, critic_optimizer=critic_optimizer)
     first = job.resume(**learners, generator=generator, shuffler=shuffler, now=now)
+    learner, critic_learner = job.learner(policy), job.learner(critic)
     batches = islice(batches_of(fitting, count, config.seed), first, None)
     for step in job.steps(config.steps):
         asked = next(batches)
@@ -365,18 +366,19 @@ def main(config):
         for _ in range(config.ppo_epochs):
             order = torch.randperm(config.batch_size, generator=shuffler).to(job.device)
             for rows in order.tensor_split(config.minibatches):
-                part = Batch(*(tensor[rows] for tensor in old.batch))
-                mask = part.mask
+                part, mask = Batch(*(tensor[job.share(rows)] for tensor in old.batch)), old.batch.mask[rows]  # (b, T)
                 if critic:
                     with job.autocast():
-                        values = critic.score(critic(part.inputs))  # (b, T)
+                        values = critic.score(critic_learner(part.inputs))
+                    values = job.whole(values, len(rows))  # (b, T)
                     v_loss = value_loss(values, old.values[rows], old.returns[rows], mask, config.clip_eps)
                     v_loss.backward()
                     run.update(critic_optimizer, critic, step, config.steps, config.critic_lr)
                 if not learning:
                     continue
                 with job.autocast():
-                    logprobs = token_logprobs(policy, part, config.temperature)  # (b, T)
+                    logprobs = token_logprobs(learner, part, config.temperature)
+                logprobs = job.whole(logprobs, len(rows))  # (b, T)
                 divisor = {"gae": None, "dr-grpo": len(rows) * config.max_new_tokens}.get(config.advantage, len(rows))
                 p_loss = policy_loss(logprobs, old.old_logprobs[rows], old.advantages[rows], mask, config.clip_eps, divisor)
                 p_loss.backward()
@@ -430,4 +432,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run.script(main, Config, __doc__)
+    run.script(main, Config, __doc__, ranks=True)

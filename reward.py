@@ -241,15 +241,17 @@ def train_process(config, job, model, encoding, records):
     steps = config.steps or math.ceil(1.5 * len(kept) / config.batch_size)
     lengths, parts = [len(examples[i][0]) for i in kept], [held_out[i : i + 128] for i in range(0, len(held_out), 128)]
     batches = ([kept[i] for i in rows] for rows in first_epoch(lengths, config.batch_size, config.seed, steps))
-    learn, read = ([extent([(examples[i][0], []) for i in rows]) for rows in each] for each in (batches, parts))
+    learn, read = ([extent([(examples[i][0], []) for i in rows]) for rows in each] for each in (map(job.share, batches), parts))
     job.ledger({"model": model}, learn, read)
     optimizer = run.optimizer(model, config.lr, config.weight_decay)
     first = job.resume(model=model, optimizer=optimizer)
+    learner = job.learner(model)
     batches = islice(epochs(lengths, config.batch_size, config.seed), first, None)
     for step in job.steps(steps):
         rows = [kept[i] for i in next(batches)]
         with job.autocast():
-            scores = step_scores(model, [examples[i] for i in rows])  # (M,)
+            scores = step_scores(learner, [examples[i] for i in job.share(rows)])
+        scores = job.whole(scores, [len(labels[i]) for i in rows])  # (M,)
         loss = step_loss(scores, flat(rows)).mean()
         loss.backward()
         lr, grad_norm = run.update(optimizer, model, step, steps, config.lr, warmup=steps // 20)
@@ -319,36 +321,36 @@ def main(config):
     labels = torch.tensor(labels, device=job.device)  # (N, 2) label, margin
     if config.heads:
         heads = Heads(model.config.width, config.heads, config.mixing).to(job.device)
+        model.score_head.requires_grad_(False)  # nothing reads it before their mixture is in it, and DDP waits for what learns
         marks = torch.tensor(rating_labels(usable, config.heads), device=job.device)  # (N, K)
 
     # --- training
     steps = config.steps or math.ceil(1.5 * len(kept) / config.batch_size)
     lengths, reference = [longest_side(pairs[i]) for i in kept], [pairs[i] for i in (held_out + kept)[:1000]]
-    batches = ([kept[i] for i in rows] for rows in first_epoch(lengths, config.batch_size, config.seed, steps))
+    batches = (job.share([kept[i] for i in rows]) for rows in first_epoch(lengths, config.batch_size, config.seed, steps))
     read = pair_extents(reference, by_length(reference, longest_side, model=model))
     job.ledger({"model": model}, pair_extents(pairs, batches), read)
-    learner = torch.nn.ModuleList([model, heads]) if heads else model
-    optimizer = run.optimizer(learner, config.lr, config.weight_decay)
-    first = job.resume(learner=learner, optimizer=optimizer)
+    both = torch.nn.ModuleList([model, heads]) if heads else model
+    optimizer = run.optimizer(both, config.lr, config.weight_decay)
+    first = job.resume(learner=both, optimizer=optimizer)
+    learner, head_learner = job.learner(model), job.learner(heads)
     batches = islice(epochs(lengths, config.batch_size, config.seed), first, None)
     for step in job.steps(steps):
         chosen_ones = [kept[i] for i in next(batches)]
         label, margin = labels[chosen_ones].unbind(1)  # (B,) each
+        mine = [pairs[i] for i in job.share(chosen_ones)]
         with job.autocast():
-            if heads:
-                parts = head_pairs(model, heads, [pairs[i] for i in chosen_ones])  # (B, K) twice
-            else:
-                chosen_scores, rejected_scores = score_pairs(model, [pairs[i] for i in chosen_ones])  # (B,) each
-        if heads:
-            chosen_scores, rejected_scores = (part @ heads.mixing() for part in parts)  # (B,) each
+            sides = head_pairs(learner, head_learner, mine) if heads else score_pairs(learner, mine)
+        sides = [job.whole(scores, len(chosen_ones)) for scores in sides]  # chosen, rejected: (B,), with heads (B, K)
+        chosen_scores, rejected_scores = (scores @ heads.mixing() for scores in sides) if heads else sides  # (B,) each
         loss = bradley_terry_loss(chosen_scores, rejected_scores, margin, label).mean()
         if heads:
-            rated = bradley_terry_loss(*parts, label=marks[chosen_ones]).mean()
+            rated = bradley_terry_loss(*sides, label=marks[chosen_ones]).mean()
             loss = rated + loss if heads.learnt else rated  # fixed weights leave nothing to learn from overall choices
         if config.centring:
             loss = loss + config.centring * centring_loss(chosen_scores, rejected_scores).mean()
         loss.backward()
-        lr, grad_norm = run.update(optimizer, learner, step, steps, config.lr, warmup=steps // 20)
+        lr, grad_norm = run.update(optimizer, both, step, steps, config.lr, warmup=steps // 20)
         difference = (chosen_scores - rejected_scores).detach()
         metrics = {"loss": loss.detach(), "accuracy": (difference > 0).float().mean(), "margin": difference.mean(), "lr": lr}
         metrics["grad_norm"] = grad_norm
@@ -372,4 +374,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run.script(main, Config, __doc__)
+    run.script(main, Config, __doc__, ranks=True)

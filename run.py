@@ -12,6 +12,15 @@ A run works in DIR.partial and is renamed to DIR once its checkpoint is complete
 untouched and half a checkpoint is never mistaken for a whole one. DIR then holds config.json, model.safetensors, the
 tokenizer, run.json (every flag, seed, versions, git commit), metrics.jsonl and curves.png.
 
+Under torchrun every process, a rank, goes through the same script with the same data in the same order. Three calls make it one run:
+
+    learner = job.learner(model)                    PyTorch's DDP around the model, which averages the ranks' gradients
+    scores = score(learner, job.share(rows))        the forward pass and the backward pass of a rank's own rows
+    scores = job.whole(scores, len(rows))           the whole batch's, on every rank
+
+So all that follows, divisors, baselines of groups, metrics, is about the whole batch, as in one process. What is sampled every rank samples
+alike, with the same generator: that keeps one process's curve, and takes as long as in one. Rank 0 alone writes and speaks.
+
 Now and then DIR.partial/state.pt is written, whole or not at all: all that cannot be made again from the flags. With --resume a killed
 run goes on from there and ends, on the same machine, with the same weights, bit for bit, and the same metrics.
 
@@ -39,6 +48,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
@@ -113,9 +124,16 @@ def require(condition, sentence):
         raise ValueError(sentence)
 
 
-def script(main, Config, doc):
-    """Runs main(config) for a script, with the flags of the command line."""
-    guard(lambda: main(parse(Config, description=doc)))
+def script(main, Config, doc, ranks=False):
+    """Runs main(config) for a script, with the flags of the command line. ranks: whether torchrun may start it several times."""
+
+    def command():
+        config = parse(Config, description=doc)
+        alone = ranks or torchrun("WORLD_SIZE", 1) == 1
+        require(alone, "only sft.py, reward.py, dpo.py and ppo.py run in several processes: start this without torchrun")
+        main(config)
+
+    guard(command)
 
 
 def commands(table, doc):
@@ -143,15 +161,24 @@ def due(step, steps, times=5):
     return (step + 1) * times // steps > step * times // steps
 
 
+def torchrun(name, default=0):
+    """What it tells each of its processes: RANK, WORLD_SIZE, and among those of one machine LOCAL_RANK, LOCAL_WORLD_SIZE."""
+    return int(os.environ.get(name, default))
+
+
 def complain(error):
-    """Prints a sentence that this project raised and exits with code 2; what a library raised keeps its traceback."""
+    """Prints a sentence that this project raised and exits with code 2; what a library raised keeps its traceback.
+
+    Under torchrun bad input is found by all ranks alike: the first one of each machine says so.
+    """
     frame = error.__traceback__
     while frame.tb_next:
         frame = frame.tb_next
     ours = Path(frame.tb_frame.f_code.co_filename).resolve()
     if ROOT not in ours.parents or "site-packages" in ours.parts:
         raise error
-    print(f"error: {error}", file=sys.stderr)
+    if torchrun("LOCAL_RANK") == 0:
+        print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -179,6 +206,7 @@ def device(name):
 class Job:
     def __init__(self, config, stage):
         self.config, self.stage = config, stage
+        self.rank, self.ranks, self.sharded = torchrun("RANK"), torchrun("WORLD_SIZE", 1), None
         self.out = Path(config.out or f"out/{stage}")
         require(self.out.name not in ("", ".."), f"--out {self.out} is a place and no name: name a directory of the run's own")
         if self.out.is_symlink():
@@ -191,6 +219,11 @@ class Job:
                 replace = place == self.partial or not config.out or config.overwrite or config.resume
                 require(replace, f"--out {self.out} already holds a run: name another directory or pass --overwrite")
         self.device = device(config.device)
+        if self.ranks > 1 and self.device.type == "cuda":
+            require(self.device.index is None, f"--device {config.device} is one for all processes: leave the choice to torchrun")
+            here, found = torchrun("LOCAL_WORLD_SIZE", self.ranks), torch.cuda.device_count()
+            require(here <= found, f"{here} processes need a CUDA device each, and this machine has {found}: start fewer")
+            self.device = torch.device("cuda", torchrun("LOCAL_RANK"))
         self.first, self.resumed_at, self.before, self.parts = 0, [], {}, {}  # see `resume`; before: what was spent
         if config.resume:
             self.check_resume()
@@ -201,6 +234,12 @@ class Job:
         self.dtype = DTYPES.get(config.dtype, torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         torch.manual_seed(config.seed)
         self.began = time.perf_counter()
+        if self.ranks > 1:  # last: nobody writes before all have looked
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+                dist.init_process_group("nccl", device_id=self.device)
+            else:
+                dist.init_process_group("gloo")
 
     def check_resume(self):
         """--resume needs a run to go on with, of these flags. Raises ValueError otherwise; ends here if that run is complete."""
@@ -229,6 +268,8 @@ class Job:
         that this run does without. Called when everything is as it was before the first step. Raises ValueError for a state that is
         damaged or of another run.
         """
+        if self.sharded:
+            return 0  # no rank holds all that a state would need
         self.parts, path = {name: part for name, part in parts.items() if part is not None}, self.partial / "state.pt"
         if not self.config.resume:
             return 0
@@ -252,7 +293,10 @@ class Job:
         return self.first
 
     def write_state(self, step):
-        """All that --resume needs to go on after this step. A kill at any moment leaves the earlier state or this one."""
+        """All that --resume needs to go on after this step. A kill at any moment leaves the earlier state or this one.
+
+        Rank 0's state is every rank's: parameters, moments and generators are the same everywhere.
+        """
         os.fsync(self.metrics.fileno())  # never behind the state, which knows how long the file was
         state = {"first": step + 1, "size": os.fstat(self.metrics.fileno()).st_size, "cost": self.cost(), "rng": torch.get_rng_state()}
         state["cuda_rng"] = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
@@ -266,6 +310,8 @@ class Job:
 
     def open(self):
         """The run begins to write: called by `steps`, when model and data are in place and nothing is left to refuse."""
+        if self.rank:
+            return
         try:
             if self.first:
                 os.truncate(self.partial / "metrics.jsonl", self.size)  # steps after the state are taken again
@@ -293,6 +339,7 @@ class Job:
             "flags": dataclasses.asdict(self.config),
             "seed": self.config.seed,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "ranks": self.ranks,
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
             "git_commit": commit.strip() or None,
             "resumed_at": self.resumed_at,
@@ -354,21 +401,68 @@ class Job:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
+    def learner(self, model, shard=False):
+        """The model as a forward pass that learns is to call it: among several ranks in PyTorch's DDP, otherwise itself. None: None.
+
+        shard: in PyTorch's FSDP2 instead. A rank then keeps its part of weights, gradients and moments, and gathers a block's when it
+        comes to it: every rank must go forward and backward as often as the others. To be called before the optimiser is made.
+        """
+        if self.ranks == 1 or model is None:
+            return model
+        if shard:
+            from torch.distributed.fsdp import fully_shard  # here, because few runs need it and it takes long to import
+
+            for block in model.blocks:
+                fully_shard(block)
+            self.sharded = fully_shard(model)  # in place: the root's own, embedding and head, stay gathered from forward to backward
+            return model
+        learner = Replica(model, gradient_as_bucket_view=True)
+        learner.broadcast_buffers = False  # tables of the positions, which never change
+        return learner
+
+    def share(self, rows):
+        """This rank's part of a list or tensor of rows: every ranks-th. Never empty, because DDP waits for a backward pass of every
+        rank: of fewer rows than ranks some read the first one for nothing, and `whole` drops what they make of it."""
+        mine = rows[self.rank :: self.ranks]
+        return mine if len(mine) else rows[:1]
+
+    def whole(self, mine, rows):
+        """What each rank has made of its `share` (n, ...) -> that of all rows (N, ...), in their order, everywhere the same numbers.
+
+        rows: how many there are, N; or a list of how many values each of them gives, N in all. The others' values are numbers only, a
+        rank's own carry their gradient, times the number of ranks: DDP's average is then the sum over the whole batch. A parameter used
+        behind this line gets the same gradient on every rank, and the average leaves that as it is.
+        """
+        if self.ranks == 1:
+            return mine
+        row = torch.arange(rows) if isinstance(rows, int) else torch.arange(len(rows)).repeat_interleave(torch.tensor(rows))  # (N,)
+        own = (row % self.ranks == self.rank).to(mine.device)  # (N,)
+        mine = mine[: int(own.sum())]
+        all_ranks = torch.zeros(len(own), *mine.shape[1:], dtype=mine.dtype, device=mine.device)  # (N, ...)
+        all_ranks[own] = mine.detach()
+        dist.all_reduce(all_ranks)  # each value plus zeros: exact
+        if mine.requires_grad:
+            mine.register_hook(lambda gradient: gradient * self.ranks)
+            all_ranks[own] = mine
+        return all_ranks
+
     def steps(self, n):
         """The steps to n-1 behind a progress bar; without a terminal, a line every tenth of the way. Writes the state now and then."""
         self.open()
         self.every = max(1, n // 10)
-        self.bar = tqdm(total=n, initial=self.first, desc=self.stage, disable=None, dynamic_ncols=True, file=sys.stderr)
+        self.bar = tqdm(total=n, initial=self.first, desc=self.stage, disable=bool(self.rank) or None, dynamic_ncols=True, file=sys.stderr)
         self.n, often = n, self.config.save_every
         for step in range(self.first, n):
             yield step
             self.bar.update()
-            if self.parts and ((step + 1) % often == 0 if often else due(step, n, times=10)):
+            if self.parts and not self.rank and ((step + 1) % often == 0 if often else due(step, n, times=10)):
                 self.write_state(step)
         self.bar.close()
 
     def log(self, step, **values):
         """One line of metrics.jsonl and of the terminal. Values: plain numbers or 0-d tensors."""
+        if self.rank:
+            return
         values = {name: float(value) for name, value in values.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON knows no NaN
         self.metrics.write(json.dumps({"step": step, **finite}) + "\n")
@@ -386,10 +480,18 @@ class Job:
 
     def say(self, text):
         """A line for the reader, above the progress bar."""
-        tqdm.write(text, file=sys.stderr)
+        if self.rank == 0:
+            tqdm.write(text, file=sys.stderr)
 
     def finish(self, save, **facts):
         """Completes the run: save(directory) writes the checkpoint, then DIR.partial becomes DIR in one rename."""
+        if self.ranks > 1:
+            for module in [*self.sharded.blocks, self.sharded] if self.sharded else []:
+                module.unshard()  # a checkpoint holds whole tensors
+            dist.barrier()
+            dist.destroy_process_group()
+        if self.rank:
+            return
         self.metrics.close()
         save(self.partial)
         curves(self.partial / "metrics.jsonl", self.partial / "curves.png")
@@ -401,6 +503,16 @@ class Job:
         shutil.rmtree(self.out / "replaced", ignore_errors=True)
         (self.out / "state.pt").unlink(missing_ok=True)  # not before: until here a kill may still want it
         self.say(f"{self.stage}: {cost['seconds']:.0f} s, written to {self.out}")
+
+
+class Replica(DistributedDataParallel):
+    """PyTorch's DDP, which also gives what its module has beside a forward pass: `head_weight`, `score`, `config`."""
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
 
 
 def state_of(part):
@@ -558,6 +670,7 @@ def update(optimizer, model, step, steps, lr, warmup=0, max_norm=1.0):
     for group in optimizer.param_groups:
         group["lr"] = rate
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model: over all ranks
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return rate, norm

@@ -44,13 +44,14 @@ class Config:
     prompt_weight: float = 0.1  # with --pretrain: what a token counts that only sets the scene (a question nobody could predict)
     steps: int = 0  # optimiser steps (default: 3000 with --pretrain, else 800)
     batch_size: int = 32  # sequences per optimiser step
-    micro_batch_size: int = 0  # sequences per forward pass; gradients add up to the same step (0: the whole batch)
+    micro_batch_size: int = 0  # sequences per forward pass of a process; gradients add up to the same step (0: the whole batch)
     lr: float = 0.0  # peak learning rate (default: 1.5e-3 with --pretrain, else 1e-3)
     weight_decay: float = 0.01  # AdamW's, on matrices
     lora_rank: int = 0  # train low-rank adapters of this rank beside frozen weights (0: train all weights)
     lora_alpha: float = 0.0  # LoRA: the adapter counts alpha / rank (default: 2 * rank)
     lora_targets: str = TARGETS  # LoRA: the matrices of a block that get an adapter
     shape: str = "llama:4x96x128"  # of a model from scratch: architecture:layers x width x context
+    shard: bool = False  # under torchrun: weights, gradients and moments divided among the processes, for models too large for each
     seed: int = 0  # of weights, data and order
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: str = "auto"  # precision of matrix products: float32 or bfloat16 (auto: bfloat16 on CUDA)
@@ -114,7 +115,11 @@ def main(config):
     config.steps = config.steps or (3000 if config.pretrain else 800)
     config.lr = config.lr or (1.5e-3 if config.pretrain else 1e-3)
     config.init = config.init or ("scratch" if config.pretrain else "out/base")
-    run.belong(config, {"prompt_weight": {"pretrain": True}, "last_only": {"pretrain": False}})
+    run.belong(
+        config, {"prompt_weight": {"pretrain": True}, "last_only": {"pretrain": False}, "shard": {"resume": False, "save_every": False}}
+    )
+    several = not config.shard or run.torchrun("WORLD_SIZE", 1) > 1
+    run.require(several, "--shard divides a model among several processes: start them with torchrun")
     stage = "base" if config.pretrain else "sft"
     job = run.start(config, stage)
 
@@ -136,11 +141,13 @@ def main(config):
     job.say(chat.painted(*examples[0], encoding, job.colour))  # what counts is marked
 
     # --- training
-    lengths, size = [len(ids) for ids, _ in examples], config.micro_batch_size or config.batch_size
+    lengths, size = [len(ids) for ids, _ in examples], (config.micro_batch_size or config.batch_size) * job.ranks  # at once, of all ranks
     looked = rows_at_once(128, max(lengths), model)  # examples at once without gradients
     batches = [[examples[i] for i in rows] for rows in first_epoch(lengths, config.batch_size, config.seed, config.steps)]
-    parts = [extent(batch[start : start + size]) for batch in batches for start in range(0, len(batch), size)]
-    job.ledger({"model": model}, parts, [extent(held_out[i : i + looked]) for i in range(0, len(held_out), looked)])
+    parts = [extent(job.share(batch[start : start + size])) for batch in batches for start in range(0, len(batch), size)]
+    if not config.shard:
+        job.ledger({"model": model}, parts, [extent(held_out[i : i + looked]) for i in range(0, len(held_out), looked)])
+    learner = job.learner(model, config.shard)
     optimizer = run.optimizer(model, config.lr, config.weight_decay)
     first = job.resume(model=model, optimizer=optimizer)
     order = islice(epochs(lengths, config.batch_size, config.seed), first, None)
@@ -149,8 +156,11 @@ def main(config):
         supervised = sum(sum(weights[1:]) for _, weights in batch)  # of the whole step: the divisor of every micro-batch
         loss = 0.0
         for start in range(0, len(batch), size):
+            micro = batch[start : start + size]
+            learner.require_backward_grad_sync = start + size >= len(batch)  # ranks exchange gradients once a step, with the last part's
             with job.autocast():
-                micro_loss = batch_loss(model, collate(batch[start : start + size]).to(job.device), supervised)
+                micro_loss = batch_loss(learner, collate(job.share(micro)).to(job.device), supervised)
+            micro_loss = job.whole(micro_loss[None], min(job.ranks, len(micro))).sum()  # () one number from each rank with a share
             micro_loss.backward()
             loss += micro_loss.detach()
         lr, grad_norm = run.update(optimizer, model, step, config.steps, config.lr, warmup=config.steps // 20)
@@ -168,4 +178,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run.script(main, Config, __doc__)
+    run.script(main, Config, __doc__, ranks=True)
