@@ -169,7 +169,8 @@ def torchrun(name, default=0):
 def complain(error):
     """Prints a sentence that this project raised and exits with code 2; what a library raised keeps its traceback.
 
-    Under torchrun bad input is found by all ranks alike: the first one of each machine says so.
+    Under torchrun all find bad input alike and the first process of each machine says so: its end makes torchrun end the others. One
+    that is not ended has found what is wrong with itself alone.
     """
     frame = error.__traceback__
     while frame.tb_next:
@@ -177,8 +178,9 @@ def complain(error):
     ours = Path(frame.tb_frame.f_code.co_filename).resolve()
     if ROOT not in ours.parents or "site-packages" in ours.parts:
         raise error
-    if torchrun("LOCAL_RANK") == 0:
-        print(f"error: {error}", file=sys.stderr)
+    if torchrun("LOCAL_RANK"):
+        time.sleep(10)
+    print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
 
 

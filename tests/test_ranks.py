@@ -177,12 +177,28 @@ def test_a_killed_run_of_two_processes_goes_on_in_two(home):
     assert json.loads((home / "resumed" / "run.json").read_text())["resumed_at"] == [2]
 
 
-def test_torchrun_starts_the_script_as_it_is(root, home, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_ports(1)[0])]
-    command = [*torchrun, root / "sft.py", "--device", "cpu", "--steps", "3", *CASES["sft"][1].split(), "--out", tmp_path / "a"]
-    done = subprocess.run(command, cwd=home, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def torchrun(home):
+    """torchrun(script, *flags): two processes of it."""
+
+    def start(*command):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_ports(1)[0])]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run([*launch, *command], cwd=home, env=environment, capture_output=True, text=True, timeout=300)
+
+    return start
+
+
+def test_torchrun_starts_the_script_as_it_is(root, home, torchrun, tmp_path):
+    done = torchrun(root / "sft.py", "--device", "cpu", "--steps", "3", *CASES["sft"][1].split(), "--out", tmp_path / "a")
     assert done.returncode == 0 and done.stderr.count("written to") == 1, done.stderr
     assert_same_run(tmp_path / "a", home / "alone" / "sft")
+
+
+@pytest.mark.slow
+def test_bad_input_is_one_sentence_for_all_processes(root, torchrun, tmp_path):
+    done = torchrun(root / "dpo.py", "--device", "cpu", "--init", tmp_path / "nowhere")
+    assert done.returncode and done.stderr.count("error: ") == done.stderr.count(f"error: --init {tmp_path}/nowhere: there is no such") == 1
 
 
 # ------------------------------------------------------------------------------------------------------------- what is refused
@@ -202,10 +218,13 @@ def test_what_is_no_stage_runs_alone(argv, local, second_of_three, monkeypatch, 
 
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setenv("LOCAL_RANK", str(local))
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
     with pytest.raises(SystemExit) as exit:
         run.commands({"talk": (main, annotators.Config)}, "") if argv[1:] else run.script(main, annotators.Config, "")
     said = "error: only sft.py, reward.py, dpo.py and ppo.py run in several processes: start this without torchrun\n"
-    assert exit.value.code == 2 and capsys.readouterr().err == (said if local == 0 else "")  # each machine says it once
+    assert exit.value.code == 2 and capsys.readouterr().err == said
+    assert waited == [10] * local  # for torchrun to end it: each machine says it once
 
 
 @pytest.mark.parametrize("flag", ["", "--resume", "--save-every=2"])

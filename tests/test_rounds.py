@@ -181,6 +181,12 @@ def test_labels_are_counted_over_all_rounds(world_model, world_encoding, rounds,
         said = []
         say = said.append
 
+        def share(rows):
+            return rows
+
+        def whole(mine, rows):
+            return mine
+
     config = dpo.Config(online=online, rounds=rounds, labels=20, batch_size=4)
     records = annotators.preferences(world_model().eval(), world_encoding, world.prompts(60))
     data = dpo.prepare(config, records, world_model().eval(), world_encoding, Job, 20 // rounds)
