@@ -64,7 +64,7 @@ def test_alignment_improves_on_sft_and_loses_nothing(board, stage):
 
 @pytest.fixture(scope="module")
 def methods(root):
-    """About forty minutes on 2 cores from nothing; runs that out/seeds holds are kept."""
+    """Half an hour on 2 cores from nothing; runs that out/seeds holds are kept."""
     evaluate.methods_main(evaluate.Methods(out=str(root / "out/seeds")))
     return json.loads((root / "out/seeds/methods.json").read_text())
 
@@ -98,9 +98,9 @@ def test_thumbs_are_nearly_as_good_as_comparisons(methods):
     assert kto["mean"] + kto["half_width"] >= 0.9 * ahead(methods, "dpo", "sft")[0]
 
 
-def test_orpo_does_both_stages_in_one(methods):
-    gain, half_width = ahead(methods, "orpo", "sft")
-    assert gain > half_width  # .028: the .05 that was hoped for is out of its reach (README, "What did not work")
+def test_orpo_does_both_stages_in_one_when_it_is_told_of_wrong_labels(methods):
+    gain, half_width = ahead(methods, "robust-orpo", "sft")
+    assert gain >= 0.05 and gain > half_width  # without being told: .023 +- .030 (README, "What did not work")
 
 
 @pytest.mark.parametrize(("after", "before"), [("spin-1", "careful"), ("spin-2", "spin-1")])
