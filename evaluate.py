@@ -795,11 +795,16 @@ def script(threads, *words, quiet=False):
     return process.exitcode
 
 
+def finish(done, threads, *words, **options):
+    """`script`, which has to end well and leave its result in `done`."""
+    run.require(script(threads, *words, **options) == 0, f"stopped at {done.name}: what went wrong stands above")
+
+
 def stage(done, seed, threads, *command, resume=False):
     """Runs a script that leaves its result in `done`: a run directory, or a file. resume: goes on with a run that was killed there."""
     begun = resume and (done.with_name(f"{done.name}.partial") / "run.json").exists()
     target = ["--out", done, *([] if done.suffix == ".jsonl" else ["--resume" if begun else "--overwrite"]), "--seed", seed]
-    run.require(script(threads, *command, *target) == 0, f"stopped at {done.name}: what went wrong stands above")
+    finish(done, threads, *command, *target)
 
 
 def unless_kept(keep, done, *rest):
@@ -990,26 +995,23 @@ def policies(home):
     return [home / "methods" / name for chain in method_chains(home) for name in chain if name != "reward"]
 
 
-MEASURED = ["measured/1/scoreboard.json", "measured/2/scoreboard.json", "measured/best/best-of-n.json"]
-
-
 def measurements(home):
-    """The commands that measure a seed's methods, each with the directory that it fills, and of about the same length."""
+    """{what it writes: the command} of all that measures a seed's methods, each of about the same length."""
     runs, best = [home / "base", home / "sft", *policies(home)], ["--policy", home / "sft", "--reward", home / "methods/reward"]
     return {
-        home / "measured/1": ["scoreboard", "--runs", *runs[::2], "--sft", home / "sft", "--prompts", ASKED],
-        home / "measured/2": ["scoreboard", "--runs", *runs[1::2], "--sft", home / "sft", "--prompts", ASKED],
-        home / "measured/best": ["best-of-n", *best, "--n", max(BEST_OF), "--prompts", ASKED // 4],
+        home / "measured/1/scoreboard.json": ["scoreboard", "--runs", *runs[::2], "--sft", home / "sft", "--prompts", ASKED],
+        home / "measured/2/scoreboard.json": ["scoreboard", "--runs", *runs[1::2], "--sft", home / "sft", "--prompts", ASKED],
+        home / "measured/best/best-of-n.json": ["best-of-n", *best, "--n", max(BEST_OF), "--prompts", ASKED // 4],
     }
 
 
-def run_measurement(out, command):
-    run.require(script(1, "evaluate.py", *command, "--out", out, quiet=True) == 0, f"stopped at {out}: what went wrong stands above")
+def run_measurement(file, command):
+    finish(file, 1, "evaluate.py", *command, "--out", file.parent, quiet=True)
 
 
 def measured(home):
     """-> the scoreboard of a seed's methods, and {n: gold of the best of n replies by the reward model's choice}."""
-    first, second, best = (json.loads((home / name).read_text()) for name in MEASURED)
+    first, second, best = (json.loads(file.read_text()) for file in measurements(home))
     found = first | second
     board = {name: found[name] for name in ["base", "sft", *(path.name for path in policies(home))]} | {"reward": {}}
     for name, row in board.items():

@@ -281,11 +281,14 @@ class GPT(nn.Module):
         return self.embed.weight if self.config.tied else self.lm_head.weight
 
     def forward(self, ids, cache=None):
-        """ids (B, T) int64, right-padded -> hidden states (B, T, D) after the final norm. Raises if T > context."""
+        """ids (B, T) int64, right-padded -> hidden states (B, T, D) after the final norm. Raises if T > context.
+
+        cache: a `Cache` that has begun, or what else has `positions`, `mask` and `append`: it says where tokens stand and what they see.
+        """
         T = ids.shape[1]
         if cache is None and self.config.context < T:
             raise ValueError(f"a sequence of {T} tokens does not fit the model's context of {self.config.context}")
-        positions = torch.arange(T, device=ids.device) if cache is None else cache.positions  # (T,); (B, T), announced by cache.begin
+        positions = torch.arange(T, device=ids.device) if cache is None else cache.positions  # (T,) or (B, T)
         x, rope = self.embed(ids), None  # (B, T, D)
         if self.config.arch == "gpt2":
             x = x + self.positions(positions)

@@ -392,10 +392,10 @@ def main(config):
         if critic:
             metrics["value_loss"] = v_loss.detach()
         if losses:
-            first, last = losses[0][1], losses[-1][1]
+            early, late = losses[0][1], losses[-1][1]
             metrics |= {"policy_loss": losses[-1][0], "grad_norm": losses[-1][2]}
-            metrics["ratio_first"] = first[(first - 1).abs().argmax()]  # of all its tokens, the one farthest from 1
-            metrics["clipped"] = ((last - 1).abs() > config.clip_eps).float().mean()
+            metrics["ratio_first"] = early[(early - 1).abs().argmax()]  # of all its tokens, the one farthest from 1
+            metrics["clipped"] = ((late - 1).abs() > config.clip_eps).float().mean()
         if config.kl_target:
             now.beta = adapted(now.beta, float(metrics["kl"]), config.kl_target, config.batch_size)
         ended = old.ended.tolist()

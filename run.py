@@ -419,7 +419,7 @@ class Job:
             self.sharded = fully_shard(model)  # in place: the root's own, embedding and head, stay gathered from forward to backward
             return model
         learner = Replica(model, gradient_as_bucket_view=True)
-        learner.broadcast_buffers = False  # tables of the positions, which never change
+        learner.broadcast_buffers = False  # tables of positions never change; set here, since the argument's name differs among torches
         return learner
 
     def share(self, rows):

@@ -82,6 +82,14 @@ def world_model(tiny, world_encoding):
     return build
 
 
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty working directory, and no pictures: they take half of a tiny run's time."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "curves", lambda metrics, path: None)
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def ragged():
     """Prompts of every length from 1 to 12, in no order: right padding of every size."""

@@ -56,14 +56,6 @@ def checkpoint(directory, encoding, head="lm", rows=None, context=CONTEXT):
     return directory
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """An empty working directory."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run, "curves", lambda metrics, path: None)  # pictures take half of a tiny run's time
-    return tmp_path
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, world_encoding):
     """Checkpoints by name; every refusal checks that they keep their bytes."""

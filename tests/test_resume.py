@@ -72,13 +72,6 @@ def models(tmp_path_factory, world_encoding):
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run, "curves", lambda metrics, path: None)
-    return tmp_path
-
-
-@pytest.fixture
 def flags(models):
     """flags(text): a tiny run's, as typed; MODELS/ stands for the directory of `models`."""
     return lambda text: text.replace("MODELS", str(models)).split()

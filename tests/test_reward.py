@@ -18,13 +18,6 @@ from model import GPT
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run, "curves", lambda metrics, path: None)
-    return tmp_path
-
-
-@pytest.fixture
 def policy(place, world_model, world_encoding):
     """A checkpoint that writes nonsense in the chat format."""
     world_model().save_pretrained(place / "sft")
