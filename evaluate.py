@@ -765,9 +765,6 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-# glibc gives a large block back to the system as soon as it is freed, and gets it again page by page, each one zeroed. Memory that is
-# kept instead takes about a tenth off DPO's steps and off sampling.
-KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(1 << 30)}
 TURN = threading.Lock()
 
 
@@ -784,7 +781,6 @@ def script(threads, *words, quiet=False):
     """Runs a file of this project with its flags, as `python` would -> its exit code. The process is forked from one that has torch and
     matplotlib in memory: starting anew takes five seconds of processor time, a seventh of a small run."""
     server = multiprocessing.get_context("forkserver")
-    os.environ.update(KEEP_MEMORY)  # read when the server starts
     with TURN:  # starting a process also asks how the others are, and an exit code can be read only once
         server.set_forkserver_preload(["__main__", "torch._dynamo", "matplotlib.pyplot"])
         process = server.Process(target=as_main, args=(threads, quiet, [*map(str, words)]))

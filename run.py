@@ -54,6 +54,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+from kernels import keep_memory
+
 ROOT = Path(__file__).resolve().parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Flags that are read with others only, in every script that has them: see `belong`.
@@ -131,6 +133,7 @@ def script(main, Config, doc, ranks=False):
         config = parse(Config, description=doc)
         alone = ranks or torchrun("WORLD_SIZE", 1) == 1
         require(alone, "only sft.py, reward.py, dpo.py and ppo.py run in several processes: start this without torchrun")
+        keep_memory()
         main(config)
 
     guard(command)

@@ -3,10 +3,11 @@
     python -m kernels.bench                  this machine's GPU, or its CPU  ->  kernels/results/<device>.json
     python -m kernels.bench --table          README.md's table from the files in kernels/results
 
-Every implementation of an op gets the same inputs, one run after the other in each round (on a GPU with a cold L2);
-reported is the median over the rounds. Peak memory is what a run allocates beyond its inputs and its gradients. Errors
-are relative norms against fp64, on 256 of the tokens. The yardstick: torch.mm of the supervised hidden states with the
-head, times the number of products that the op cannot do without, and for row ops a copy of the logits.
+Every implementation of an op gets the same inputs, one run after the other in each round, dtype after dtype (on a GPU with
+a cold L2); reported is the median over the rounds. The process keeps what it frees, as every script of this project does.
+Peak memory is what a run allocates beyond its inputs and its gradients. Errors are relative norms against fp64, on 256 of
+the tokens. The yardstick: torch.mm of the supervised hidden states with the head, times the number of products that the op
+cannot do without, and for row ops a copy of the logits.
 
 Logits are peaked as a trained model's are: a target's probability is anything between 0 and 1. On plain random weights an
 implementation that drops small gradients would look fast and exact.
@@ -25,7 +26,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from . import dispatch, linear_cross_entropy, linear_kl, linear_logprob, logprob_rows, reference
+from . import dispatch, keep_memory, linear_cross_entropy, linear_kl, linear_logprob, logprob_rows, reference
 from .chunks import padded
 from .linear_kl import chunking
 from .linear_logprob import fits
@@ -36,6 +37,7 @@ SIZES = {"cuda": "50257x768 151936x896 151936x2048 256000x2304 128256x4096", "cp
 TOKENS = {"cuda": "8192 32768", "cpu": "1024"}
 DTYPES = {"cuda": "bfloat16", "cpu": "float32 bfloat16"}
 BUDGET = 2 << 30  # bytes, the ops' default
+FEW = slice(0, 256)  # the tokens on which errors are measured
 MISSING = {}  # peers that could not be imported: why
 
 
@@ -183,15 +185,14 @@ def relative(got, exact):
     return [float((a.double() - b).norm() / b.norm()) for a, b in zip(got, exact, strict=True)]
 
 
-def all_cases(sizes, tokens, dtypes, fractions):
-    """The cases of README's table first."""
+def all_cases(sizes, tokens, fractions):
+    """The cases of README's table first; each is measured in every dtype."""
     for frozen, backward in ((False, True), (False, False), (True, True)):  # a forward does not know whether the head is frozen
         for V, D in sizes:
             for N in tokens:
-                for op in ("mean", "per token", "KL", "rows"):
+                for op in ("mean", "per token", "KL") if frozen else ("mean", "per token", "KL", "rows"):  # rows have no head
                     for valid in fractions if op != "rows" else (1.0,):
-                        for dtype in dtypes if op != "rows" or not frozen else ():  # rows have no head
-                            yield dict(op=op, dtype=dtype, V=V, D=D, N=N, valid=valid, frozen=frozen, backward=backward)
+                        yield dict(op=op, V=V, D=D, N=N, valid=valid, frozen=frozen, backward=backward)
 
 
 def implementations(op):
@@ -221,50 +222,57 @@ def units_needed(case, n, hidden):
     return 3 if case["op"] == "mean" or fits(hidden[:n], padded(case["V"]), BUDGET, hidden.dtype) else 4
 
 
-def bench_case(case, device, clock, rounds, tflops):
-    """-> one dict for each implementation: median ms, peak GB, fraction of the yardstick and of the floor, errors."""
-    N, V, D, dtype, backward = case["N"], case["V"], case["D"], getattr(torch, case["dtype"]), case["backward"]
-    hidden, weight, targets, *ref = inputs(N, V, D, case["valid"], dtype, device)
-    n, upstream, few = int((targets != -100).sum()), torch.randn(N, device=device), slice(0, 256)
-    leaves, others, few_others = [hidden, weight], [targets], [targets[few]]
-    if case["op"] == "rows":
-        logits = hidden.new_empty(N, padded(V))[:, :V]
-        leaves, yardstick = [torch.mm(hidden, weight.T, out=logits)], lambda logits, _: logits.detach().clone()
-        del hidden, weight, ref
-    else:
-        yardstick = lambda hidden, weight, *_: hidden[:n].detach() @ weight.detach().T  # noqa: E731
-        others, few_others = (others + ref, [*few_others, ref[0][few], ref[1]]) if case["op"] == "KL" else (others, few_others)
-    for i, leaf in enumerate(leaves):
-        leaf.requires_grad_(i == 0 or not case["frozen"])
-    functions, twin = implementations(case["op"])
-    outputs = sum(x.nbytes for x in leaves if x.requires_grad) if backward else 0
-    calls, times, peaks = {}, {}, {}
-    for name, function in (functions | {"yardstick": yardstick}).items():
-        call = partial(run_once, function, leaves, others, upstream, backward and name != "yardstick")
-        try:
-            call()  # compiled, warmed up
-            peaks[name] = max(0, peak_bytes(call, device) - outputs)
-            calls[name], times[name] = call, []
-        except Exception as error:  # a peer's own limits, or not enough memory: the comparison goes on without it
-            print(f"  {name} left out: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(clock(call))
-    unit, found = statistics.median(times.pop("yardstick")), []
-    needed = units_needed(case, n, leaves[0])
-    exact = None
-    if backward and not case["frozen"]:
-        small, up = [leaves[0][few].detach(), *(x.detach() for x in leaves[1:])], upstream[few]
-        exact = run_once(twin, [x.double().requires_grad_() for x in small], few_others, up.double(), True)
-    for name in times:
-        ms = statistics.median(times[name])
-        row = case | dict(implementation=name, ms=ms, peak_gb=peaks[name] / 1e9, of_yardstick=needed * unit / ms)
-        if tflops and case["op"] != "rows":
-            row["of_floor"] = needed * 2 * n * V * D / tflops / 1e9 / ms
-        if exact is not None:
-            row["errors"] = relative(run_once(functions[name], [x.requires_grad_() for x in small], few_others, up, True), exact)
-        found.append(row)
-    return found
+class Case:
+    """One op's implementations on the same inputs, warmed up and ready to be timed."""
+
+    def __init__(self, case, device):
+        N, V, D = case["N"], case["V"], case["D"]
+        hidden, weight, targets, *ref = inputs(N, V, D, case["valid"], getattr(torch, case["dtype"]), device)
+        self.case, self.n, self.upstream = case, int((targets != -100).sum()), torch.randn(N, device=device)
+        self.leaves, self.others, self.few_others = [hidden, weight], [targets], [targets[FEW]]
+        if case["op"] == "rows":
+            logits = hidden.new_empty(N, padded(V))[:, :V]
+            self.leaves, yardstick = [torch.mm(hidden, weight.T, out=logits)], lambda logits, _: logits.detach().clone()
+            del hidden, weight, ref
+        else:
+            yardstick = lambda hidden, weight, *_: hidden[: self.n].detach() @ weight.detach().T  # noqa: E731
+            if case["op"] == "KL":
+                self.others, self.few_others = [targets, *ref], [targets[FEW], ref[0][FEW], ref[1]]
+        for i, leaf in enumerate(self.leaves):
+            leaf.requires_grad_(i == 0 or not case["frozen"])
+        self.functions, self.twin = implementations(case["op"])
+        outputs = sum(x.nbytes for x in self.leaves if x.requires_grad) if case["backward"] else 0
+        self.calls, self.times, self.peaks = {}, {}, {}
+        for name, function in (self.functions | {"yardstick": yardstick}).items():
+            call = partial(run_once, function, self.leaves, self.others, self.upstream, case["backward"] and name != "yardstick")
+            try:
+                call()  # compiled, warmed up
+                self.peaks[name] = max(0, peak_bytes(call, device) - outputs)
+                self.calls[name], self.times[name] = call, []
+            except Exception as error:  # a peer's own limits, or not enough memory: the comparison goes on without it
+                print(f"  {name} left out: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+
+    def round(self, clock):
+        for name, call in self.calls.items():
+            self.times[name].append(clock(call))
+
+    def rows(self, tflops):
+        """-> one dict for each implementation: median ms, peak GB, fraction of the yardstick and of the floor, errors."""
+        case, unit, found, exact = self.case, statistics.median(self.times.pop("yardstick")), [], None
+        needed = units_needed(case, self.n, self.leaves[0])
+        if case["backward"] and not case["frozen"]:
+            small, up = [self.leaves[0][FEW].detach(), *(x.detach() for x in self.leaves[1:])], self.upstream[FEW]
+            exact = run_once(self.twin, [x.double().requires_grad_() for x in small], self.few_others, up.double(), True)
+        for name, times in self.times.items():
+            ms = statistics.median(times)
+            row = case | dict(implementation=name, ms=ms, peak_gb=self.peaks[name] / 1e9, of_yardstick=needed * unit / ms)
+            if tflops and case["op"] != "rows":
+                row["of_floor"] = needed * 2 * self.n * case["V"] * case["D"] / tflops / 1e9 / ms
+            if exact is not None:
+                got = run_once(self.functions[name], [x.requires_grad_() for x in small], self.few_others, up, True)
+                row["errors"] = relative(got, exact)
+            found.append(row)
+        return found
 
 
 def bench(device, sizes, tokens, dtypes, fractions, rounds, write):
@@ -273,18 +281,23 @@ def bench(device, sizes, tokens, dtypes, fractions, rounds, write):
     if device == "cuda":  # what this GPU does at best, measured here: the floor that fractions refer to
         square = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
         tflops = 2 * 8192**3 / statistics.median(clock(lambda: square @ square) for _ in range(20)) / 1e9
-    for case in all_cases(sizes, tokens, dtypes, fractions):
+    for case in all_cases(sizes, tokens, fractions):
         torch.compiler.reset()  # each case is compiled for its own shapes
-        head = "frozen head" if case["frozen"] else ""
-        print("{op}, {dtype}, V {V}, D {D}, N {N}, valid {valid}".format(**case), "forward" + " + backward" * case["backward"], head)
-        found = bench_case(case, device, clock, rounds, tflops)
-        for row in found:
-            floor = f"of floor {row['of_floor']:4.0%}  " if "of_floor" in row else ""
-            error = "errors " + " ".join(f"{e:.1e}" for e in row["errors"]) if "errors" in row else ""
-            against = f"{best_peer(found)['ms'] / row['ms']:5.2f}x the best peer's speed  "
-            print(f"  {row['implementation']:30} {row['ms']:10.2f} ms {row['peak_gb']:7.3f} GB  {against}", end="")
-            print(f"of yardstick {row['of_yardstick']:4.0%}  {floor}{error}", flush=True)
-        rows += found
+        print("{op}, V {V}, D {D}, N {N}, valid {valid}".format(**case), "forward" + " + backward" * case["backward"], end=" ")
+        print("frozen head" if case["frozen"] else "")
+        cases = [Case(case | dict(dtype=dtype), device) for dtype in dtypes]
+        for _ in range(rounds):
+            for one in cases:
+                one.round(clock)
+        for one in cases:
+            found = one.rows(tflops)
+            for row in found:
+                floor = f"of floor {row['of_floor']:4.0%}  " if "of_floor" in row else ""
+                error = "errors " + " ".join(f"{e:.1e}" for e in row["errors"]) if "errors" in row else ""
+                against = f"{best_peer(found)['ms'] / row['ms']:5.2f}x the best peer's speed  "
+                print(f"  {row['dtype']:8} {row['implementation']:30} {row['ms']:10.2f} ms {row['peak_gb']:7.3f} GB  {against}", end="")
+                print(f"of yardstick {row['of_yardstick']:4.0%}  {floor}{error}", flush=True)
+            rows += found
         write(tflops, rows)
     for name, reason in MISSING.items():
         print(f"not compared with {name}: {reason}")
@@ -350,6 +363,7 @@ def main():
     if options.table:
         return write_table()
     device = options.device
+    keep_memory()
     torch.set_num_threads(options.threads)
     sizes = [tuple(int(x) for x in size.split("x")) for size in options.sizes or SIZES[device].split()]
     tokens = options.tokens or [int(x) for x in TOKENS[device].split()]

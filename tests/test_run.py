@@ -147,6 +147,26 @@ def test_interrupt_exits_with_130(monkeypatch):
     assert exit.value.code == 130
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep what is freed")
+def test_a_script_keeps_the_memory_that_it_frees():
+    code = """
+import resource, torch, run
+from test_run import Flags
+def fresh(config):
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(16 << 20)  # 64 MiB
+        taken = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    print(taken)  # pages that the system had to clear for the third
+fresh(None)
+run.script(fresh, Flags, "")
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(run.ROOT), str(run.ROOT / "tests")])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    untold, told = map(int, done.stdout.split())
+    assert untold > 20 > told, (untold, told)  # 16384, or 32 where pages are huge
+
+
 def test_device_auto_is_a_device_of_this_machine():
     assert run.device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert run.device("cpu") == torch.device("cpu")
