@@ -18,9 +18,9 @@ ALIGN = 64  # rows of logits start at multiples of 64 elements: an odd V (50257)
 
 
 def keep_memory():
-    """What this process frees it keeps, in blocks of up to 1 GiB, for what it allocates next: for the process that calls it, on a CPU.
-    glibc hands large blocks back to the system at once and gets them again page by page, each one zeroed: a twentieth of these
-    ops' time and of a training step's, a fifth where activations are large. Other C libraries are left as they are."""
+    """What this process frees from now on it keeps, up to 1 GiB of it, for what it allocates next. glibc hands large blocks back
+    to the system at once and gets them again page by page, each one zeroed: a twentieth of these ops' time on a CPU, and of a
+    training step's. Other C libraries stay as they are."""
     with contextlib.suppress(OSError, TypeError, AttributeError):
         libc = ctypes.CDLL(None)
         for parameter in (-1, -3):  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
