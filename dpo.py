@@ -13,7 +13,8 @@ modelling and policy optimisation in one step. `--loss` names a relative; each i
     kto       thumbs up or down for single replies instead of pairs
 
 The replies need not come from a file. `--online` draws two fresh ones from the policy in every round and has them compared (Guo et al.
-2024; with --refresh-ref the reference is the policy of the round's start: iterative DPO, Xiong et al. 2024). `--spin` needs no judge:
+2024; with --refresh-ref the reference is the policy of the round's start, as in Yuan et al. 2024: the KL to --init is then unbounded,
+while Xiong et al. 2024 keep the reference). `--spin` needs no judge:
 a demonstration is chosen, the policy's own reply rejected, the reference refreshed; it rests where the two cannot be told apart
 (Chen et al. 2024, eq. 4.7).
 
@@ -25,9 +26,9 @@ a demonstration is chosen, the policy's own reply rejected, the reference refres
     python dpo.py --init DIR --data pairs.jsonl any checkpoint, any file of preferences (KTO: or of single judged replies)
 
 Watch: loss (for dpo ln 2 = .693 at step 0 because policy and reference are the same then, exactly in float32; down to .6), accuracy
-(of h_w > h_l, from .5 up), kl (nats per reply, on own samples: a few tenths buy most of the gain here), chosen_logps and
-rejected_logps. Both usually *fall*, the rejected faster: the loss asks for a difference, and lowering both is the cheapest way to
-get one. That is expected; the chosen falling as fast is not.
+(of h_w > h_l, from .5 up; nothing at step 0, where all h are equal), kl (nats per reply, on own samples: a few tenths buy most of
+the gain here), chosen_logps and rejected_logps. Both usually *fall*, the rejected faster: the loss asks for a difference, and lowering
+both is the cheapest way to get one. That is expected; the chosen falling as fast is not.
 
 What everybody gets wrong: a reference that is not the model training starts from, or dropout, or other tokens (a padding, an
 end-of-turn) in one of the four log-probs: then the first loss is not ln 2. A test asserts that it is, to 1e-6.
@@ -94,7 +95,7 @@ class Config:
     spin: bool = False  # demonstrations against the policy's own replies, round by round (--data: files of conversations)
     rounds: int = 4  # online, spin: how often fresh replies are drawn
     refresh_ref: bool = False  # online: the reference is the policy at the round's start (spin: always), not --init
-    labels: int = 0  # comparisons (kto: judged replies) to learn from, over all rounds (0: all there are)
+    labels: int = 0  # comparisons (kto: judged replies) over all rounds (0: all there are); of a file's, up to 300 are held out
     max_new_tokens: int = world.MAX_NEW_TOKENS  # longest reply to sample
     watch: int = 128  # replies sampled now and then, to see KL and gold (0: none)
     summed: bool = False  # ipo: log-probs summed over the reply, the letter of the paper, instead of averaged, as its authors trained
@@ -452,10 +453,13 @@ def main(config):
     encoding = chat.extend(tokenizer.choose(config.tokenizer, config.init, world.TOKENIZER))
     policy = starting_policy(config, encoding, job.device).adapt(config.lora_rank, config.lora_alpha, config.lora_targets)
     trunk = policy if policy.rank else None
-    label = annotators.labeller(config.judge, config.agreement, encoding, job.device, trunk) if config.online else None
+    label, room = None, policy.config.context
+    if config.online:
+        label, judge_reads = annotators.labeller(config.judge, config.agreement, encoding, job.device, trunk)
+        room = min(room, judge_reads)
     source, rounds, questions = load_source(config), 1, []
     if config.fresh:
-        rounds, room = config.rounds, policy.config.context - config.max_new_tokens
+        rounds, room = config.rounds, room - config.max_new_tokens
         asked = [record.messages[:-1] if config.spin else record.messages for record in source]
         fitting = [i for i, messages in enumerate(asked) if len(chat.prompt(messages, encoding)) <= room]
         watched, kept = hold_out(len(fitting), config.watch, config.seed)

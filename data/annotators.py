@@ -299,25 +299,25 @@ def judged(pairs, gaps, soft=False):
 
 
 def labeller(judge, agreement, encoding, device, trunk=None):
-    """Who compares fresh replies: a function of (pairs, seed) -> Preference records, ties skipped.
+    """Who compares fresh replies: a function of (pairs, seed) -> Preference records, and how many tokens it can read.
 
     judge: "" for annotators, "world" for its judge, or a reward model's directory. Annotators keep the eye that the first pairs set:
-    they do not see better because the policy's replies have come closer to each other.
+    they do not see better because the policy's replies have come closer to each other. Of equally good replies they choose one, as in
+    `preferences`; the two judges skip them.
     """
     if judge == "world":
-        return lambda pairs, seed: judged(pairs, gold_gaps(pairs))
+        return lambda pairs, seed: judged(pairs, gold_gaps(pairs)), math.inf
     if judge:
         model = open_reward_model(judge, encoding, device, "--judge", trunk)
-        return lambda pairs, seed: judged(pairs, score_gaps(model, encoding, pairs), soft=True)
+        return lambda pairs, seed: judged(pairs, score_gaps(model, encoding, pairs), soft=True), model.config.context
     eye = {}
 
     def annotate(pairs, seed):
         gaps = gold_gaps(pairs)
         eye.setdefault("steep", strength(gaps, agreement))
-        unequal = [pair for pair, gap in zip(pairs, gaps, strict=True) if gap]
-        return compare(unequal, world_judge, agreement, seed, **eye)[0]
+        return compare(pairs, world_judge, agreement, seed, **eye)[0]
 
-    return annotate
+    return annotate, math.inf
 
 
 def write(records, path):

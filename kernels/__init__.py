@@ -29,13 +29,13 @@ from typing import NamedTuple
 import torch
 
 from . import estimate, rows
-from .chunks import CPU_PIECE, gather, keep_memory, padded, pieces, scatter, supervised
+from .chunks import CPU_PIECE, gather, padded, pieces, scatter, supervised
 from .linear_kl import LinearKL
 from .linear_logprob import LinearLogprob
 from .token_loss import LinearTokenLoss
 
 __all__ = ["LogProbs", "kl_estimate", "kl_rows", "linear_cross_entropy", "linear_kl", "linear_logprob"]
-__all__ += ["linear_token_loss", "logprob_rows", "bytes_at_work", "keep_memory"]
+__all__ += ["linear_token_loss", "logprob_rows", "bytes_at_work"]
 
 
 class LogProbs(NamedTuple):

@@ -6,25 +6,12 @@ Two ways to cut the n x V logits so that only a piece exists at a time:
                        of dW is then written once, where token chunks would read and write all of dW every time.
 """
 
-import contextlib
-import ctypes
-
 import torch
 
 CPU_PIECE = 4 << 20  # bytes that stay in the cache: several elementwise passes follow each product
 FLOOR = 16  # rows or columns in the smallest piece; below this a product runs at the speed of memory
 ALIGN = 64  # rows of logits start at multiples of 64 elements: an odd V (50257) would cost a CPU a third of the
 # product's speed, and a GPU its 16-byte loads and stores
-
-
-def keep_memory():
-    """What this process frees from now on it keeps, up to 1 GiB of it, for what it allocates next. glibc hands large blocks back
-    to the system at once and gets them again page by page, each one zeroed: a twentieth of these ops' time on a CPU, and of a
-    training step's. Other C libraries stay as they are."""
-    with contextlib.suppress(OSError, TypeError, AttributeError):
-        libc = ctypes.CDLL(None)
-        for parameter in (-1, -3):  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            libc.mallopt(parameter, 1 << 30)
 
 
 def wide(dtype):

@@ -15,8 +15,8 @@ from data.collate import collate, score
 def checkpoint(tmp_path, world_model, world_encoding):
     """checkpoint(head, seed): the directory of a tiny random model with the world's vocabulary."""
 
-    def save(head="lm", seed=0):
-        model = world_model(head, seed)
+    def save(head="lm", seed=0, **config):
+        model = world_model(head, seed, **config)
         directory = tmp_path / f"{head}{seed}"
         model.save_pretrained(directory)
         tokenizer.save(world_encoding, directory)
@@ -125,10 +125,22 @@ def test_every_round_has_its_steps(train, right_and_wrong, capsys, steps, rounds
     assert [line for line in capsys.readouterr().err.splitlines() if "questions asked" in line][-1].startswith(f"dpo: round {rounds}:")
 
 
-@pytest.mark.parametrize("judge", ["", "world"])
-def test_where_no_reply_is_better_there_is_nothing_to_learn(train, judge):
+def test_where_no_reply_is_better_there_is_nothing_to_learn(train):
     with pytest.raises(ValueError, match="nothing to learn"):  # a random model: every reply is worthless
-        train(online=True, judge=judge, max_new_tokens=1)
+        train(online=True, judge="world", max_new_tokens=1)
+
+
+def test_annotators_choose_among_equals_as_they_do_for_a_file():
+    pairs = [(world.prompts(1)[0].messages, ([0], True, " worthless"), ([0], True, " worthless too"))] * 1000
+    assert annotators.gold_gaps(pairs[:1]) == [0]
+    label, _ = annotators.labeller("", 0.75, None, "cpu")
+    records = label(pairs, 0)
+    assert len(records) == 1000 and sum(r.chosen[0]["content"] == " worthless" for r in records) == pytest.approx(500, abs=60)
+
+
+def test_questions_that_the_judge_cannot_read_are_not_asked(train, checkpoint, right_and_wrong):
+    with pytest.raises(ValueError, match="too few"):
+        train(online=True, judge=checkpoint("score", context=8))
 
 
 def test_a_later_round_without_a_difference_ends_the_run_with_what_it_has_learnt(train, right_and_wrong, monkeypatch):
@@ -147,7 +159,7 @@ def test_annotators_do_not_see_better_as_replies_come_closer():
             ([0], True, f" {answer} ok" if wrong else f" {answer}"),
         )
 
-    label = annotators.labeller("", 0.75, None, "cpu")
+    label, _ = annotators.labeller("", 0.75, None, "cpu")
     first = [pair(True, True)] * 400  # right against wrong: the eye is set here
     gap = annotators.gold_gaps(first[:1])[0]
     later = [pair(False, False)] * 4000  # padded against plain
@@ -160,7 +172,7 @@ def test_annotators_do_not_see_better_as_replies_come_closer():
 
 def test_questions_are_asked_until_there_are_enough_comparisons(world_model, world_encoding, right_and_wrong):
     config = dpo.Config(online=True, max_new_tokens=6)
-    label = annotators.labeller("world", 0.75, world_encoding, "cpu")
+    label, _ = annotators.labeller("world", 0.75, world_encoding, "cpu")
     records, said = dpo.compared(config, None, world_encoding, label, world.prompts(100), 20, seed=3)
     assert len(records) == 20 and said == "20 questions asked, 0 without a better reply"
     assert len(dpo.compared(config, None, world_encoding, label, world.prompts(100), 0, seed=3)[0]) == 100
