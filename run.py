@@ -215,6 +215,8 @@ def device(name):
     cuda, found = re.fullmatch(r"cuda(?::(\d+))?", name), torch.cuda.device_count()
     require(cuda or name == "cpu", f"--device must be auto, cpu, cuda or cuda:N, not {name}")
     require(not cuda or int(cuda[1] or 0) < found, f"--device {name} is not on this machine, which has {found} CUDA devices")
+    if cuda and cuda[1]:
+        torch.cuda.set_device(int(cuda[1]))  # Triton launches on the current device
     return torch.device(name)
 
 

@@ -240,7 +240,7 @@ def check_targets(name, like, V, targets, ignore_index):
     index = supervised(targets != ignore_index)
     targets = gather(targets, index).long().contiguous()  # (n,)
     if targets.numel():
-        low, high = (int(x) for x in torch.aminmax(targets))
+        low, high = torch.stack(torch.aminmax(targets)).tolist()  # one wait for a GPU, not two
         if low < 0 or high >= V:
             raise ValueError(f"targets: shape ({N},), values from {low} to {high}, expected [0, {V}) or ignore_index {ignore_index}")
     return N, targets, index

@@ -39,6 +39,7 @@ SIZES = {"cuda": "50257x768 151936x896 151936x2048 256000x2304 128256x4096", "cp
 TOKENS = {"cuda": "8192 32768", "cpu": "1024"}
 DTYPES = {"cuda": "bfloat16", "cpu": "float32 bfloat16"}
 BUDGET = 2 << 30  # bytes, the ops' default
+OPS = ["mean", "per token", "KL", "rows"]
 FEW = slice(0, 256)  # the tokens on which errors are measured
 MISSING = {}  # peers that could not be imported: why
 
@@ -77,7 +78,7 @@ def peers(reduction):
     found["torch.compile"] = torch.compile(partial(eager, reduction=reduction))
     if hasattr(F, "linear_cross_entropy"):
         found["F.linear_cross_entropy"] = partial(F.linear_cross_entropy, reduction=reduction)
-        if reduction == "mean":
+        if reduction == "mean" and hasattr(torch.nn, "LinearCrossEntropyOptions"):
             found["F.linear_cross_entropy, chunked"] = partial(
                 F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions(), reduction="mean"
             )
@@ -86,13 +87,13 @@ def peers(reduction):
         ("Liger", "liger_kernel.transformers", lambda m: liger(getattr(m, fused)(reduction=reduction))),
         ("Liger, fp32 sums", "liger_kernel.transformers", lambda m: liger(getattr(m, fused)(reduction=reduction, **exact))),
         ("CCE", "cut_cross_entropy", lambda m: partial(m.linear_cross_entropy, impl="cce", reduction=reduction)),
-        ("CCE exact", "cut_cross_entropy", lambda m: partial(m.linear_cross_entropy, impl="cce_exact", reduction=reduction)),
+        ("CCE exact", "cut_cross_entropy", lambda m: partial(m.linear_cross_entropy, impl="cce", filter_eps=None, reduction=reduction)),
         ("QuACK", "quack.linear_cross_entropy", lambda m: partial(m.chunked_linear_cross_entropy, reduction=reduction)),
     ):
         if reduction == "mean" or name.startswith("CCE"):  # the others give no gradient for per-token upstream gradients
             try:
                 found[name] = make(importlib.import_module(module))
-            except (ImportError, AttributeError, TypeError) as error:
+            except Exception as error:  # not installed, or not for this machine: the comparison goes on without it
                 MISSING[name] = str(error)
     return found
 
@@ -184,7 +185,7 @@ def run_once(function, leaves, others, upstream, backward):
     """One forward, or forward + backward; -> losses and gradients."""
     if not backward:
         with torch.no_grad():
-            return [function(*leaves, *others)]
+            return [function(*(x.detach() for x in leaves), *others)]  # some peers look at requires_grad alone
     losses = function(*leaves, *others)
     wanted = [x for x in leaves if x.requires_grad]
     return [losses.detach(), *torch.autograd.grad(losses, wanted, upstream if losses.dim() else None)]
@@ -195,12 +196,12 @@ def relative(got, exact):
     return [float((a.double() - b).norm() / b.norm()) for a, b in zip(got, exact, strict=True)]
 
 
-def all_cases(sizes, tokens, fractions):
+def all_cases(ops, sizes, tokens, fractions):
     """The cases of README's table first; each is measured in every dtype."""
     for frozen, backward in ((False, True), (False, False), (True, True)):  # a forward does not know whether the head is frozen
         for V, D in sizes:
             for N in tokens:
-                for op in ("mean", "per token", "KL") if frozen else ("mean", "per token", "KL", "rows"):  # rows have no head
+                for op in (op for op in ops if op != "rows" or not frozen):  # rows have no head
                     for valid in fractions if op != "rows" else (1.0,):
                         yield dict(op=op, V=V, D=D, N=N, valid=valid, frozen=frozen, backward=backward)
 
@@ -232,6 +233,19 @@ def units_needed(case, n, hidden):
     return 3 if case["op"] == "mean" or fits(hidden[:n], padded(case["V"]), BUDGET, hidden.dtype) else 4
 
 
+def rows_of(like, n, V):
+    """Room for (n, V) logits in rows that start at multiples of 64 elements, as the ops have it: an odd V costs a third of the speed."""
+    return like.new_empty(n, padded(V))[:, :V]
+
+
+def multiplied(n, hidden, weight, *_):
+    return torch.mm(hidden[:n].detach(), weight.detach().T, out=rows_of(hidden, n, len(weight)))
+
+
+def copied(logits, _):
+    return rows_of(logits, *logits.shape).copy_(logits.detach())
+
+
 class Case:
     """One op's implementations on the same inputs, warmed up and ready to be timed."""
 
@@ -241,11 +255,10 @@ class Case:
         self.case, self.n, self.upstream = case, int((targets != -100).sum()), torch.randn(N, device=device)
         self.leaves, self.others, self.few_others = [hidden, weight], [targets], [targets[FEW]]
         if case["op"] == "rows":
-            logits = hidden.new_empty(N, padded(V))[:, :V]
-            self.leaves, yardstick = [torch.mm(hidden, weight.T, out=logits)], lambda logits, _: logits.detach().clone()
+            self.leaves, yardstick = [torch.mm(hidden, weight.T, out=rows_of(hidden, N, V))], copied
             del hidden, weight, ref
         else:
-            yardstick = lambda hidden, weight, *_: hidden[: self.n].detach() @ weight.detach().T  # noqa: E731
+            yardstick = partial(multiplied, self.n)
             if case["op"] == "KL":
                 self.others, self.few_others = [targets, *ref], [targets[FEW], ref[0][FEW], ref[1]]
         for i, leaf in enumerate(self.leaves):
@@ -260,7 +273,7 @@ class Case:
                 self.peaks[name] = max(0, peak_bytes(call, device) - outputs)
                 self.calls[name], self.times[name] = call, []
             except Exception as error:  # a peer's own limits, or not enough memory: the comparison goes on without it
-                print(f"  {name} left out: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+                print(f"  {name} left out: {type(error).__name__}: {str(error)[:120]!r}")
 
     def round(self, clock):
         for name, call in self.calls.items():
@@ -285,13 +298,13 @@ class Case:
         return found
 
 
-def bench(device, sizes, tokens, dtypes, fractions, rounds, write):
+def bench(device, ops, sizes, tokens, dtypes, fractions, rounds, write):
     """Run all cases; write(tflops, rows so far) after each, so that a run that is stopped leaves what it measured."""
     clock, tflops, rows = Clock(device), None, []
     if device == "cuda":  # what this GPU does at best, measured here: the floor that fractions refer to
         square = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
         tflops = 2 * 8192**3 / statistics.median(clock(lambda: square @ square) for _ in range(20)) / 1e9
-    for case in all_cases(sizes, tokens, fractions):
+    for case in all_cases(ops, sizes, tokens, fractions):
         torch.compiler.reset()  # each case is compiled for its own shapes
         print("{op}, V {V}, D {D}, N {N}, valid {valid}".format(**case), "forward" + " + backward" * case["backward"], end=" ")
         print("frozen head" if case["frozen"] else "")
@@ -309,6 +322,7 @@ def bench(device, sizes, tokens, dtypes, fractions, rounds, write):
                 print(f"of yardstick {row['of_yardstick']:4.0%}  {floor}{error}", flush=True)
             rows += found
         write(tflops, rows)
+        del cases, one  # a peer needs the room
     for name, reason in MISSING.items():
         print(f"not compared with {name}: {reason}")
 
@@ -337,7 +351,7 @@ def table():
             ours = next(row["ms"] for row in rows if row["implementation"] == "ours")
             for row in rows:
                 lines.append(
-                    f"| {op} | {dtype} | {V} x {D} | {N} | {valid:.0%} | {row['implementation']} | {row['ms']:.0f} | {row['peak_gb']:.2f} "
+                    f"| {op} | {dtype} | {V} x {D} | {N} | {valid:.0%} | {row['implementation']} | {row['ms']:.4g} | {row['peak_gb']:.2f} "
                     f"| {row['of_yardstick']:.0%} | {row['ms'] / ours:.2f} |"
                 )
         lines.append("")
@@ -362,6 +376,7 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, choices=["cuda", "cpu"])
     parser.add_argument("--sizes", nargs="+", metavar="VxD", help=f"vocabulary x width; cuda {SIZES['cuda']}, cpu {SIZES['cpu']}")
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS)
     parser.add_argument("--tokens", nargs="+", type=int, help=f"cuda {TOKENS['cuda']}, cpu {TOKENS['cpu']}")
     parser.add_argument("--dtypes", nargs="+", help=f"cuda {DTYPES['cuda']}, cpu {DTYPES['cpu']}")
     parser.add_argument("--valid", nargs="+", type=float, default=[1.0, 0.5], help="fractions of the tokens that are supervised")
@@ -384,14 +399,23 @@ def main():
         versions |= dict(triton=importlib.import_module("triton").__version__, cuda=torch.version.cuda)
     about = dict(device=name, cuda=device == "cuda", date=datetime.date.today().isoformat(), versions=versions, rounds=rounds)
     about |= dict(threads=torch.get_num_threads(), clock="own CPU time" if Clock(device).host is time.process_time else "wall time")
+    about |= dict(clock="CUDA events, cold L2") if device == "cuda" else {}
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / ("-".join(name.lower().split()) + ".json")
 
+    before = json.loads(path.read_text()) if path.exists() else {}
+    same = all(before.get(key) == about[key] for key in ("date", "versions", "rounds", "threads", "clock"))  # else the table begins anew
+
+    def case_of(row):
+        return tuple(row[key] for key in ("op", "V", "D", "N", "valid", "frozen", "backward", "dtype"))
+
     def write(tflops, rows):
-        path.write_text(json.dumps(about | dict(tflops=tflops, rows=rows), indent=1) + "\n")
+        measured = {case_of(row) for row in rows}
+        kept = [row for row in before["rows"] if case_of(row) not in measured] if same else []
+        path.write_text(json.dumps(about | dict(tflops=tflops, rows=kept + rows), indent=1) + "\n")
 
     dtypes = options.dtypes or DTYPES[device].split()
-    bench(device, sizes, tokens, dtypes, options.valid, rounds, write)
+    bench(device, options.ops, sizes, tokens, dtypes, options.valid, rounds, write)
     print(f"written to {path}")
 
 

@@ -22,6 +22,7 @@ PROGRAMS = 528  # how many to aim for: four for each of an H100's multiprocessor
 # are taken in the same order
 WARPS, STAGES = 8, 4
 TILE = 128, 128, 64  # tokens, vocabulary, width. With 256 of the vocabulary the accumulator spills (tests/test_hopper.py)
+SMALL_TILE = 32, 32, 32  # fp32 and fp64, for which dispatch.py takes a library: they run, and fit a GPU's shared memory
 
 
 @triton.jit
@@ -94,9 +95,10 @@ def combine_kernel(parts_ptr, stats_ptr, splits, n, stats_stride, ENTROPY: tl.co
         tl.store(stats_ptr + 3 * stats_stride + i, tl.log(s) - h / s, here)
 
 
-def blocks(n, V, D):
-    """-> tile sizes (tokens, vocabulary, width), and how many tiles of the vocabulary a program takes."""
-    sizes = [min(most, max(16, triton.next_power_of_2(x))) for most, x in zip(TILE, (n, V, D), strict=True)]
+def blocks(n, V, D, narrow=True):
+    """narrow: inputs of two bytes. -> tile sizes (tokens, vocabulary, width), and how many tiles of the vocabulary a program takes."""
+    limits = TILE if narrow or interpreting() else SMALL_TILE  # interpreted, few large tiles are fastest
+    sizes = [min(most, max(16, triton.next_power_of_2(x))) for most, x in zip(limits, (n, V, D), strict=True)]
     vocabulary_tiles = triton.cdiv(V, sizes[1])
     splits = min(vocabulary_tiles, triton.cdiv(PROGRAMS, triton.cdiv(n, sizes[0])))
     return *sizes, triton.cdiv(vocabulary_tiles, splits)
@@ -107,11 +109,13 @@ def statistics(hidden, weight, targets, scale, stats, entropy):
     (n, D), V = hidden.shape, len(weight)
     if n == 0:
         return
-    BN, BV, BD, tiles = blocks(n, V, D)
+    BN, BV, BD, tiles = blocks(n, V, D, narrow=hidden.itemsize == 2)
     splits = triton.cdiv(triton.cdiv(V, BV), tiles)
     parts = stats.new_empty(splits, 4, n)
-    partial_kernel[(triton.cdiv(n, BN), splits)](
-        hidden, weight, targets, parts, stats.new_full((1,), scale), n, V, D, *hidden.stride(), *weight.stride(), tiles,
-        ENTROPY=entropy, UPCAST=interpreting() and hidden.dtype == torch.bfloat16, BN=BN, BV=BV, BD=BD, num_warps=WARPS, num_stages=STAGES,
-    )  # fmt: skip
-    combine_kernel[(triton.cdiv(n, 256),)](parts, stats, splits, n, stats.stride(0), ENTROPY=entropy, B=256, num_warps=4)
+    with torch.cuda.device_of(stats):
+        partial_kernel[(triton.cdiv(n, BN), splits)](
+            hidden, weight, targets, parts, stats.new_full((1,), scale), n, V, D, *hidden.stride(), *weight.stride(), tiles,
+            ENTROPY=entropy, UPCAST=interpreting() and hidden.dtype == torch.bfloat16, BN=BN, BV=BV, BD=BD,
+            num_warps=WARPS, num_stages=STAGES,
+        )  # fmt: skip
+        combine_kernel[(triton.cdiv(n, 256),)](parts, stats, splits, n, stats.stride(0), ENTROPY=entropy, B=256, num_warps=4)

@@ -58,6 +58,12 @@ def some(logits, index, a, b):
     return (logits[a:b], None) if index is None else (logits, index[a:b])
 
 
+def zero_ignored(grad, index):
+    """grad (N, V): rows that are not supervised are set, not scaled, since they may hold anything."""
+    if index is not None:
+        grad[torch.ones(len(grad), dtype=torch.bool, device=grad.device).index_fill_(0, index, False)] = 0
+
+
 class LogprobRows(Function):
     """logits (N, V), targets (n,) and index (n,) or None (all rows) -> logprob, entropy or None, lse, (n,) each.
     Saves nothing of size (N, V): the logits exist anyway, and their gradient is written straight into the result, or,
@@ -89,9 +95,7 @@ class LogprobRows(Function):
             factors = dict(zip("abc", (None if x is None else x[i:j] for x in (a, b, c)), strict=True))
             out = grad[i:j] if index is None else grad
             ops.gradient(z, stats[1, i:j], ctx.scale, out, column=targets[i:j], rows=rows, **factors)
-        if index is not None:  # rows that are not supervised: set, not scaled, since they may hold anything
-            ignored = torch.ones(len(logits), dtype=torch.bool, device=logits.device).index_fill_(0, index, False)  # (N,)
-            grad[ignored] = 0
+        zero_ignored(grad, index)
         if ctx.overwrite:  # whoever needs the logits after this (a second backward) is told that they are gone
             torch.autograd.graph.increment_version(logits)
         return grad, None, None, None, None, None
@@ -116,13 +120,14 @@ class KLRows(Function):
     def backward(ctx, g):
         logits, ref_logits, index, stats = ctx.saved_tensors
         ops, n = row_ops(logits), stats.shape[1]
-        grad = (logits.new_empty if index is None else logits.new_zeros)(logits.shape)  # (N, V)
+        grad = logits.new_empty(logits.shape)  # (N, V)
         a, b, d = kl_coefficients(stats, ctx.scale, ctx.reverse, g)
         for i, j in spans(n, row_step(ops, n, logits.shape[1] * stats.itemsize)):
             (z, rows), (ref, _) = some(logits, index, i, j), some(ref_logits, index, i, j)
             factors = dict(zip("abd", (None if x is None else x[i:j] for x in (a, b, d)), strict=True))
             out = grad[i:j] if index is None else grad
             ops.gradient(z, stats[1, i:j], ctx.scale, out, ref=ref, ref_m=stats[3, i:j], rows=rows, **factors)
+        zero_ignored(grad, index)
         return grad, None, None, None, None
 
 

@@ -11,6 +11,7 @@ Loads are 16 bytes wide where rows start at multiples of 16 bytes (the linear op
 the 16 bytes: so whole blocks are read without the mask `column < V`, and only the last, partial one with it.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -50,7 +51,7 @@ def statistics_kernel(
 ):  # fmt: skip
     """stats[:, i] of rows i: log p_t, m, s, H; with a reference KL, m, s, m_ref, s_ref. The expectation in KL is under z:
     for the forward KL the caller swaps z and ref, and REVERSE says in which order to store. unit (n, V), if given, <- the
-    unit gradient: a second pass over rows that the first one has just brought into the cache."""
+    unit gradient: a second pass over the rows, which the cache still holds if the rows in flight fit it (not V 150,000 in fp32)."""
     i = tl.program_id(0) * R + tl.arange(0, R)  # (R,)
     here = i < n
     row = tl.load(rows_ptr + i, here, other=0) if rows_ptr is not None else i
@@ -173,10 +174,11 @@ def statistics(z, targets, scale, stats, *, rows=None, entropy=False, unit=None,
         return
     R, B = tile(V)
     scale = stats.new_full((1,), scale)  # a tensor: as a plain argument it would be rounded to fp32
-    statistics_kernel[(triton.cdiv(n, R),)](
-        z, ref, rows, targets, stats, unit, scale, n, V, stride(z), stride(ref), stats.stride(0), stride(unit),
-        ENTROPY=entropy, REVERSE=reverse, R=R, B=B, num_warps=WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(stats):  # Triton launches on the current device
+        statistics_kernel[(triton.cdiv(n, R),)](
+            z, ref, rows, targets, stats, unit, scale, n, V, stride(z), stride(ref), stats.stride(0), stride(unit),
+            ENTROPY=entropy, REVERSE=reverse, R=R, B=B, num_warps=WARPS,
+        )  # fmt: skip
 
 
 def kl_statistics(z, ref, scale, reverse, stats, *, rows=None, unit=None, scratch=False):
@@ -192,7 +194,8 @@ def gradient(z, m, scale, out, *, a, b=None, c=None, d=None, column=None, ref=No
         return
     R, B = tile(V)
     column, m, ref_m, a, b, c, d = (None if x is None else x.contiguous() for x in (column, m, ref_m, a, b, c, d))
-    gradient_kernel[(triton.cdiv(n, R), triton.cdiv(V, B))](
-        z, ref, rows, column, m, ref_m, a, b, c, d, out, m.new_full((1,), scale), n, V, stride(z), stride(ref), stride(out),
-        R=R, B=B, num_warps=WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(out):
+        gradient_kernel[(triton.cdiv(n, R), triton.cdiv(V, B))](
+            z, ref, rows, column, m, ref_m, a, b, c, d, out, m.new_full((1,), scale), n, V, stride(z), stride(ref), stride(out),
+            R=R, B=B, num_warps=WARPS,
+        )  # fmt: skip

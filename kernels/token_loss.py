@@ -78,7 +78,13 @@ class LinearTokenLoss(Function):
         # Scaled where they stand and handed over, unless the graph is kept for another backward (the engine knows; where
         # it cannot be asked, copies are safe). A copy of dW can be larger than all the chunks.
         again = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
-        grads = [None if d is None else d * scale if again else d.mul_(scale) for d in ctx.grads]
+
+        def scaled(d):
+            if d is None or d.dtype != ctx.dtype:  # a sum in fp32: scaled and rounded in one pass
+                return None if d is None else torch.mul(d, scale, out=torch.empty_like(d, dtype=ctx.dtype))
+            return d * scale if again else d.mul_(scale)
+
+        grads = [scaled(d) for d in ctx.grads]
         if not again:
             ctx.grads = None
-        return *(None if d is None else d.to(ctx.dtype) for d in grads), None, None, None, None, None, None
+        return *grads, None, None, None, None, None, None

@@ -16,11 +16,11 @@ from kernels import dispatch, linear_triton, rows_triton  # noqa: E402
 
 SHARED_LIMIT = 227 * 1024  # bytes that one block may use on sm_90
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-POINTERS = {"fp32": "*fp32", "bf16": "*bf16", "i64": "*i64"}
+POINTERS = {"fp32": "*fp32", "fp64": "*fp64", "bf16": "*bf16", "i64": "*i64"}
 
 
 def resources(kernel, arguments, num_warps, num_stages=3, tmp_path=None):
-    """arguments: name -> "fp32" / "bf16" / "i64" pointers, "i32" an integer divisible by 16 ("odd i32": not), None, or a constexpr's value.
+    """arguments: name -> one of POINTERS, "i32" an integer divisible by 16 ("odd i32": not), None, or a constexpr's value.
     -> registers, stack, local and shared bytes; the stages of the compiled code by name."""
     signature, constants, attributes = {}, {}, {}
     for place, name in enumerate(kernel.arg_names):
@@ -81,6 +81,7 @@ ROW_CASES = {
 BN, BV, BD, _ = linear_triton.blocks(N, V, D)
 PARTIAL = dict(hidden_ptr="bf16", weight_ptr="bf16", targets_ptr="i64", parts_ptr="fp32", scale_ptr="fp32", n="i32", V="i32", D="i32")
 PARTIAL |= dict(hidden_row="i32", hidden_column=1, weight_row="i32", weight_column=1, tiles="i32", UPCAST=False, BN=BN, BV=BV, BD=BD)
+WIDE = dict(zip(("BN", "BV", "BD"), linear_triton.blocks(N, V, D, narrow=False)))
 COMBINE = dict(parts_ptr="fp32", stats_ptr="fp32", splits="i32", n="i32", stats_stride="i32", ENTROPY=True, B=256)
 LINEAR_CASES = {
     "fused linear": (linear_triton.partial_kernel, PARTIAL | dict(ENTROPY=False), linear_triton.WARPS, linear_triton.STAGES),
@@ -91,6 +92,15 @@ LINEAR_CASES = {
         linear_triton.WARPS,
         linear_triton.STAGES,
     ),
+    **{
+        f"fused linear, {dtype}": (
+            linear_triton.partial_kernel,
+            PARTIAL | WIDE | dict(ENTROPY=True, hidden_ptr=dtype, weight_ptr=dtype, parts_ptr=dtype, scale_ptr=dtype),
+            linear_triton.WARPS,
+            linear_triton.STAGES,
+        )
+        for dtype in ("fp32", "fp64")
+    },
     "combine, one token": (linear_triton.combine_kernel, COMBINE | dict(n=1, splits=1, stats_stride=1), 4, 3),
     "combine": (linear_triton.combine_kernel, COMBINE, 4, 3),
 }
