@@ -215,8 +215,6 @@ def device(name):
     cuda, found = re.fullmatch(r"cuda(?::(\d+))?", name), torch.cuda.device_count()
     require(cuda or name == "cpu", f"--device must be auto, cpu, cuda or cuda:N, not {name}")
     require(not cuda or int(cuda[1] or 0) < found, f"--device {name} is not on this machine, which has {found} CUDA devices")
-    if cuda and cuda[1]:
-        torch.cuda.set_device(int(cuda[1]))  # Triton launches on the current device
     return torch.device(name)
 
 
@@ -357,7 +355,7 @@ class Job:
             "seed": self.config.seed,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "ranks": self.ranks,
-            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
             "git_commit": commit.strip() or None,
             "resumed_at": self.resumed_at,
             **more,
