@@ -399,7 +399,7 @@ def main():
         versions |= dict(triton=importlib.import_module("triton").__version__, cuda=torch.version.cuda)
     about = dict(device=name, cuda=device == "cuda", date=datetime.date.today().isoformat(), versions=versions, rounds=rounds)
     about |= dict(threads=torch.get_num_threads(), clock="own CPU time" if Clock(device).host is time.process_time else "wall time")
-    about |= dict(clock="CUDA events, cold L2") if device == "cuda" else {}
+    about |= dict(clock="CUDA events, cold L2") if device == "cuda" else dict(gpu="not measured yet")
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / ("-".join(name.lower().split()) + ".json")
 
