@@ -313,8 +313,8 @@ def labeller(judge, agreement, encoding, device, trunk=None):
     eye = {}
 
     def annotate(pairs, seed):
-        gaps = gold_gaps(pairs)
-        eye.setdefault("steep", strength(gaps, agreement))
+        if not eye:
+            eye["steep"] = strength(gold_gaps(pairs), agreement)
         return compare(pairs, world_judge, agreement, seed, **eye)[0]
 
     return annotate, math.inf
