@@ -68,9 +68,20 @@ from model import GPT, TARGETS
 LOSSES = ["dpo", "cdpo", "robust", "ipo", "hinge", "simpo", "orpo", "kto"]
 BETA = {"ipo": 0.5, "simpo": 1.0}  # the embedded world's defaults, where not .2
 SMOOTHING = {"cdpo": 0.25, "robust": 0.1}
-READERS = {"label_smoothing": ["cdpo", "robust", "orpo"], "summed": ["ipo"], "gamma": ["simpo"], "lam": ["orpo"]}  # of some losses only
-READERS |= {"beta": [name for name in LOSSES if name != "orpo"], "desirable_weight": ["kto"], "undesirable_weight": ["kto"]}
-READERS = {flag: {"loss": losses} for flag, losses in READERS.items()}  # and flags of some sources, see run.belong
+READERS = {
+    "label_smoothing": ["cdpo", "robust", "orpo"],
+    "summed": ["ipo"],
+    "gamma": ["simpo"],
+    "lam": ["orpo"],
+}  # of some losses only
+READERS |= {
+    "beta": [name for name in LOSSES if name != "orpo"],
+    "desirable_weight": ["kto"],
+    "undesirable_weight": ["kto"],
+}
+READERS = {
+    flag: {"loss": losses} for flag, losses in READERS.items()
+}  # and flags of some sources, see run.belong
 READERS |= {"prompts": {"data": False}, "agreement": {"data": False, "judge": False, "spin": False}}
 READERS |= {"judge": {"online": True}, "refresh_ref": {"online": True}}
 LR = {"orpo": 1e-3}  # where not 1e-4: a base model has more to learn
@@ -80,21 +91,35 @@ LR = {"orpo": 1e-3}  # where not 1e-4: a base model has more to learn
 class Config:
     loss: str = "dpo"  # dpo, cdpo, robust, ipo, hinge, simpo, orpo or kto
     init: str = "out/sft"  # checkpoint directory to start from, and the reference; "scratch": random weights
-    tokenizer: str = ""  # vocabulary directory (default: the one of --init, or the embedded world's)
-    data: list = field(default_factory=list)  # files of preferences; none: replies of --init to the embedded world, compared by annotators
+    tokenizer: str = (
+        ""  # vocabulary directory (default: the one of --init, or the embedded world's)
+    )
+    data: list = field(
+        default_factory=list
+    )  # files of preferences; none: replies of --init to the embedded world, compared by annotators
     out: str = ""  # run directory (default: out/dpo, replaced when complete)
     overwrite: bool = False  # replace a run that --out already holds
-    resume: bool = False  # go on with the killed run of these flags that --out has left, to the same result
-    save_every: int = 0  # steps after which its state is written for --resume (0: ten times in a run)
+    resume: bool = (
+        False  # go on with the killed run of these flags that --out has left, to the same result
+    )
+    save_every: int = (
+        0  # steps after which its state is written for --resume (0: ten times in a run)
+    )
     prompts: int = 20000  # without --data: how many of the world's questions get two replies
     agreement: float = 0.75  # without --data: how often annotators agree with the judge
-    beta: float = 0.0  # KL strength: larger stays closer to the reference (default: .2; ipo .5, simpo 1)
-    label_smoothing: float = 0.0  # cdpo, robust, orpo: assumed share of flipped labels (default: cdpo .25, robust .1)
+    beta: float = (
+        0.0  # KL strength: larger stays closer to the reference (default: .2; ipo .5, simpo 1)
+    )
+    label_smoothing: float = (
+        0.0  # cdpo, robust, orpo: assumed share of flipped labels (default: cdpo .25, robust .1)
+    )
     online: bool = False  # compare fresh replies of the policy, round by round (--data: files whose prompts are asked)
     judge: str = ""  # online: who compares: a reward model's directory, or "world", its judge (default: annotators of the world)
     spin: bool = False  # demonstrations against the policy's own replies, round by round (--data: files of conversations)
     rounds: int = 4  # online, spin: how often fresh replies are drawn
-    refresh_ref: bool = False  # online: the reference is the policy at the round's start (spin: always), not --init
+    refresh_ref: bool = (
+        False  # online: the reference is the policy at the round's start (spin: always), not --init
+    )
     labels: int = 0  # comparisons (kto: judged replies) over all rounds (0: all there are); of a file's, up to 300 are held out
     max_new_tokens: int = world.MAX_NEW_TOKENS  # longest reply to sample
     watch: int = 128  # replies sampled now and then, to see KL and gold (0: none)
@@ -106,13 +131,17 @@ class Config:
     steps: int = 0  # optimiser steps (default: one and a half epochs)
     batch_size: int = 64  # pairs per optimiser step
     lr: float = 0.0  # peak learning rate (default: 1e-4, orpo 1e-3; for real models 5e-7 to 1e-6)
-    lora_rank: int = 0  # train low-rank adapters of this rank beside frozen weights (0: train all weights)
+    lora_rank: int = (
+        0  # train low-rank adapters of this rank beside frozen weights (0: train all weights)
+    )
     lora_alpha: float = 0.0  # LoRA: the adapter counts alpha / rank (default: 2 * rank)
     lora_targets: str = TARGETS  # LoRA: the matrices of a block that get an adapter
     shape: str = "llama:4x96x128"  # of a model from scratch: architecture:layers x width x context
     seed: int = 0  # of data and order
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    dtype: str = "auto"  # precision of matrix products: float32 or bfloat16 (auto: bfloat16 on CUDA)
+    dtype: str = (
+        "auto"  # precision of matrix products: float32 or bfloat16 (auto: bfloat16 on CUDA)
+    )
 
     @property
     def fresh(self):
@@ -125,7 +154,9 @@ class Config:
         return self.loss == "kto"
 
 
-def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, label_smoothing=0.0):
+def dpo_loss(
+    chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, label_smoothing=0.0
+):
     """DPO per pair, (B,). All log-probs (B,) in nats, summed over the reply's tokens.
 
     label_smoothing e, a number or (B,): conservative DPO (Mitchell 2023), (1-e) l(+) + e l(-). The best log-odds are then finite, as
@@ -133,7 +164,9 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
     """
     chosen_ratio = chosen_logps - ref_chosen_logps  # (B,) h_w
     rejected_ratio = rejected_logps - ref_rejected_logps  # (B,) h_l
-    logits = beta * (chosen_ratio - rejected_ratio)  # (B,) log-odds that the chosen reply is the better one
+    logits = beta * (
+        chosen_ratio - rejected_ratio
+    )  # (B,) log-odds that the chosen reply is the better one
     return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
 
 
@@ -143,7 +176,9 @@ def unbiased(kept, flipped, label_smoothing):
     return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
-def robust_dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, label_smoothing):
+def robust_dpo_loss(
+    chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, label_smoothing
+):
     """DPO without bias from a share `label_smoothing` of flipped labels, (B,)                           (Chowdhury et al. 2024, eq. 12)"""
     four = chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
     return unbiased(dpo_loss(*four, beta), dpo_loss(*four, -beta), label_smoothing)
@@ -161,7 +196,9 @@ def ipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
 
 def hinge_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
     """max(0, 1 - beta (h_w - h_l)) per pair, (B,): a pair won by the margin is left alone       (Zhao et al. 2023; Liu et al. 2024)"""
-    return F.relu(1 - beta * ((chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)))
+    return F.relu(
+        1 - beta * ((chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps))
+    )
 
 
 def simpo_loss(chosen_avg_logps, rejected_avg_logps, beta, gamma):
@@ -188,7 +225,9 @@ def orpo_loss(chosen_avg_logps, rejected_avg_logps, chosen_nll, lam, label_smoot
         return a - torch.log(-torch.expm1(a))
 
     logits = log_odds(chosen_avg_logps) - log_odds(rejected_avg_logps)  # (B,)
-    return chosen_nll + lam * unbiased(-F.logsigmoid(logits), -F.logsigmoid(-logits), label_smoothing)
+    return chosen_nll + lam * unbiased(
+        -F.logsigmoid(logits), -F.logsigmoid(-logits), label_smoothing
+    )
 
 
 def kto_loss(log_ratios, desirable, kl, beta, desirable_weight=1.0, undesirable_weight=1.0):
@@ -198,7 +237,9 @@ def kto_loss(log_ratios, desirable, kl, beta, desirable_weight=1.0, undesirable_
     general, so that raising everything is no gain. It is not estimated from the same h: their mean would cancel.
     """
     gain = torch.where(desirable, log_ratios - kl, kl - log_ratios)  # (B,)
-    return torch.where(desirable, desirable_weight, undesirable_weight) * (1 - torch.sigmoid(beta * gain))
+    return torch.where(desirable, desirable_weight, undesirable_weight) * (
+        1 - torch.sigmoid(beta * gain)
+    )
 
 
 def mismatched_kl(log_ratios):
@@ -218,11 +259,17 @@ def batch_losses(config, logps, ref_logps, sizes, labels):
         case "dpo":
             return dpo_loss(*four, config.beta, 1 - labels)
         case "cdpo":
-            return dpo_loss(*four, config.beta, torch.where(labels < 1, 1 - labels, config.label_smoothing))
+            return dpo_loss(
+                *four, config.beta, torch.where(labels < 1, 1 - labels, config.label_smoothing)
+            )
         case "robust":
             return robust_dpo_loss(*four, config.beta, config.label_smoothing)
         case "ipo":
-            return ipo_loss(*four, config.beta) if config.summed else ipo_loss(*averages, *(ref_logps / sizes).unbind(1), config.beta)
+            return (
+                ipo_loss(*four, config.beta)
+                if config.summed
+                else ipo_loss(*averages, *(ref_logps / sizes).unbind(1), config.beta)
+            )
         case "hinge":
             return hinge_loss(*four, config.beta)
         case "simpo":
@@ -232,13 +279,17 @@ def batch_losses(config, logps, ref_logps, sizes, labels):
         case "kto":
             log_ratios, mismatched = (logps - ref_logps).unbind(1)  # (B,) each
             weights = config.desirable_weight, config.undesirable_weight
-            return kto_loss(log_ratios, labels > 0.5, mismatched_kl(mismatched), config.beta, *weights)
+            return kto_loss(
+                log_ratios, labels > 0.5, mismatched_kl(mismatched), config.beta, *weights
+            )
 
 
 def batch_metrics(config, logps, ref_logps, sizes, labels):
     """What to watch, from (B, 2) log-probs without gradient: how well the implicit rewards tell good from bad."""
     averaged = config.loss in ("simpo", "orpo") or (config.loss == "ipo" and not config.summed)
-    rewards = config.beta * (logps - ref_logps) / (sizes if averaged else 1)  # (B, 2), up to a constant per prompt
+    rewards = (
+        config.beta * (logps - ref_logps) / (sizes if averaged else 1)
+    )  # (B, 2), up to a constant per prompt
     both = torch.stack([rewards, logps], dim=-1)  # (B, 2, 2)
     if config.unpaired:
         good = labels > 0.5  # (B,)
@@ -260,7 +311,9 @@ def sequence_logps(model, examples):
     """(ids, mask) examples -> log pi(reply | prompt) of each (B,): fp32, summed over the reply's tokens."""
     batch = collate(examples).to(model.device)
     hidden = model(batch.inputs)  # (B, T, D)
-    logprobs = kernels.linear_logprob(hidden.flatten(0, 1), model.head_weight, batch.targets.flatten()).logprob  # (B * T,)
+    logprobs = kernels.linear_logprob(
+        hidden.flatten(0, 1), model.head_weight, batch.targets.flatten()
+    ).logprob  # (B * T,)
     return logprobs.view(batch.mask.shape).sum(1)  # zero outside the mask
 
 
@@ -275,7 +328,9 @@ def pair_logps(model, pairs, apart=False):
     batch = collate([*chain(*pairs)])  # (2 B, T)
     rows, positions = batch.mask.nonzero(as_tuple=True)  # (n,) of the reply tokens
     hidden = fork(batch.inputs, batch.lengths).hidden(model, rows, positions)  # (n, D)
-    logprob = kernels.linear_logprob(hidden, model.head_weight, batch.targets[rows, positions].to(model.device)).logprob  # (n,)
+    logprob = kernels.linear_logprob(
+        hidden, model.head_weight, batch.targets[rows, positions].to(model.device)
+    ).logprob  # (n,)
     mask = batch.mask.to(model.device)
     return logprob.new_zeros(mask.shape).masked_scatter(mask, logprob).sum(1).view(-1, 2)
 
@@ -283,7 +338,9 @@ def pair_logps(model, pairs, apart=False):
 @torch.no_grad()
 def all_logps(model, pairs, apart=False, size=256):
     """pair_logps of many pairs without gradients: (N, 2)."""
-    return in_batches(lambda batch: pair_logps(model, batch, apart), pairs, longest_side, size, model)
+    return in_batches(
+        lambda batch: pair_logps(model, batch, apart), pairs, longest_side, size, model
+    )
 
 
 # -------------------------------------------------------------------------------------------------- comparisons, round by round
@@ -292,7 +349,9 @@ def all_logps(model, pairs, apart=False, size=256):
 class Comparisons(NamedTuple):
     """What a round learns from. The held-out ones, if any, stand first."""
 
-    pairs: list  # of (ids, mask) examples: chosen and rejected; KTO: a reply and one to another prompt
+    pairs: (
+        list  # of (ids, mask) examples: chosen and rejected; KTO: a reply and one to another prompt
+    )
     labels: torch.Tensor  # (N,)
     sizes: torch.Tensor  # (N, 2) tokens of the replies
     ref_logps: torch.Tensor  # (N, 2) all that is ever needed of the reference
@@ -303,10 +362,19 @@ class Comparisons(NamedTuple):
 
 def starting_policy(config, encoding, device):
     """The model that training starts from."""
-    torch.manual_seed(config.seed)  # a vocabulary that grows draws its new rows: the same ones every time
+    torch.manual_seed(
+        config.seed
+    )  # a vocabulary that grows draws its new rows: the same ones every time
     scratch = config.init == "scratch"
-    model = GPT.from_scratch(config.shape, encoding.n_vocab) if scratch else GPT.from_pretrained(config.init)
-    run.require(model.config.head == "lm", f"--init {config.init} has a scalar head and cannot write: name a language model")
+    model = (
+        GPT.from_scratch(config.shape, encoding.n_vocab)
+        if scratch
+        else GPT.from_pretrained(config.init)
+    )
+    run.require(
+        model.config.head == "lm",
+        f"--init {config.init} has a scalar head and cannot write: name a language model",
+    )
     return tokenizer.fit(model, encoding).to(device)
 
 
@@ -318,10 +386,20 @@ def reference(config, policy, encoding):
 def load_source(config):
     """What the rounds draw on: comparisons (KTO: judged replies), with --online questions, with --spin demonstrations. Without --data
     the embedded world's demonstrations or questions; comparisons are then made of the first round's replies."""
-    kind = "conversation" if config.spin else "prompt" if config.online else "unpaired" if config.unpaired else "preference"
+    kind = (
+        "conversation"
+        if config.spin
+        else "prompt"
+        if config.online
+        else "unpaired"
+        if config.unpaired
+        else "preference"
+    )
     if config.data:
         return [record for path in config.data for record in formats.read(path, kind)]
-    run.require(config.init != "scratch", "--init scratch has no replies to compare: name files with --data")
+    run.require(
+        config.init != "scratch", "--init scratch has no replies to compare: name files with --data"
+    )
     if config.spin:
         return world.demonstrations(config.prompts, config.seed)
     return world.prompts(config.prompts, config.seed)
@@ -331,7 +409,9 @@ def compared(config, policy, encoding, label, questions, wanted, seed):
     """--online: asks questions until there are `wanted` comparisons of two fresh replies (0: asks them all) -> Preference records."""
     records, asked, size = [], 0, wanted or len(questions)
     while asked < len(questions) and (not wanted or len(records) < wanted):
-        pairs = annotators.two_replies(policy, encoding, questions[asked : asked + size], config.max_new_tokens, seed + asked)
+        pairs = annotators.two_replies(
+            policy, encoding, questions[asked : asked + size], config.max_new_tokens, seed + asked
+        )
         records += label(pairs, seed + asked)
         asked = min(asked + size, len(questions))
     return records, f"{asked} questions asked, {asked - len(records)} without a better reply"
@@ -342,11 +422,16 @@ def against_own_replies(config, policy, encoding, demonstrations, seed):
     prompts = [record.messages[:-1] for record in demonstrations]
     replies = annotators.sample(policy, encoding, prompts, config.max_new_tokens, seed=seed)
     records = [
-        formats.Preference(prompt, record.messages[-1:], [{"role": "assistant", "content": text}], record.where)
+        formats.Preference(
+            prompt, record.messages[-1:], [{"role": "assistant", "content": text}], record.where
+        )
         for prompt, record, (_, ended, text) in zip(prompts, demonstrations, replies, strict=True)
         if ended and text.strip()
     ]
-    return records, f"{len(replies)} replies to demonstrations, {len(replies) - len(records)} empty or unfinished"
+    return (
+        records,
+        f"{len(replies)} replies to demonstrations, {len(replies) - len(records)} empty or unfinished",
+    )
 
 
 def round_records(config, policy, encoding, label, source, turn, wanted, job):
@@ -358,11 +443,20 @@ def round_records(config, policy, encoding, label, source, turn, wanted, job):
         records, said = against_own_replies(config, policy, encoding, source, seed)
     elif config.online:
         share = len(source) // config.rounds
-        records, said = compared(config, policy, encoding, label, source[turn * share : (turn + 1) * share], wanted, seed)
+        records, said = compared(
+            config, policy, encoding, label, source[turn * share : (turn + 1) * share], wanted, seed
+        )
     else:
-        records, said = annotators.preferences(policy, encoding, source, config.agreement, seed), f"{len(source)} questions asked"
+        records, said = (
+            annotators.preferences(policy, encoding, source, config.agreement, seed),
+            f"{len(source)} questions asked",
+        )
     job.say(f"dpo: round {turn + 1}: {said}")
-    return [side for record in records for side in formats.reading(record, "unpaired" if config.unpaired else "preference")]
+    return [
+        side
+        for record in records
+        for side in formats.reading(record, "unpaired" if config.unpaired else "preference")
+    ]
 
 
 def encode(config, records, encoding, context):
@@ -371,12 +465,22 @@ def encode(config, records, encoding, context):
     if config.unpaired:
         pairs, labels, kept = encode_unpaired(records, encoding, context, config.seed)
         both = len(set(labels)) == 2
-        run.require(both or not pairs, f"KTO learns from good replies and bad ones, and {source} holds only one kind: add the other")
+        run.require(
+            both or not pairs,
+            f"KTO learns from good replies and bad ones, and {source} holds only one kind: add the other",
+        )
     else:
         pairs, labels, kept = encode_pairs(records, encoding, context)
         labels = [label for label, _ in labels]
-    run.require(pairs, f"none of the {len(records)} records of {source} fits the model's context of {context} tokens")
-    kind, why = ("judged replies", "too long") if config.unpaired else ("pairs", "too long, or two equal sides")
+    run.require(
+        pairs,
+        f"none of the {len(records)} records of {source} fits the model's context of {context} tokens",
+    )
+    kind, why = (
+        ("judged replies", "too long")
+        if config.unpaired
+        else ("pairs", "too long, or two equal sides")
+    )
     return pairs, labels, kept, f"{len(pairs)} {kind}, {len(records) - len(kept)} dropped ({why})"
 
 
@@ -387,17 +491,25 @@ def prepare(config, records, ref, encoding, job, wanted):
     job.say(f"{config.loss}: {found}")
     kept_back = 0 if config.fresh else min(300, 8 * config.batch_size)
     held_out, training = hold_out(min(len(pairs), wanted or len(pairs)), kept_back, config.seed)
-    used = math.ceil(config.steps / (config.rounds if config.fresh else 1)) * config.batch_size or len(pairs)  # more, no step will see
+    used = math.ceil(
+        config.steps / (config.rounds if config.fresh else 1)
+    ) * config.batch_size or len(pairs)  # more, no step will see
     order = held_out + training[:used]
     pairs = [pairs[i] for i in order]
-    labels = torch.tensor([labels[i] for i in order], dtype=torch.float32, device=job.device)  # (N,)
-    sizes = torch.tensor([[sum(mask) for _, mask in pair] for pair in pairs], device=job.device)  # (N, 2)
+    labels = torch.tensor(
+        [labels[i] for i in order], dtype=torch.float32, device=job.device
+    )  # (N,)
+    sizes = torch.tensor(
+        [[sum(mask) for _, mask in pair] for pair in pairs], device=job.device
+    )  # (N, 2)
     ref_logps = torch.zeros_like(sizes, dtype=torch.float32)  # (N, 2)
     if config.loss not in ("simpo", "orpo"):
         with job.autocast():  # at the precision of training, or the first loss is not ln 2
             ref_logps = job.whole(all_logps(ref, job.share(pairs), config.unpaired), len(pairs))
     indices = torch.arange(len(pairs)).tensor_split([len(held_out)])
-    return Comparisons(pairs, labels, sizes, ref_logps, *indices, [kept[i].prompt for i in held_out])
+    return Comparisons(
+        pairs, labels, sizes, ref_logps, *indices, [kept[i].prompt for i in held_out]
+    )
 
 
 def own_replies(config, policy, ref, encoding, questions, job):
@@ -408,7 +520,9 @@ def own_replies(config, policy, ref, encoding, questions, job):
     job.say(chat.painted_reply(prompts[0], replies[0][0], encoding, job.colour))
     metrics = {"kl": reply_kl(policy, ref, prompts, [ids for ids, _, _ in replies]).mean()}
     if all(map(world.solve, questions)):
-        golds = [one["gold"] for one in annotators.world_judge(zip(questions, replies, strict=True))]
+        golds = [
+            one["gold"] for one in annotators.world_judge(zip(questions, replies, strict=True))
+        ]
         metrics["gold"] = sum(golds) / len(golds)
     return metrics
 
@@ -416,7 +530,12 @@ def own_replies(config, policy, ref, encoding, questions, job):
 def expect(config, job, policy, encoding, data, questions, steps):
     """Says where the memory will go: the first round's batches, what is read without learning, replies sampled and read again."""
     training = [data.pairs[i] for i in data.training]
-    batches = map(job.share, first_epoch([longest_side(pair) for pair in training], config.batch_size, config.seed, steps))
+    batches = map(
+        job.share,
+        first_epoch(
+            [longest_side(pair) for pair in training], config.batch_size, config.seed, steps
+        ),
+    )
     looked = data.pairs if config.fresh else [data.pairs[i] for i in data.held_out]
     reads = by_length(looked, longest_side, model=policy)
     if config.unpaired:  # each side is a pass of its own, and only the first one learns
@@ -424,50 +543,90 @@ def expect(config, job, policy, encoding, data, questions, steps):
         read = [extent([looked[i][side] for i in batch]) for batch in reads for side in (0, 1)]
     else:
         learn, read = pair_extents(training, batches), pair_extents(looked, reads)
-    prompt = max((len(chat.prompt(messages, encoding)) for messages in questions), default=max(map(longest_side, data.pairs)))
+    prompt = max(
+        (len(chat.prompt(messages, encoding)) for messages in questions),
+        default=max(map(longest_side, data.pairs)),
+    )
     longest, samples = prompt + config.max_new_tokens, 2 if config.online else 1
     again = rows_at_once(len(questions), longest, policy)  # replies at once whose KL is measured
-    replies = annotators.replies_at_once(policy, longest, samples, 512 if config.fresh else len(questions))
+    replies = annotators.replies_at_once(
+        policy, longest, samples, 512 if config.fresh else len(questions)
+    )
     compare = [(again * longest, again * config.max_new_tokens)] if questions else []
     sample = (replies, replies // samples, prompt, config.max_new_tokens) if replies else None
     job.ledger({"policy": policy}, learn, read, compare, sample, keep=True)
 
 
 def main(config):
-    run.require(config.loss in LOSSES, f"--loss must be one of {', '.join(LOSSES)}, not {config.loss}")
+    run.require(
+        config.loss in LOSSES, f"--loss must be one of {', '.join(LOSSES)}, not {config.loss}"
+    )
     annotators.check_agreement(config.agreement)
     run.belong(config, READERS)
-    config.beta, config.lr = config.beta or BETA.get(config.loss, 0.2), config.lr or LR.get(config.loss, 1e-4)
+    config.beta, config.lr = (
+        config.beta or BETA.get(config.loss, 0.2),
+        config.lr or LR.get(config.loss, 1e-4),
+    )
     config.label_smoothing = config.label_smoothing or SMOOTHING.get(config.loss, 0.0)
-    run.require(0 <= config.label_smoothing < 0.5, f"--label-smoothing must lie in [0, 0.5), not {config.label_smoothing}")
-    run.require(not (config.online and config.spin), "--online compares, --spin imitates: choose one of them")
-    run.require(config.fresh or config.rounds == Config.rounds, "--rounds belongs to --online and --spin: add one of them")
+    run.require(
+        0 <= config.label_smoothing < 0.5,
+        f"--label-smoothing must lie in [0, 0.5), not {config.label_smoothing}",
+    )
+    run.require(
+        not (config.online and config.spin),
+        "--online compares, --spin imitates: choose one of them",
+    )
+    run.require(
+        config.fresh or config.rounds == Config.rounds,
+        "--rounds belongs to --online and --spin: add one of them",
+    )
     known = config.judge or not (config.online and config.data)
     run.require(known, "--online on files needs a --judge: annotators know only the embedded world")
     for name in ("steps", "labels"):
-        enough = not config.fresh or getattr(config, name) == 0 or getattr(config, name) >= config.rounds
-        run.require(enough, f"--{name} {getattr(config, name)} are too few for --rounds {config.rounds}")
+        enough = (
+            not config.fresh or getattr(config, name) == 0 or getattr(config, name) >= config.rounds
+        )
+        run.require(
+            enough, f"--{name} {getattr(config, name)} are too few for --rounds {config.rounds}"
+        )
     job = run.start(config, "dpo")
 
     # --- policy and data
     encoding = chat.extend(tokenizer.choose(config.tokenizer, config.init, world.TOKENIZER))
-    policy = starting_policy(config, encoding, job.device).adapt(config.lora_rank, config.lora_alpha, config.lora_targets)
+    policy = starting_policy(config, encoding, job.device).adapt(
+        config.lora_rank, config.lora_alpha, config.lora_targets
+    )
     trunk = policy if policy.rank else None
     label, room = None, policy.config.context
     if config.online:
-        label, judge_reads = annotators.labeller(config.judge, config.agreement, encoding, job.device, trunk)
+        label, judge_reads = annotators.labeller(
+            config.judge, config.agreement, encoding, job.device, trunk
+        )
         room = min(room, judge_reads)
     source, rounds, questions = load_source(config), 1, []
     if config.fresh:
         rounds, room = config.rounds, room - config.max_new_tokens
         asked = [record.messages[:-1] if config.spin else record.messages for record in source]
-        fitting = [i for i, messages in enumerate(asked) if len(chat.prompt(messages, encoding)) <= room]
+        fitting = [
+            i for i, messages in enumerate(asked) if len(chat.prompt(messages, encoding)) <= room
+        ]
         watched, kept = hold_out(len(fitting), config.watch, config.seed)
         questions, found = [asked[fitting[i]] for i in watched], len(source)
         source = [source[fitting[i]] for i in kept]
-        job.say(f"dpo: {len(source)} questions in {rounds} rounds, {found - len(fitting)} dropped for their length")
-        run.require(len(source) >= rounds, f"{len(source)} records are too few for --rounds {rounds}")
-    needs = [n for n in (config.labels // rounds, math.ceil(config.steps / rounds) * config.batch_size * config.fresh) if n]
+        job.say(
+            f"dpo: {len(source)} questions in {rounds} rounds, {found - len(fitting)} dropped for their length"
+        )
+        run.require(
+            len(source) >= rounds, f"{len(source)} records are too few for --rounds {rounds}"
+        )
+    needs = [
+        n
+        for n in (
+            config.labels // rounds,
+            math.ceil(config.steps / rounds) * config.batch_size * config.fresh,
+        )
+        if n
+    ]
     wanted = min(needs, default=0)  # comparisons of a round; 0: all there are
     records = round_records(config, policy, encoding, label, source, 0, wanted, job)
     run.require(records, "no two replies could be told apart: there is nothing to learn")
@@ -478,7 +637,9 @@ def main(config):
     steps = config.steps or rounds * math.ceil(1.5 * len(data.training) / config.batch_size)
     expect(config, job, policy, encoding, data, questions, steps)
     optimizer = run.optimizer(policy, config.lr)
-    now = SimpleNamespace(data=None)  # for --resume: a later round's comparisons, whose policy is gone (the first round's was --init)
+    now = SimpleNamespace(
+        data=None
+    )  # for --resume: a later round's comparisons, whose policy is gone (the first round's was --init)
     first = job.resume(policy=policy, optimizer=optimizer, now=now)
     learner = job.learner(policy)
     data = Comparisons(json.loads(now.data[0]), *now.data[1:]) if now.data else data
@@ -491,8 +652,18 @@ def main(config):
                 job.say("dpo: no two replies could be told apart any more: training ends here")
                 break
             refreshed = config.spin or config.refresh_ref
-            data = prepare(config, records, policy if refreshed else reference(config, policy, encoding), encoding, job, wanted)
-            now.data = json.dumps(data.pairs), *data[1:]  # one string: millions of small lists would take long to write
+            data = prepare(
+                config,
+                records,
+                policy if refreshed else reference(config, policy, encoding),
+                encoding,
+                job,
+                wanted,
+            )
+            now.data = (
+                json.dumps(data.pairs),
+                *data[1:],
+            )  # one string: millions of small lists would take long to write
         if step in (begun, first):
             lengths = [longest_side(data.pairs[i]) for i in data.training]
             batches = islice(epochs(lengths, config.batch_size, config.seed), step - begun, None)
@@ -504,16 +675,23 @@ def main(config):
         losses = batch_losses(config, logps, ref_logps, sizes, labels)
         losses.mean().backward()
         lr, grad_norm = run.update(optimizer, policy, step, steps, config.lr, warmup=steps // 10)
-        metrics = {"loss": losses.detach().mean(), **batch_metrics(config, logps.detach(), ref_logps, sizes, labels)}
+        metrics = {
+            "loss": losses.detach().mean(),
+            **batch_metrics(config, logps.detach(), ref_logps, sizes, labels),
+        }
         metrics |= {"grad_norm": grad_norm, "lr": lr}
         if len(data.held_out) and run.due(step, steps):
             rows = data.held_out
             with job.autocast():
                 logps = all_logps(policy, [data.pairs[i] for i in job.share(rows)], config.unpaired)
             logps = job.whole(logps, len(rows))  # (N, 2)
-            metrics["held_out_loss"] = batch_losses(config, logps, data.ref_logps[rows], data.sizes[rows], data.labels[rows]).mean()
+            metrics["held_out_loss"] = batch_losses(
+                config, logps, data.ref_logps[rows], data.sizes[rows], data.labels[rows]
+            ).mean()
         if questions and run.due(step, steps):
-            metrics |= own_replies(config, policy, reference(config, policy, encoding), encoding, questions, job)
+            metrics |= own_replies(
+                config, policy, reference(config, policy, encoding), encoding, questions, job
+            )
         job.log(step, **metrics)
 
     def save(directory):

@@ -56,13 +56,36 @@ from safetensors.torch import load_file
 
 import run
 from data import annotators, chat, formats, tokenizer, world
-from data.collate import encode_pairs, encode_steps, hold_out_rated, reply_kl, score_all, score_rows, step_scores
+from data.collate import (
+    encode_pairs,
+    encode_steps,
+    hold_out_rated,
+    reply_kl,
+    score_all,
+    score_rows,
+    step_scores,
+)
 from data.formats import Process
 from model import GPT
 
 STAGES = ["base", "sft", "reward", "dpo", "ppo"]
-COSTS = {"over_refusal", "kl", "length", "lost_skills", "seconds", "memory"}  # fields of which less is better
-COLUMNS = ["gold", "gain", "win_rate", "kl", "length", "seconds", "memory"]  # of the table of methods
+COSTS = {
+    "over_refusal",
+    "kl",
+    "length",
+    "lost_skills",
+    "seconds",
+    "memory",
+}  # fields of which less is better
+COLUMNS = [
+    "gold",
+    "gain",
+    "win_rate",
+    "kl",
+    "length",
+    "seconds",
+    "memory",
+]  # of the table of methods
 
 
 # ------------------------------------------------------------------------------------------------------------- measuring
@@ -80,14 +103,18 @@ def asked(messages, encoding, chats):
     """(prompt ids, stop ids) of a conversation: in the chat format, or for a base model in raw text, line by line."""
     if chats:
         return chat.prompt(messages, encoding), chat.stop_ids(encoding)
-    return encoding.encode_ordinary(world.plain_prompt(messages)), encoding.encode_ordinary("\n") + chat.stop_ids(encoding)[1:]
+    return encoding.encode_ordinary(world.plain_prompt(messages)), encoding.encode_ordinary(
+        "\n"
+    ) + chat.stop_ids(encoding)[1:]
 
 
 def answer(model, encoding, conversations, chats, max_new_tokens=world.MAX_NEW_TOKENS, seed=0):
     """One reply each, at temperature 1: (its ids, whether it ended by itself, its text)."""
     if chats:
         return annotators.sample(model, encoding, conversations, max_new_tokens, seed=seed)
-    ids, (stops, *_) = zip(*(asked(messages, encoding, chats) for messages in conversations), strict=True)
+    ids, (stops, *_) = zip(
+        *(asked(messages, encoding, chats) for messages in conversations), strict=True
+    )
     generator = torch.Generator(model.device).manual_seed(seed)
     replies = model.generate(ids, max_new_tokens, stop_id=stops, generator=generator)
     return [(r, r[-1] in stops, encoding.decode(r[:-1] if r[-1] in stops else r)) for r in replies]
@@ -105,16 +132,32 @@ def mean(values):
 def interval(values):
     """Half-width of the 95 % interval of a mean."""
     m = mean(values)
-    return 1.96 * (sum((v - m) ** 2 for v in values) / max(1, len(values) - 1) / max(1, len(values))) ** 0.5
+    return (
+        1.96
+        * (sum((v - m) ** 2 for v in values) / max(1, len(values) - 1) / max(1, len(values))) ** 0.5
+    )
 
 
 def reward_scores(model, encoding, conversations, texts):
     """A reward model's score of each reply (N,), read at its end-of-turn token."""
-    rows = [chat.example(m, [{"role": "assistant", "content": text}], encoding)[0] for m, text in zip(conversations, texts, strict=True)]
+    rows = [
+        chat.example(m, [{"role": "assistant", "content": text}], encoding)[0]
+        for m, text in zip(conversations, texts, strict=True)
+    ]
     return score_rows(model, rows)
 
 
-def measure(model, encoding, chats, prompts, judged=True, reward_model=None, sft=None, max_new_tokens=world.MAX_NEW_TOKENS, seed=0):
+def measure(
+    model,
+    encoding,
+    chats,
+    prompts,
+    judged=True,
+    reward_model=None,
+    sft=None,
+    max_new_tokens=world.MAX_NEW_TOKENS,
+    seed=0,
+):
     """A policy's row of the scoreboard, and per prompt what its reply is worth (gold, without a judge the score) and its text.
 
     judged: the prompts are the embedded world's; reward_model adds `score`; sft, a pair (model, its worths), `kl` and `win_rate`.
@@ -125,16 +168,29 @@ def measure(model, encoding, chats, prompts, judged=True, reward_model=None, sft
     fields, worths = judgements(conversations, replies) if judged else ({}, None)
     if reward_model is not None:
         scores = reward_scores(reward_model, encoding, conversations, texts).tolist()
-        fields |= {"score": mean(scores)} if judged else {"score": mean(scores), "score_ci": interval(scores)}
+        fields |= (
+            {"score": mean(scores)}
+            if judged
+            else {"score": mean(scores), "score_ci": interval(scores)}
+        )
         worths = worths or scores
     fields["length"] = mean([len(ids) for ids, _, _ in replies])
     if sft is not None:
         ref, ref_worths = sft
-        few = list(zip(conversations, replies, strict=True))[:1300]  # exact along each sample, it needs fewer of them than gold
-        kl = reply_kl(model, ref, [chat.prompt(messages, encoding) for messages, _ in few], [ids for _, (ids, _, _) in few])
+        few = list(zip(conversations, replies, strict=True))[
+            :1300
+        ]  # exact along each sample, it needs fewer of them than gold
+        kl = reply_kl(
+            model,
+            ref,
+            [chat.prompt(messages, encoding) for messages, _ in few],
+            [ids for _, (ids, _, _) in few],
+        )
         fields["kl"] = float(kl.mean())
         if worths:
-            fields["win_rate"] = mean([(a > b) + 0.5 * (a == b) for a, b in zip(worths, ref_worths, strict=True)])
+            fields["win_rate"] = mean(
+                [(a > b) + 0.5 * (a == b) for a, b in zip(worths, ref_worths, strict=True)]
+            )
     return fields, worths, texts
 
 
@@ -161,14 +217,19 @@ def judgements(conversations, replies):
 def by_skill(prompts, golds):
     """{skill: the golds of its prompts}."""
     skills = [world.solve(record.messages).skill for record in prompts]
-    return {name: [gold for gold, skill in zip(golds, skills, strict=True) if skill == name] for name in world.SKILLS}
+    return {
+        name: [gold for gold, skill in zip(golds, skills, strict=True) if skill == name]
+        for name in world.SKILLS
+    }
 
 
 def lost_skills(skills, sft_skills):
     """The skills whose gold is more than .10 below SFT's on the same prompts, beyond a one-sided 95 % interval."""
     lost = []
     for name in skills:
-        drops = [before - after for before, after in zip(sft_skills[name], skills[name], strict=True)]
+        drops = [
+            before - after for before, after in zip(sft_skills[name], skills[name], strict=True)
+        ]
         if mean(drops) - 1.645 / 1.96 * interval(drops) > 0.10:
             lost.append(name)
     return lost
@@ -186,7 +247,9 @@ def measure_reward(model, encoding, sft, n):
     return {name: row[name] for name in ("accuracy", "label_accuracy")}
 
 
-def scoreboard(directories, sft_directory, n=1300, device="cpu", data=(), max_new_tokens=world.MAX_NEW_TOKENS):
+def scoreboard(
+    directories, sft_directory, n=1300, device="cpu", data=(), max_new_tokens=world.MAX_NEW_TOKENS
+):
     """Measures run directories, named by their last part -> ({name: row}, {name: {skill: golds}}, {name: texts}, prompts).
 
     data: files whose prompts are asked instead of the world's; nobody judges them, so there is no gold and no skill. Scores are those
@@ -195,15 +258,38 @@ def scoreboard(directories, sft_directory, n=1300, device="cpu", data=(), max_ne
     opened = {Path(directory): open_run(directory, device) for directory in directories}
     judges = [model for model, _, _ in opened.values() if model.config.head == "score"]
     sft, encoding, _ = open_run(sft_directory, device)
-    run.require(sft.config.head == "lm", f"--sft {sft_directory} is a reward model: name the language model that others are compared with")
+    run.require(
+        sft.config.head == "lm",
+        f"--sft {sft_directory} is a reward model: name the language model that others are compared with",
+    )
     for directory, (_, other, _) in opened.items():  # the reference reads their ids
         same = other._mergeable_ranks == encoding._mergeable_ranks
-        run.require(same, f"{directory} has another vocabulary than --sft {sft_directory}: measure models of one family")
-    prompts = [record for path in data for record in formats.read(path, "prompt")] if data else world.prompts(n, seed=0, held=True)
-    room = min(model.config.context for model in [sft, *(model for model, _, _ in opened.values())]) - max_new_tokens - 1
-    prompts = [record for record in prompts if len(chat.prompt(record.messages, encoding)) <= room][:n]
-    run.require(prompts, f"no prompt leaves room for a reply of {max_new_tokens} tokens in the context")
-    common = dict(prompts=prompts, judged=not data, reward_model=judges[0] if judges else None, max_new_tokens=max_new_tokens)
+        run.require(
+            same,
+            f"{directory} has another vocabulary than --sft {sft_directory}: measure models of one family",
+        )
+    prompts = (
+        [record for path in data for record in formats.read(path, "prompt")]
+        if data
+        else world.prompts(n, seed=0, held=True)
+    )
+    room = (
+        min(model.config.context for model in [sft, *(model for model, _, _ in opened.values())])
+        - max_new_tokens
+        - 1
+    )
+    prompts = [record for record in prompts if len(chat.prompt(record.messages, encoding)) <= room][
+        :n
+    ]
+    run.require(
+        prompts, f"no prompt leaves room for a reply of {max_new_tokens} tokens in the context"
+    )
+    common = dict(
+        prompts=prompts,
+        judged=not data,
+        reward_model=judges[0] if judges else None,
+        max_new_tokens=max_new_tokens,
+    )
     sft_row, sft_worths, sft_texts = measure(sft, encoding, True, **common)
     sft_skills = {} if data else by_skill(prompts, sft_worths)
     board, skills, texts = {}, {}, {}
@@ -212,7 +298,11 @@ def scoreboard(directories, sft_directory, n=1300, device="cpu", data=(), max_ne
         if model.config.head == "score":
             row = {} if data else measure_reward(model, encoding, sft, 2 * n)
         elif directory.resolve() == Path(sft_directory).resolve():
-            row, skills[name], texts[name] = sft_row | {"kl": 0.0, "win_rate": 0.5}, sft_skills, sft_texts
+            row, skills[name], texts[name] = (
+                sft_row | {"kl": 0.0, "win_rate": 0.5},
+                sft_skills,
+                sft_texts,
+            )
         else:
             reference = (sft, sft_worths) if chats else None
             row, worths, texts[name] = measure(model, encoding, chats, sft=reference, **common)
@@ -234,19 +324,29 @@ def table(rows):
     texts = {name: [show(row.get(column)) for column in columns] for name, row in rows.items()}
     widths = [max(map(len, cells)) for cells in zip(columns, *texts.values(), strict=True)]
     first = max(map(len, rows))
-    lines = [[" " * first, *columns], *([name.ljust(first), *cells] for name, cells in texts.items())]
-    return "\n".join("  ".join([line[0], *(cell.rjust(w) for cell, w in zip(line[1:], widths, strict=True))]) for line in lines)
+    lines = [
+        [" " * first, *columns],
+        *([name.ljust(first), *cells] for name, cells in texts.items()),
+    ]
+    return "\n".join(
+        "  ".join([line[0], *(cell.rjust(w) for cell, w in zip(line[1:], widths, strict=True))])
+        for line in lines
+    )
 
 
 def show(value):
     if value is None:
         return ""
-    return value if isinstance(value, str) else f"{value:.0f}" if abs(value) >= 10 else f"{value:.3f}"
+    return (
+        value if isinstance(value, str) else f"{value:.0f}" if abs(value) >= 10 else f"{value:.3f}"
+    )
 
 
 def skill_table(skills):
     """{model: {skill: golds}} -> mean gold by skill, a column per model."""
-    return {name: {model: mean(golds[name]) for model, golds in skills.items()} for name in world.SKILLS}
+    return {
+        name: {model: mean(golds[name]) for model, golds in skills.items()} for name in world.SKILLS
+    }
 
 
 def report(path, board, skills, samples, prompts, directories):
@@ -258,7 +358,10 @@ def report(path, board, skills, samples, prompts, directories):
     said = []
     for i, record in enumerate(prompts[: 2 * len(world.SKILLS)]):
         question = " / ".join(m["content"] for m in record.messages)
-        said.append(f"{question}\n" + "".join(f"    {name:8} {texts[i]}\n" for name, texts in samples.items()))
+        said.append(
+            f"{question}\n"
+            + "".join(f"    {name:8} {texts[i]}\n" for name, texts in samples.items())
+        )
     pictures = "".join(
         f'<h3>{html.escape(d.name)}</h3><img src="{html.escape(os.path.relpath(d / "curves.png", path.parent))}">'
         for d in map(Path, directories)
@@ -284,17 +387,27 @@ def calibration(probabilities, outcomes, bins=10):
     [1/2, 1] that is not empty: said, seen (means of p and of the outcomes), pairs. The error is the mean of |said - seen|, weighted by
     pairs (Guo et al. 2017, eq. 3).
     """
-    turned = [(p, o) if p >= 0.5 else (1 - p, 1 - o) for p, o in zip(probabilities, outcomes, strict=True)]
+    turned = [
+        (p, o) if p >= 0.5 else (1 - p, 1 - o) for p, o in zip(probabilities, outcomes, strict=True)
+    ]
     parts = [[] for _ in range(bins)]
     for p, o in turned:
         parts[min(int((p - 0.5) * 2 * bins), bins - 1)].append((p, o))
-    rows = [{"said": mean([p for p, _ in part]), "seen": mean([o for _, o in part]), "pairs": len(part)} for part in parts if part]
-    return sum(abs(row["said"] - row["seen"]) * row["pairs"] for row in rows) / max(1, len(turned)), rows
+    rows = [
+        {"said": mean([p for p, _ in part]), "seen": mean([o for _, o in part]), "pairs": len(part)}
+        for part in parts
+        if part
+    ]
+    return sum(abs(row["said"] - row["seen"]) * row["pairs"] for row in rows) / max(
+        1, len(turned)
+    ), rows
 
 
 def prefers_longer(margins, lengths):
     """The share of pairs of unequal length in which the longer side is preferred. margins: of the first side; lengths: (first, second)."""
-    return mean([(margin > 0) == (a > b) for margin, (a, b) in zip(margins, lengths, strict=True) if a != b])
+    return mean(
+        [(margin > 0) == (a > b) for margin, (a, b) in zip(margins, lengths, strict=True) if a != b]
+    )
 
 
 def pair_margins(model, pairs):
@@ -306,7 +419,9 @@ def pair_margins(model, pairs):
 def fitting_pairs(records, encoding, context):
     """(record, encoded pair, label) of each preference that a model can read, the better side by its label first."""
     pairs, labels, kept = encode_pairs(records, encoding, context)
-    return [(record, pair, label) for record, pair, (label, _) in zip(kept, pairs, labels, strict=True)]
+    return [
+        (record, pair, label) for record, pair, (label, _) in zip(kept, pairs, labels, strict=True)
+    ]
 
 
 def pair_golds(records, name="gold"):
@@ -314,13 +429,18 @@ def pair_golds(records, name="gold"):
     of the embedded world."""
     if not all(world.solve(record.prompt) for record in records):
         return None
-    golds = [[world.judge(r.prompt, side[0]["content"])[name] for side in (r.chosen, r.rejected)] for r in records]
+    golds = [
+        [world.judge(r.prompt, side[0]["content"])[name] for side in (r.chosen, r.rejected)]
+        for r in records
+    ]
     return [gold[::-1] if r.label < 0.5 else gold for r, gold in zip(records, golds, strict=True)]
 
 
 def opinions(model, found):
     """What a reward model and the judge make of `fitting_pairs`: the margins (N,), a list, and `pair_golds`."""
-    return pair_margins(model, [pair for _, pair, _ in found]), pair_golds([record for record, _, _ in found])
+    return pair_margins(model, [pair for _, pair, _ in found]), pair_golds(
+        [record for record, _, _ in found]
+    )
 
 
 def reward_row(margins, found, golds, gain):
@@ -329,24 +449,39 @@ def reward_row(margins, found, golds, gain):
     found: of `fitting_pairs`; margins, golds: of `opinions` on them; margins / gain are log-odds of the labels.
     """
     labels = [label for _, _, label in found]
-    lengths = [tuple(sum(mask) for _, mask in pair) for _, pair, _ in found]  # tokens of both replies
+    lengths = [
+        tuple(sum(mask) for _, mask in pair) for _, pair, _ in found
+    ]  # tokens of both replies
     chances = [1 / (1 + math.exp(-max(-500.0, min(margin / gain, 500.0)))) for margin in margins]
     error, rows = calibration(chances, labels)
     row = {"pairs": len(found), "label_accuracy": mean([margin > 0 for margin in margins])}
     row |= {"label_ci": interval([margin > 0 for margin in margins]), "ece": error}
-    row |= {"longer": prefers_longer(margins, lengths), "longer_labels": prefers_longer([1.0] * len(margins), lengths)}
+    row |= {
+        "longer": prefers_longer(margins, lengths),
+        "longer_labels": prefers_longer([1.0] * len(margins), lengths),
+    }
     kinds = {}
     if golds:
         better = [a - b for a, b in golds]
-        truth = [(margin > 0) == (gap > 0) for margin, gap in zip(margins, better, strict=True) if gap]
+        truth = [
+            (margin > 0) == (gap > 0) for margin, gap in zip(margins, better, strict=True) if gap
+        ]
         # The best that anybody can do on these very labels: the judge's own choice, and a coin where it has none.
         ceiling = mean([(gap > 0) + 0.5 * (gap == 0) for gap in better])
-        row |= {"accuracy": mean(truth), "ceiling": ceiling, "of_ceiling": row["label_accuracy"] / ceiling}
+        row |= {
+            "accuracy": mean(truth),
+            "ceiling": ceiling,
+            "of_ceiling": row["label_accuracy"] / ceiling,
+        }
         unequal = [(gap, both) for gap, both in zip(better, lengths, strict=True) if gap]
-        row["longer_truth"] = prefers_longer([gap for gap, _ in unequal], [both for _, both in unequal])
+        row["longer_truth"] = prefers_longer(
+            [gap for gap, _ in unequal], [both for _, both in unequal]
+        )
         for (record, _, _), margin, gap in zip(found, margins, better, strict=True):
             if gap:
-                kinds.setdefault(world.solve(record.prompt).skill, []).append((margin > 0) == (gap > 0))
+                kinds.setdefault(world.solve(record.prompt).skill, []).append(
+                    (margin > 0) == (gap > 0)
+                )
     return row, {kind: mean(hits) for kind, hits in kinds.items()}, rows
 
 
@@ -356,7 +491,9 @@ def head_accuracies(directory, model, found, device):
     weights, accuracies = load_file(directory / "heads.safetensors"), {}
     records, pairs = [record for record, _, _ in found], [pair for _, pair, _ in found]
     for name, weight in zip(facts["heads"], weights["weight"], strict=True):
-        model.score_head.weight.data = weight[None].to(device)  # (1, D); its bias cancels in a comparison
+        model.score_head.weight.data = weight[None].to(
+            device
+        )  # (1, D); its bias cancels in a comparison
         judged = zip(pair_margins(model, pairs), pair_golds(records, name), strict=True)
         accuracies[name] = mean([(margin > 0) == (a > b) for margin, (a, b) in judged if a != b])
     return accuracies
@@ -364,7 +501,9 @@ def head_accuracies(directory, model, found, device):
 
 @dataclass
 class RewardReport:
-    runs: list = field(default_factory=lambda: ["out/reward"])  # reward models; several are also measured as one ensemble
+    runs: list = field(
+        default_factory=lambda: ["out/reward"]
+    )  # reward models; several are also measured as one ensemble
     sft: str = "out/sft"  # whose replies to the world's held-out questions are compared
     data: list = field(default_factory=list)  # files of preferences instead
     held_out: bool = False  # instead: the pairs of a run's own --data that it kept from training
@@ -376,7 +515,10 @@ class RewardReport:
 
 def reward_main(config):
     unread = {"data": False, "held_out": False}
-    run.belong(config, {name: unread for name in ("sft", "agreement", "prompts")} | {"held_out": {"data": False}})
+    run.belong(
+        config,
+        {name: unread for name in ("sft", "agreement", "prompts")} | {"held_out": {"data": False}},
+    )
     annotators.check_agreement(config.agreement)
     device, records = run.device(config.device), []
     if config.data:
@@ -388,16 +530,25 @@ def reward_main(config):
     board, kinds, curves, odds, golds = {}, {}, {}, [], None
     for directory in map(Path, config.runs):
         model, encoding, _ = open_run(directory, device)
-        run.require(model.config.head == "score", f"{directory} is a language model: name reward models")
+        run.require(
+            model.config.head == "score", f"{directory} is a language model: name reward models"
+        )
         if config.held_out:
             facts = facts_of(directory)["flags"]
-            run.require(facts["data"], f"{directory} was trained on the embedded world: leave out --held-out")
-            records = [record for path in facts["data"] for record in formats.read(path, "preference")]
+            run.require(
+                facts["data"],
+                f"{directory} was trained on the embedded world: leave out --held-out",
+            )
+            records = [
+                record for path in facts["data"] for record in formats.read(path, "preference")
+            ]
         found = fitting_pairs(records, encoding, model.config.context)
         if config.held_out:
             kept_back, _ = hold_out_rated(len(found), facts["batch_size"], facts["seed"])
             found = [found[i] for i in kept_back]
-        run.require(found, f"{directory}: no pair fits its context of {model.config.context} tokens")
+        run.require(
+            found, f"{directory}: no pair fits its context of {model.config.context} tokens"
+        )
         margins, golds = opinions(model, found)
         name, gain = directory.name, model.config.score_gain
         board[name], kinds[name], curves[name] = reward_row(margins, found, golds, gain)
@@ -406,7 +557,9 @@ def reward_main(config):
             board[name] |= head_accuracies(directory, model, found, device)
     if len(odds) > 1 and len({len(own) for own in odds}) == 1 and not config.held_out:
         together = [mean(own) for own in zip(*odds, strict=True)]
-        board["ensemble"], kinds["ensemble"], curves["ensemble"] = reward_row(together, found, golds, 1.0)
+        board["ensemble"], kinds["ensemble"], curves["ensemble"] = reward_row(
+            together, found, golds, 1.0
+        )
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     run.write_json(out / "reward.json", {"board": board, "kinds": kinds, "reliability": curves})
@@ -414,12 +567,22 @@ def reward_main(config):
     if any(kinds.values()):
         names = [kind for kind in world.SKILLS if any(kind in own for own in kinds.values())]
         print(
-            "\naccuracy against the truth by kind of task\n" + table({kind: {run: kinds[run].get(kind) for run in kinds} for kind in names})
+            "\naccuracy against the truth by kind of task\n"
+            + table({kind: {run: kinds[run].get(kind) for run in kinds} for kind in names})
         )
     for name, rows in curves.items():
-        print(f"\n{name}: probability that it gave, and share that came true\n" + table({str(i): row for i, row in enumerate(rows)}))
-    lines = {name: ([row["said"] for row in rows], [row["seen"] for row in rows]) for name, rows in curves.items()}
-    picture(out / "reliability.png", [("probability given", "share of labels", lines | {"perfect": ([0.5, 1], [0.5, 1])})])
+        print(
+            f"\n{name}: probability that it gave, and share that came true\n"
+            + table({str(i): row for i, row in enumerate(rows)})
+        )
+    lines = {
+        name: ([row["said"] for row in rows], [row["seen"] for row in rows])
+        for name, rows in curves.items()
+    }
+    picture(
+        out / "reliability.png",
+        [("probability given", "share of labels", lines | {"perfect": ([0.5, 1], [0.5, 1])})],
+    )
 
 
 def picture(path, panels):
@@ -449,7 +612,9 @@ def best_of(golds, scores, n):
     run.require(1 <= n <= most, f"best of {n} asks for 1 to {most} samples of each prompt")
     order = scores.argsort(dim=1, descending=True, stable=True)  # (N, n_max)
     weights = [math.comb(most - 1 - i, n - 1) / math.comb(most, n) for i in range(most)]
-    return golds.double().gather(1, order) @ torch.tensor(weights, dtype=torch.float64, device=golds.device)
+    return golds.double().gather(1, order) @ torch.tensor(
+        weights, dtype=torch.float64, device=golds.device
+    )
 
 
 def majority_of(golds, answers, n):
@@ -457,7 +622,10 @@ def majority_of(golds, answers, n):
     rows = []
     for own, said in zip(golds.tolist(), answers, strict=True):
         groups = [said[i : i + n] for i in range(0, len(said) - n + 1, n)]
-        winners = [n * g + group.index(Counter(group).most_common(1)[0][0]) for g, group in enumerate(groups)]
+        winners = [
+            n * g + group.index(Counter(group).most_common(1)[0][0])
+            for g, group in enumerate(groups)
+        ]
         rows.append(mean([own[i] for i in winners]))
     return torch.tensor(rows, dtype=torch.float64)
 
@@ -477,10 +645,14 @@ def aggregated(steps, how):
 def process_scores(model, encoding, conversations, texts, separator=world.SEPARATOR, size=256):
     """A process model's log-odds at the end of each step of each reply -> N tensors of (S,)."""
     records = [
-        Process(m, text.split(separator), [1] * len(text.split(separator)), "") for m, text in zip(conversations, texts, strict=True)
+        Process(m, text.split(separator), [1] * len(text.split(separator)), "")
+        for m, text in zip(conversations, texts, strict=True)
     ]
     examples, _, dropped = encode_steps(records, encoding, model.config.context, separator)
-    run.require(not dropped, f"{dropped} replies do not fit the process model's context of {model.config.context} tokens")
+    run.require(
+        not dropped,
+        f"{dropped} replies do not fit the process model's context of {model.config.context} tokens",
+    )
     found = [None] * len(examples)
     order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
     for start in range(0, len(order), size):
@@ -496,7 +668,9 @@ class BestOfN:
     policy: str = "out/sft"  # who answers
     reward: str = "out/reward"  # outcome model that ranks
     process: str = ""  # process model that ranks as well, by min, product and last
-    long_sums: bool = False  # ask the world's held-out long sums, where gold is whether every step is right
+    long_sums: bool = (
+        False  # ask the world's held-out long sums, where gold is whether every step is right
+    )
     n: int = 64  # samples per prompt
     prompts: int = 300  # held-out questions
     seed: int = 0  # of the samples
@@ -507,15 +681,32 @@ class BestOfN:
 def ranked_samples(config, device):
     """n samples for each question -> golds (N, n), their answers as N lists of n texts, and {ranking: scores (N, n)}."""
     policy, encoding, chats = open_run(config.policy, device)
-    run.require(policy.config.head == "lm" and chats, f"--policy {config.policy} is no model that answers in the chat format")
-    run.require(config.long_sums or not config.process, "--process judges the steps of sums: add --long-sums")
-    records = world.long_sums(config.prompts, 0, held=True) if config.long_sums else world.prompts(config.prompts, 0, held=True)
-    conversations, length = [r.messages for r in records], world.LONG_TOKENS if config.long_sums else world.MAX_NEW_TOKENS
-    replies = annotators.sample(policy, encoding, conversations, length, seed=config.seed, samples=config.n)
+    run.require(
+        policy.config.head == "lm" and chats,
+        f"--policy {config.policy} is no model that answers in the chat format",
+    )
+    run.require(
+        config.long_sums or not config.process,
+        "--process judges the steps of sums: add --long-sums",
+    )
+    records = (
+        world.long_sums(config.prompts, 0, held=True)
+        if config.long_sums
+        else world.prompts(config.prompts, 0, held=True)
+    )
+    conversations, length = (
+        [r.messages for r in records],
+        world.LONG_TOKENS if config.long_sums else world.MAX_NEW_TOKENS,
+    )
+    replies = annotators.sample(
+        policy, encoding, conversations, length, seed=config.seed, samples=config.n
+    )
     repeated = [messages for messages in conversations for _ in range(config.n)]
     texts, shape = [text for _, _, text in replies], (len(conversations), config.n)
     judged = [one["gold"] for one in annotators.world_judge(zip(repeated, replies, strict=True))]
-    golds = torch.tensor([float(g == 1) if config.long_sums else g for g in judged], dtype=torch.float64).view(shape)  # (N, n)
+    golds = torch.tensor(
+        [float(g == 1) if config.long_sums else g for g in judged], dtype=torch.float64
+    ).view(shape)  # (N, n)
     answers = [world.result(text) if config.long_sums else text for text in texts]
     answers = [answers[i : i + config.n] for i in range(0, len(answers), config.n)]
     ranks = {"judge": golds}
@@ -525,7 +716,10 @@ def ranked_samples(config, device):
     if config.process:
         model, theirs, _ = open_run(config.process, device)
         steps = process_scores(model, theirs, repeated, texts)
-        ranks |= {how: torch.stack([aggregated(own, how) for own in steps]).double().view(shape) for how in ("min", "product", "last")}
+        ranks |= {
+            how: torch.stack([aggregated(own, how) for own in steps]).double().view(shape)
+            for how in ("min", "product", "last")
+        }
     return golds, answers, ranks
 
 
@@ -533,40 +727,63 @@ def best_of_n_main(config):
     run.require(1 <= config.n <= 4096, f"--n must lie in 1 .. 4096, not {config.n}")
     golds, answers, ranks = ranked_samples(config, run.device(config.device))
     sizes = [2**k for k in range(config.n.bit_length()) if 2**k <= config.n]
-    curves = {f"n={n}": {name: best_of(golds, scores, n) for name, scores in ranks.items()} for n in sizes}  # (N,) each
+    curves = {
+        f"n={n}": {name: best_of(golds, scores, n) for name, scores in ranks.items()} for n in sizes
+    }  # (N,) each
     for n in sizes:
         curves[f"n={n}"]["majority"] = majority_of(golds, answers, n)
     rows = {}
     for n, name in zip(sizes, curves, strict=True):
         rows[name] = {"kl_bound": f"{kl_bound(n):.2f}"}
-        rows[name] |= {how: f"{own.mean():.3f} +-{interval(own.tolist()):.3f}" for how, own in curves[name].items()}
+        rows[name] |= {
+            how: f"{own.mean():.3f} +-{interval(own.tolist()):.3f}"
+            for how, own in curves[name].items()
+        }
         if "outcome" in ranks:
             rows[name]["proxy"] = f"{best_of(ranks['outcome'], ranks['outcome'], n).mean():.3f}"
-    print(f"{len(golds)} held-out questions, {config.n} samples of {config.policy} each: gold of the chosen one\n{table(rows)}")
+    print(
+        f"{len(golds)} held-out questions, {config.n} samples of {config.policy} each: gold of the chosen one\n{table(rows)}"
+    )
     if "outcome" in ranks and len(sizes) > 2:
         form, gold = "d (a - b d)", [float(curves[f"n={n}"]["outcome"].mean()) for n in sizes]
         a, b, r2 = fit_form([kl_bound(n) for n in sizes], gold, form)
-        print(f"\noutcome: gold = gold(1) + {form}, d = sqrt(KL bound): a {a:.3f}  b {b:.3f}  R^2 {r2:.2f}")
+        print(
+            f"\noutcome: gold = gold(1) + {form}, d = sqrt(KL bound): a {a:.3f}  b {b:.3f}  R^2 {r2:.2f}"
+        )
     differences, last = {}, curves[f"n={min(16, sizes[-1])}"]
     for how in ("min", "product"):
         for other in ("outcome", "majority"):
             if how in last and other in last:
                 gap = (last[how] - last[other]).tolist()
-                differences[f"{how} - {other}"] = {"difference": mean(gap), "half_width": interval(gap)}
+                differences[f"{how} - {other}"] = {
+                    "difference": mean(gap),
+                    "half_width": interval(gap),
+                }
     if differences:
         print(f"\nbest of {min(16, sizes[-1])}, paired by question\n{table(differences)}")
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    means = {name: {how: float(own.mean()) for how, own in row.items()} for name, row in curves.items()}
-    run.write_json(out / "best-of-n.json", {"gold": means, "differences": differences, "kl_bound": {n: kl_bound(n) for n in sizes}})
+    means = {
+        name: {how: float(own.mean()) for how, own in row.items()} for name, row in curves.items()
+    }
+    run.write_json(
+        out / "best-of-n.json",
+        {"gold": means, "differences": differences, "kl_bound": {n: kl_bound(n) for n in sizes}},
+    )
     lines = {how: [means[f"n={n}"][how] for n in sizes] for how in means["n=1"]}
-    by_n, by_kl = ({how: (xs, ys) for how, ys in lines.items()} for xs in (list(range(len(sizes))), [kl_bound(n) for n in sizes]))
+    by_n, by_kl = (
+        {how: (xs, ys) for how, ys in lines.items()}
+        for xs in (list(range(len(sizes))), [kl_bound(n) for n in sizes])
+    )
     picture(out / "best-of-n.png", [("log2 n", "gold", by_n), ("KL bound, nats", "gold", by_kl)])
 
 
 # ------------------------------------------------------------------------------------------------------- over-optimisation
 
-FORMS = {"d (a - b d)": lambda d: d, "d (a - b log d)": lambda d: d.clamp(min=1e-3).log()}  # Gao et al. 2023, eq. 1: best of n, and RL
+FORMS = {
+    "d (a - b d)": lambda d: d,
+    "d (a - b log d)": lambda d: d.clamp(min=1e-3).log(),
+}  # Gao et al. 2023, eq. 1: best of n, and RL
 
 
 def fit_form(kl, gold, form):
@@ -592,7 +809,13 @@ def hacking_row(rows):
     """
     gold, proxy = (smoothed([row[name] for row in rows]) for name in ("gold", "score"))
     peak = max(gold)
-    row = {"gold": gold[0], "peak": peak, "last": gold[-1], "fall": peak - gold[-1], "proxy": proxy[-1] - proxy[0]}
+    row = {
+        "gold": gold[0],
+        "peak": peak,
+        "last": gold[-1],
+        "fall": peak - gold[-1],
+        "proxy": proxy[-1] - proxy[0],
+    }
     warned = next((i for i, one in enumerate(rows) if one.get("hacking")), None)
     if warned is not None:
         row |= {"warned": float(warned + 1), "lost": max(gold[: warned + 1]) - gold[warned]}
@@ -604,7 +827,9 @@ def hacking_row(rows):
 
 @dataclass
 class Hacking:
-    runs: list = field(default_factory=lambda: ["out/ppo"])  # PPO runs on the embedded world, whose metrics hold score, gold and kl
+    runs: list = field(
+        default_factory=lambda: ["out/ppo"]
+    )  # PPO runs on the embedded world, whose metrics hold score, gold and kl
     out: str = "out"  # directory for hacking.json and hacking.png
 
 
@@ -615,23 +840,40 @@ def hacking_main(config):
         run.require(path.exists(), f"{path} does not exist: name run directories of ppo.py")
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         judged = rows and all(name in rows[0] for name in ("gold", "score", "kl"))
-        run.require(judged, f"{path} has no gold beside the score: only PPO runs on the embedded world know the truth")
+        run.require(
+            judged,
+            f"{path} has no gold beside the score: only PPO runs on the embedded world know the truth",
+        )
         board[str(directory)] = hacking_row(rows)
         lines.append((directory.name, [max(row["kl"], 0) ** 0.5 for row in rows], rows))
     print(table(board))
-    hacked, healthy = ([row for row in board.values() if test(row["fall"])] for test in (lambda f: f >= 0.1, lambda f: f < 0.05))
+    hacked, healthy = (
+        [row for row in board.values() if test(row["fall"])]
+        for test in (lambda f: f >= 0.1, lambda f: f < 0.05)
+    )
     caught, false = ([row for row in group if "warned" in row] for group in (hacked, healthy))
     in_time = [row for row in caught if row["lost"] < 0.05]
-    print(f"\nof {len(board)} runs, {len(hacked)} were hacked (gold fell by .10 or more from its peak), {len(healthy)} not (less than .05)")
+    print(
+        f"\nof {len(board)} runs, {len(hacked)} were hacked (gold fell by .10 or more from its peak), {len(healthy)} not (less than .05)"
+    )
     print(
         f"the detector warned in {len(caught)} of the hacked, in {len(in_time)} before gold had lost .05, and in {len(false)} of the others"
     )
     if caught or false:
-        print(f"precision {len(caught) / (len(caught) + len(false)):.2f}  recall {len(caught) / max(1, len(hacked)):.2f}")
+        print(
+            f"precision {len(caught) / (len(caught) + len(false)):.2f}  recall {len(caught) / max(1, len(hacked)):.2f}"
+        )
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     run.write_json(out / "hacking.json", board)
-    panels = [("sqrt(KL)", key, {name: (d, smoothed([row[key] for row in rows])) for name, d, rows in lines}) for key in ("gold", "score")]
+    panels = [
+        (
+            "sqrt(KL)",
+            key,
+            {name: (d, smoothed([row[key] for row in rows])) for name, d, rows in lines},
+        )
+        for key in ("gold", "score")
+    ]
     picture(out / "hacking.png", panels)
 
 
@@ -640,22 +882,34 @@ def hacking_main(config):
 
 @dataclass
 class Labels:
-    data: list = field(default_factory=lambda: ["out/ai-pairs.jsonl"])  # files of preferences on the embedded world's prompts
+    data: list = field(
+        default_factory=lambda: ["out/ai-pairs.jsonl"]
+    )  # files of preferences on the embedded world's prompts
     out: str = ""  # directory for labels.json (default: none is written)
 
 
 def agreement(chances, gaps):
     """How often a chance above 1/2 goes with a gap above 0, of those with a gap; a chance of just 1/2 is half right."""
-    return mean([0.5 if p == 0.5 else float((p > 0.5) == (gap > 0)) for p, gap in zip(chances, gaps, strict=True) if gap])
+    return mean(
+        [
+            0.5 if p == 0.5 else float((p > 0.5) == (gap > 0))
+            for p, gap in zip(chances, gaps, strict=True)
+            if gap
+        ]
+    )
 
 
 def voted(where, row):
     """The votes of a record of `data.constitution compare`: [name, chance where shown first, chance where shown second] of each."""
     votes = row.get("votes") if isinstance(row, dict) else None
     good = isinstance(votes, list) and all(
-        isinstance(v, list) and len(v) == 3 and all(isinstance(p, int | float) for p in v[1:]) for v in votes
+        isinstance(v, list) and len(v) == 3 and all(isinstance(p, int | float) for p in v[1:])
+        for v in votes
     )
-    run.require(votes is None or (votes and good), f"{where}: the field votes is no list of [name, number, number]")
+    run.require(
+        votes is None or (votes and good),
+        f"{where}: the field votes is no list of [name, number, number]",
+    )
     return votes
 
 
@@ -667,17 +921,29 @@ def labels_main(config):
         rows = {where: row for where, row in formats.load(Path(path))}
         records += own
         votes += [voted(record.where, rows.get(record.where)) for record in own]
-    gaps = {name: pair_golds([replace(record, label=1.0) for record in records], name) for name in ("gold", "harmless")}
-    run.require(gaps["gold"] is not None, "--data: the judge knows only the prompts of the embedded world")
+    gaps = {
+        name: pair_golds([replace(record, label=1.0) for record in records], name)
+        for name in ("gold", "harmless")
+    }
+    run.require(
+        gaps["gold"] is not None, "--data: the judge knows only the prompts of the embedded world"
+    )
     gaps = {name: [a - b for a, b in golds] for name, golds in gaps.items()}
     chances = {"label": [[record.label] for record in records]}
-    run.require(all(votes) or not any(votes), "--data: some pairs have votes and some have none: measure them apart")
+    run.require(
+        all(votes) or not any(votes),
+        "--data: some pairs have votes and some have none: measure them apart",
+    )
     if all(votes):
         both = [[(first + second) / 2 for _, first, second in own] for own in votes]
         chances = {
-            "one principle, one order": [[p for _, first, second in own for p in (first, second)] for own in votes],
+            "one principle, one order": [
+                [p for _, first, second in own for p in (first, second)] for own in votes
+            ],
             "one principle, both orders": both,
-            "all principles, one order": [[mean([vote[i] for vote in own]) for i in (1, 2)] for own in votes],
+            "all principles, one order": [
+                [mean([vote[i] for vote in own]) for i in (1, 2)] for own in votes
+            ],
             "all principles, both orders": [[mean(own)] for own in both],
         }
     board = {name: {} for name in chances}
@@ -689,12 +955,17 @@ def labels_main(config):
     print("agreement with the judge, on pairs that differ in")
     print(table(board))
     board["pairs"] = {name: float(sum(gap != 0 for gap in of)) for name, of in gaps.items()}
-    print(f"of {len(records)} pairs, " + ", ".join(f"{count:.0f} differ in {name}" for name, count in board["pairs"].items()))
+    print(
+        f"of {len(records)} pairs, "
+        + ", ".join(f"{count:.0f} differ in {name}" for name, count in board["pairs"].items())
+    )
     if all(votes):
         first = mean([(p + 1 - q) / 2 for own in votes for _, p, q in own])
         turned = mean([(p > 0.5) != (q > 0.5) for own in votes for _, p, q in own])
         board["position"] = {"first": first, "turned": turned}
-        print(f"the answer shown first is preferred with probability {first:.3f}, and {turned:.3f} of all votes turn round with the order")
+        print(
+            f"the answer shown first is preferred with probability {first:.3f}, and {turned:.3f} of all votes turn round with the order"
+        )
         print("averaged over both orders, by construction: .500, and none")
     if config.out:
         Path(config.out).mkdir(parents=True, exist_ok=True)
@@ -708,7 +979,9 @@ def labels_main(config):
 class Scoreboard:
     runs: list = field(default_factory=list)  # run directories to measure (default: all under out/)
     sft: str = "out/sft"  # the SFT run that kl and win_rate refer to
-    data: list = field(default_factory=list)  # files whose prompts are asked; none: held-out prompts of the embedded world
+    data: list = field(
+        default_factory=list
+    )  # files whose prompts are asked; none: held-out prompts of the embedded world
     out: str = "out"  # directory for scoreboard.json and report.html
     prompts: int = 1300  # how many prompts at most; the world's have every skill equally often
     max_new_tokens: int = world.MAX_NEW_TOKENS  # longest reply
@@ -716,12 +989,22 @@ class Scoreboard:
 
 
 def scoreboard_main(config):
-    found = sorted(path.parent for path in Path("out").glob("*/run.json") if path.parent.suffix != ".partial")
+    found = sorted(
+        path.parent for path in Path("out").glob("*/run.json") if path.parent.suffix != ".partial"
+    )
     runs = config.runs or sorted(found, key=lambda path: (STAGES + [path.name]).index(path.name))
     run.require(runs, "there is no run under out/: name run directories to measure")
     names = [Path(directory).name for directory in runs]
-    run.require(len(set(names)) == len(names), f"two of the runs have the same name ({', '.join(names)}), and rows go by it: rename one")
-    options = dict(n=config.prompts, device=run.device(config.device), data=config.data, max_new_tokens=config.max_new_tokens)
+    run.require(
+        len(set(names)) == len(names),
+        f"two of the runs have the same name ({', '.join(names)}), and rows go by it: rename one",
+    )
+    options = dict(
+        n=config.prompts,
+        device=run.device(config.device),
+        data=config.data,
+        max_new_tokens=config.max_new_tokens,
+    )
     write_scoreboard(runs, config.sft, Path(config.out), **options)
 
 
@@ -739,12 +1022,19 @@ def write_scoreboard(runs, sft, out, **options):
 
 @dataclass
 class Recipe:
-    seeds: list = field(default_factory=list)  # one whole chain per seed, in OUT/seed-N; none: one chain with seed 0, in OUT itself
-    out: str = "out"  # directory of the runs; with --seeds, finished stages are kept and not run again
+    seeds: list = field(
+        default_factory=list
+    )  # one whole chain per seed, in OUT/seed-N; none: one chain with seed 0, in OUT itself
+    out: str = (
+        "out"  # directory of the runs; with --seeds, finished stages are kept and not run again
+    )
 
 
 def whole_numbers(seeds):
-    run.require(all(seed.isdigit() for seed in map(str, seeds)), f"--seeds must be whole numbers, not {' '.join(map(str, seeds))}")
+    run.require(
+        all(seed.isdigit() for seed in map(str, seeds)),
+        f"--seeds must be whole numbers, not {' '.join(map(str, seeds))}",
+    )
     return sorted({int(seed) for seed in seeds})
 
 
@@ -757,7 +1047,9 @@ def recipe_main(config):
     boards = {seed: board for seed, (board, _) in results.items()}
     rows = summary(list(boards.values()))
     run.write_json(Path(config.out) / "seeds.json", {"boards": boards, "summary": rows})
-    print(f"\n{len(seeds)} seeds: mean, half-width of its 95 % interval, (the worst seed)", flush=True)
+    print(
+        f"\n{len(seeds)} seeds: mean, half-width of its 95 % interval, (the worst seed)", flush=True
+    )
     print(summary_table(rows), flush=True)
 
 
@@ -781,7 +1073,9 @@ def script(threads, *words, quiet=False):
     """Runs a file of this project with its flags, as `python` would -> its exit code. The process is forked from one that has torch and
     matplotlib in memory: starting anew takes five seconds of processor time, a seventh of a small run."""
     server = multiprocessing.get_context("forkserver")
-    with TURN:  # starting a process also asks how the others are, and an exit code can be read only once
+    with (
+        TURN
+    ):  # starting a process also asks how the others are, and an exit code can be read only once
         server.set_forkserver_preload(["__main__", "torch._dynamo", "matplotlib.pyplot"])
         process = server.Process(target=as_main, args=(threads, quiet, [*map(str, words)]))
         process.start()
@@ -793,13 +1087,22 @@ def script(threads, *words, quiet=False):
 
 def finish(done, threads, *words, **options):
     """`script`, which has to end well and leave its result in `done`."""
-    run.require(script(threads, *words, **options) == 0, f"stopped at {done.name}: what went wrong stands above")
+    run.require(
+        script(threads, *words, **options) == 0,
+        f"stopped at {done.name}: what went wrong stands above",
+    )
 
 
 def stage(done, seed, threads, *command, resume=False):
     """Runs a script that leaves its result in `done`: a run directory, or a file. resume: goes on with a run that was killed there."""
     begun = resume and (done.with_name(f"{done.name}.partial") / "run.json").exists()
-    target = ["--out", done, *([] if done.suffix == ".jsonl" else ["--resume" if begun else "--overwrite"]), "--seed", seed]
+    target = [
+        "--out",
+        done,
+        *([] if done.suffix == ".jsonl" else ["--resume" if begun else "--overwrite"]),
+        "--seed",
+        seed,
+    ]
     finish(done, threads, *command, *target)
 
 
@@ -840,7 +1143,10 @@ def summary(boards):
     rows = {}
     for stage in boards[0]:
         fields = [field for field in boards[0][stage] if not field.endswith("_ci")]
-        rows[stage] = {f: spread([board[stage][f] for board in boards], max if f in COSTS else min) for f in fields}
+        rows[stage] = {
+            f: spread([board[stage][f] for board in boards], max if f in COSTS else min)
+            for f in fields
+        }
     return rows
 
 
@@ -857,19 +1163,37 @@ def summary_table(rows):
     """A summary as text: a line per field, a column per stage."""
     fields = list(dict.fromkeys(field for row in rows.values() for field in row))
     cells = {
-        stage: {f: f"{c['mean']:.3f} +-{c['half_width']:.3f} ({c['worst']:.3f})" for f, c in row.items()} for stage, row in rows.items()
+        stage: {
+            f: f"{c['mean']:.3f} +-{c['half_width']:.3f} ({c['worst']:.3f})" for f, c in row.items()
+        }
+        for stage, row in rows.items()
     }
-    return table({field: {stage: row.get(field, "") for stage, row in cells.items()} for field in fields})
+    return table(
+        {field: {stage: row.get(field, "") for stage, row in cells.items()} for field in fields}
+    )
 
 
-STUDENT = [0, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # 97.5 % quantiles for 0, 1, 2, ... degrees of freedom
+STUDENT = [
+    0,
+    12.71,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+]  # 97.5 % quantiles for 0, 1, 2, ... degrees of freedom
 
 
 def seed_interval(values):
     """Half-width of the 95 % interval of a mean over a few seeds (Student's t)."""
     if len(values) < 2:
         return 0.0
-    return STUDENT[min(len(values), len(STUDENT)) - 1] * statistics.stdev(values) / len(values) ** 0.5
+    return (
+        STUDENT[min(len(values), len(STUDENT)) - 1] * statistics.stdev(values) / len(values) ** 0.5
+    )
 
 
 # ------------------------------------------------------------------------------------------- every method, side by side
@@ -881,14 +1205,28 @@ BETAS = [0.05, 0.5]  # of DPO's frontier, beside its default
 ASKED = 2600  # held-out questions
 BEST_OF = [1, 2, 4, 8, 16]
 COMPARED = [  # (a, b): is a better than b?
-    *[("online", "dpo"), ("iterative", "dpo"), ("online-rm", "dpo"), ("kto", "dpo"), ("rloo", "ppo"), ("grpo", "ppo")],
-    *[("spin-1", "careful"), ("spin-2", "spin-1"), ("more-sft", "careful"), ("robust-flipped", "dpo-flipped")],
+    *[
+        ("online", "dpo"),
+        ("iterative", "dpo"),
+        ("online-rm", "dpo"),
+        ("kto", "dpo"),
+        ("rloo", "ppo"),
+        ("grpo", "ppo"),
+    ],
+    *[
+        ("spin-1", "careful"),
+        ("spin-2", "spin-1"),
+        ("more-sft", "careful"),
+        ("robust-flipped", "dpo-flipped"),
+    ],
 ]
 
 
 @dataclass
 class Methods:
-    seeds: list = field(default_factory=lambda: [1, 2, 3])  # one comparison per seed, from the SFT model of OUT/seed-N
+    seeds: list = field(
+        default_factory=lambda: [1, 2, 3]
+    )  # one comparison per seed, from the SFT model of OUT/seed-N
     out: str = "out/seeds"  # directory of the seeds, as `recipe --seeds` leaves it; stages that are there are kept
 
 
@@ -896,64 +1234,152 @@ def methods_main(config):
     seeds, out = whole_numbers(config.seeds), Path(config.out).resolve()
     workers = 1 if torch.cuda.is_available() else cores()
     homes = {seed: out / f"seed-{seed}" for seed in seeds}
-    with ThreadPoolExecutor(workers) as pool:  # one thread each: the stages are too small to gain from more
+    with ThreadPoolExecutor(
+        workers
+    ) as pool:  # one thread each: the stages are too small to gain from more
         prepared = {seed: pool.submit(prepare_methods, home, seed) for seed, home in homes.items()}
-        jobs = [(prepared[seed], home, seed, chain) for seed, home in homes.items() for chain in method_chains(home)]
-        jobs.sort(key=lambda job: len(job[-1]), reverse=True)  # the long ones first, so that no processor waits for one at the end
+        jobs = [
+            (prepared[seed], home, seed, chain)
+            for seed, home in homes.items()
+            for chain in method_chains(home)
+        ]
+        jobs.sort(
+            key=lambda job: len(job[-1]), reverse=True
+        )  # the long ones first, so that no processor waits for one at the end
         list(pool.map(lambda job: run_chain(*job), jobs))
-        list(pool.map(lambda job: run_measurement(*job), [job for home in homes.values() for job in measurements(home).items()]))
+        list(
+            pool.map(
+                lambda job: run_measurement(*job),
+                [job for home in homes.values() for job in measurements(home).items()],
+            )
+        )
     boards, best = zip(*map(measured, homes.values()), strict=True)
     rows, best = summary(boards), {n: spread([found[n] for found in best]) for n in BEST_OF}
-    differences = {f"{a} - {b}": [board[a]["gold"] - board[b]["gold"] for board in boards] for a, b in COMPARED}
-    run.write_json(out / "methods.json", {"boards": dict(zip(seeds, boards, strict=True)), "best_of_n": best, "summary": rows})
+    differences = {
+        f"{a} - {b}": [board[a]["gold"] - board[b]["gold"] for board in boards] for a, b in COMPARED
+    }
+    run.write_json(
+        out / "methods.json",
+        {"boards": dict(zip(seeds, boards, strict=True)), "best_of_n": best, "summary": rows},
+    )
     frontier_picture(rows, best, out / "methods.png")
     print(f"{len(seeds)} seeds, {LABELS} labels: mean and half-width of its 95 % interval")
-    print(table({name: {key: plus_minus(cell) for key, cell in row.items() if key in COLUMNS} for name, row in rows.items()}))
+    print(
+        table(
+            {
+                name: {key: plus_minus(cell) for key, cell in row.items() if key in COLUMNS}
+                for name, row in rows.items()
+            }
+        )
+    )
     print("\nbest of n replies of sft, chosen by the reward model")
-    print(table({f"n = {n}": {"kl at most": show(kl_bound(n)), "gold": plus_minus(best[n])} for n in BEST_OF}))
+    print(
+        table(
+            {
+                f"n = {n}": {"kl at most": show(kl_bound(n)), "gold": plus_minus(best[n])}
+                for n in BEST_OF
+            }
+        )
+    )
     print("\ndifferences in gold, seed by seed")
-    print(table({name: {"mean": plus_minus(spread(v)), "seeds": " ".join(f"{x:+.3f}" for x in v)} for name, v in differences.items()}))
+    print(
+        table(
+            {
+                name: {"mean": plus_minus(spread(v)), "seeds": " ".join(f"{x:+.3f}" for x in v)}
+                for name, v in differences.items()
+            }
+        )
+    )
     print(f"picture: {out / 'methods.png'}", flush=True)
 
 
 def prepare_methods(home, seed):
     """The foundation of a seed, and files with the same number of labels in every kind that a method learns from."""
     foundation(home, seed, threads=1, keep=True)
-    records, rng = formats.read(home / "pairs.jsonl", "preference")[:LABELS], random.Random(f"methods {seed}")
-    run.require(len(records) == LABELS, f"{home / 'pairs.jsonl'} holds {len(records)} comparisons, {LABELS} are needed")
+    records, rng = (
+        formats.read(home / "pairs.jsonl", "preference")[:LABELS],
+        random.Random(f"methods {seed}"),
+    )
+    run.require(
+        len(records) == LABELS,
+        f"{home / 'pairs.jsonl'} holds {len(records)} comparisons, {LABELS} are needed",
+    )
     pairs = [{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in records]
     sides = [rng.choice(["chosen", "rejected"]) for _ in pairs]  # one thumb per question
-    thumbs = [{"prompt": p["prompt"], "completion": p[side], "label": side == "chosen"} for p, side in zip(pairs, sides, strict=True)]
+    thumbs = [
+        {"prompt": p["prompt"], "completion": p[side], "label": side == "chosen"}
+        for p, side in zip(pairs, sides, strict=True)
+    ]
     flipped = []
     for pair in pairs:
-        gaps = [world.judge(pair["prompt"], pair[side][0]["content"])["gold"] for side in ("chosen", "rejected")]
+        gaps = [
+            world.judge(pair["prompt"], pair[side][0]["content"])["gold"]
+            for side in ("chosen", "rejected")
+        ]
         if gaps[0] != gaps[1]:
             turned = (gaps[0] < gaps[1]) != (rng.random() < FLIPPED)
-            flipped.append(pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]} if turned else pair)
-    careful = [{"messages": r.messages} for r in world.demonstrations(DEMONSTRATIONS, seed, wrong=0, misjudged=0, padded=0)]
-    for name, rows in {"labels": pairs, "thumbs": thumbs, "flipped": flipped, "careful": careful}.items():
+            flipped.append(
+                pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]} if turned else pair
+            )
+    careful = [
+        {"messages": r.messages}
+        for r in world.demonstrations(DEMONSTRATIONS, seed, wrong=0, misjudged=0, padded=0)
+    ]
+    for name, rows in {
+        "labels": pairs,
+        "thumbs": thumbs,
+        "flipped": flipped,
+        "careful": careful,
+    }.items():
         run.write_lines(home / f"{name}.jsonl", rows)
 
 
 def method_chains(home):
     """{name of a run: its command}, in groups that do not need one another and can run side by side."""
     runs, start = home / "methods", ["--init", home / "sft"]
-    labels, careful, flipped = (["--data", home / f"{name}.jsonl"] for name in ("labels", "careful", "flipped"))
+    labels, careful, flipped = (
+        ["--data", home / f"{name}.jsonl"] for name in ("labels", "careful", "flipped")
+    )
     dpo, ppo = ["dpo.py", "--watch", 0], ["ppo.py", *start, "--reward", runs / "reward"]
     learnt = LABELS - 300  # offline DPO holds 300 out
     once = [*dpo, *start, "--steps", learnt // 64]  # one pass over them
     online = [*once, "--online"]
-    one_stage = [*dpo, "--init", home / "base", *labels, "--loss", "orpo", "--batch-size", 32, "--steps", 600]
-    gently = ["sft.py", *careful, "--steps", DEMONSTRATIONS // 32, "--lr", 5e-5]  # about one pass, which leaves own replies to beat
+    one_stage = [
+        *dpo,
+        "--init",
+        home / "base",
+        *labels,
+        "--loss",
+        "orpo",
+        "--batch-size",
+        32,
+        "--steps",
+        600,
+    ]
+    gently = [
+        "sft.py",
+        *careful,
+        "--steps",
+        DEMONSTRATIONS // 32,
+        "--lr",
+        5e-5,
+    ]  # about one pass, which leaves own replies to beat
     play = [*dpo, *careful, "--spin", "--rounds", 1, "--lr", 2e-4]
     return [
         {
             "reward": ["reward.py", *start, *labels],
             "ppo": ppo,
-            "online-rm": [*online, "--judge", runs / "reward"],  # one pass as well: as many labels, though these cost nothing
+            "online-rm": [
+                *online,
+                "--judge",
+                runs / "reward",
+            ],  # one pass as well: as many labels, though these cost nothing
             **{name: [*ppo, "--advantage", name] for name in ("rloo", "grpo")},
         },
-        {loss: [*once, *labels, "--loss", loss] for loss in ("dpo", "cdpo", "robust", "ipo", "hinge", "simpo")},
+        {
+            loss: [*once, *labels, "--loss", loss]
+            for loss in ("dpo", "cdpo", "robust", "ipo", "hinge", "simpo")
+        },
         {"orpo": one_stage, "robust-orpo": [*one_stage, "--label-smoothing", 0.25, "--lam", 0.3]},
         {
             "kto": [*once, "--data", home / "thumbs.jsonl", "--loss", "kto"],
@@ -984,20 +1410,53 @@ def cost(directory):
     """Processor seconds of a run and of the runs beside it that it needed: its start, its reward model, its judge."""
     facts = facts_of(directory)
     needed = [Path(facts["flags"].get(flag) or "") for flag in ("init", "reward", "judge")]
-    return facts["cpu_seconds"] + sum(cost(path) for path in needed if path.parent == directory.parent)
+    return facts["cpu_seconds"] + sum(
+        cost(path) for path in needed if path.parent == directory.parent
+    )
 
 
 def policies(home):
-    return [home / "methods" / name for chain in method_chains(home) for name in chain if name != "reward"]
+    return [
+        home / "methods" / name
+        for chain in method_chains(home)
+        for name in chain
+        if name != "reward"
+    ]
 
 
 def measurements(home):
     """{what it writes: the command} of all that measures a seed's methods, each of about the same length."""
-    runs, best = [home / "base", home / "sft", *policies(home)], ["--policy", home / "sft", "--reward", home / "methods/reward"]
+    runs, best = (
+        [home / "base", home / "sft", *policies(home)],
+        ["--policy", home / "sft", "--reward", home / "methods/reward"],
+    )
     return {
-        home / "measured/1/scoreboard.json": ["scoreboard", "--runs", *runs[::2], "--sft", home / "sft", "--prompts", ASKED],
-        home / "measured/2/scoreboard.json": ["scoreboard", "--runs", *runs[1::2], "--sft", home / "sft", "--prompts", ASKED],
-        home / "measured/best/best-of-n.json": ["best-of-n", *best, "--n", max(BEST_OF), "--prompts", ASKED // 4],
+        home / "measured/1/scoreboard.json": [
+            "scoreboard",
+            "--runs",
+            *runs[::2],
+            "--sft",
+            home / "sft",
+            "--prompts",
+            ASKED,
+        ],
+        home / "measured/2/scoreboard.json": [
+            "scoreboard",
+            "--runs",
+            *runs[1::2],
+            "--sft",
+            home / "sft",
+            "--prompts",
+            ASKED,
+        ],
+        home / "measured/best/best-of-n.json": [
+            "best-of-n",
+            *best,
+            "--n",
+            max(BEST_OF),
+            "--prompts",
+            ASKED // 4,
+        ],
     }
 
 
@@ -1009,11 +1468,16 @@ def measured(home):
     """-> the scoreboard of a seed's methods, and {n: gold of the best of n replies by the reward model's choice}."""
     first, second, best = (json.loads(file.read_text()) for file in measurements(home))
     found = first | second
-    board = {name: found[name] for name in ["base", "sft", *(path.name for path in policies(home))]} | {"reward": {}}
+    board = {
+        name: found[name] for name in ["base", "sft", *(path.name for path in policies(home))]
+    } | {"reward": {}}
     for name, row in board.items():
         row.pop("seconds", None)
         if name not in ("base", "sft"):  # these belong to all of them
-            row |= {"memory": facts_of(home / "methods" / name)["peak_memory_mib"], "seconds": cost(home / "methods" / name)}
+            row |= {
+                "memory": facts_of(home / "methods" / name)["peak_memory_mib"],
+                "seconds": cost(home / "methods" / name),
+            }
         if "gold" in row:
             row["gain"] = row["gold"] - found["sft"]["gold"]
     return board, {n: best["gold"][f"n={n}"]["outcome"] for n in BEST_OF}
@@ -1023,20 +1487,46 @@ def frontier_picture(rows, best, path):
     """Gold against KL to sft: every method, DPO over its beta, and best-of-n as the curve to beat."""
     pyplot = run.plotting()
     figure, panel = pyplot.subplots(figsize=(8, 5))
-    sweep = sorted((name for name in rows if name == "dpo" or name.startswith("dpo-beta")), key=lambda name: rows[name]["kl"]["mean"])
-    panel.plot(
-        [rows[name]["kl"]["mean"] for name in sweep], [rows[name]["gold"]["mean"] for name in sweep], color="C0", label="dpo over beta"
+    sweep = sorted(
+        (name for name in rows if name == "dpo" or name.startswith("dpo-beta")),
+        key=lambda name: rows[name]["kl"]["mean"],
     )
-    panel.plot([kl_bound(n) for n in best], [cell["mean"] for cell in best.values()], "k.--", label="best of n (KL: its bound)")
+    panel.plot(
+        [rows[name]["kl"]["mean"] for name in sweep],
+        [rows[name]["gold"]["mean"] for name in sweep],
+        color="C0",
+        label="dpo over beta",
+    )
+    panel.plot(
+        [kl_bound(n) for n in best],
+        [cell["mean"] for cell in best.values()],
+        "k.--",
+        label="best of n (KL: its bound)",
+    )
     shown = [name for name, row in rows.items() if "kl" in row and "flipped" not in name]
     shown.sort(key=lambda name: rows[name]["gold"]["mean"])
     for i, name in enumerate(shown):
         row = rows[name]
-        point, style = (row["kl"]["mean"], row["gold"]["mean"]), dict(fmt="o", markersize=4, elinewidth=0.7)
-        panel.errorbar(*point, yerr=row["gold"]["half_width"], color="C0" if name in sweep else "C1", **style)
-        line = dict(arrowstyle="-", linewidth=0.4, color="0.6")  # names in a column of their own: the points lie close together
+        point, style = (
+            (row["kl"]["mean"], row["gold"]["mean"]),
+            dict(fmt="o", markersize=4, elinewidth=0.7),
+        )
+        panel.errorbar(
+            *point, yerr=row["gold"]["half_width"], color="C0" if name in sweep else "C1", **style
+        )
+        line = dict(
+            arrowstyle="-", linewidth=0.4, color="0.6"
+        )  # names in a column of their own: the points lie close together
         place = (1.02, (i + 0.5) / len(shown))
-        panel.annotate(name, point, place, textcoords="axes fraction", fontsize=7, verticalalignment="center", arrowprops=line)
+        panel.annotate(
+            name,
+            point,
+            place,
+            textcoords="axes fraction",
+            fontsize=7,
+            verticalalignment="center",
+            arrowprops=line,
+        )
     panel.set(xlabel="KL(model || sft) of a reply, nats", ylabel="gold on held-out questions")
     panel.legend(loc="lower center", fontsize=8)
     figure.tight_layout()
@@ -1060,9 +1550,13 @@ def chat_main(directory, config=None):
     question N times more, side by side, without remembering them.
     """
     config = config or Chat()
-    run.require(0 < config.top_p <= 1, f"--top-p must be more than 0 and at most 1, not {config.top_p}")
+    run.require(
+        0 < config.top_p <= 1, f"--top-p must be more than 0 and at most 1, not {config.top_p}"
+    )
     model, encoding, chats = open_run(directory, run.device(config.device))
-    run.require(model.config.head == "lm", f"{directory} is a reward model: it scores text and cannot talk")
+    run.require(
+        model.config.head == "lm", f"{directory} is a reward model: it scores text and cannot talk"
+    )
     generator = torch.Generator(model.device).manual_seed(config.seed)
     opening = [{"role": "system", "content": config.system}] if config.system else []
     messages = [*opening]
@@ -1077,16 +1571,25 @@ def chat_main(directory, config=None):
         if text == "/reset":
             messages = [*opening]
         elif command == "/samples":
-            question = messages[: max((i + 1 for i, m in enumerate(messages) if m["role"] == "user"), default=0)]
+            question = messages[
+                : max((i + 1 for i, m in enumerate(messages) if m["role"] == "user"), default=0)
+            ]
             if not question or not number.isdigit() or int(number) < 1:
-                print("/samples N answers the last question N times: ask one first, and say how often", flush=True)
+                print(
+                    "/samples N answers the last question N times: ask one first, and say how often",
+                    flush=True,
+                )
                 continue
-            for i, reply in enumerate(reply_to(model, encoding, question, chats, config, generator, samples=int(number))):
+            for i, reply in enumerate(
+                reply_to(model, encoding, question, chats, config, generator, samples=int(number))
+            ):
                 print(f"{i + 1}: {reply.strip()}", flush=True)
         else:
             question = [*messages, {"role": "user", "content": text}]
             replies = reply_to(model, encoding, question, chats, config, generator)
-            messages = [*question, {"role": "assistant", "content": replies[0]}] if replies else messages
+            messages = (
+                [*question, {"role": "assistant", "content": replies[0]}] if replies else messages
+            )
 
 
 def reply_to(model, encoding, messages, chats, config, generator, samples=0):
@@ -1102,25 +1605,45 @@ def reply_to(model, encoding, messages, chats, config, generator, samples=0):
         messages = messages[:start] + messages[start + 2 :]
         prompt, stops = asked(messages, encoding, chats)
     if len(prompt) >= model.config.context:
-        print(f"a message of {len(prompt)} tokens does not fit the context of {model.config.context}: say it in fewer words", flush=True)
+        print(
+            f"a message of {len(prompt)} tokens does not fit the context of {model.config.context}: say it in fewer words",
+            flush=True,
+        )
         return []
     if not samples:
         print("model: ", end="", flush=True)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
 
     def show(_, tokens):
-        print("" if tokens[0] in stops else decoder.decode(encoding.decode_single_token_bytes(tokens[0])), end="", flush=True)
+        print(
+            ""
+            if tokens[0] in stops
+            else decoder.decode(encoding.decode_single_token_bytes(tokens[0])),
+            end="",
+            flush=True,
+        )
 
     began = time.perf_counter()
-    options = dict(stop_id=stops, generator=generator, samples=samples or 1, stream=None if samples else show)
-    replies = model.generate([prompt], room, config.temperature, config.top_k, config.top_p, **options)
+    options = dict(
+        stop_id=stops, generator=generator, samples=samples or 1, stream=None if samples else show
+    )
+    replies = model.generate(
+        [prompt], room, config.temperature, config.top_k, config.top_p, **options
+    )
     tokens, seconds = sum(map(len, replies)), time.perf_counter() - began
-    print(f"{decoder.decode(b'', final=True)}\n[{tokens} tokens, {tokens / seconds:.0f} a second]", flush=True)
+    print(
+        f"{decoder.decode(b'', final=True)}\n[{tokens} tokens, {tokens / seconds:.0f} a second]",
+        flush=True,
+    )
     return [encoding.decode([token for token in reply if token not in stops]) for reply in replies]
 
 
 def main():
-    commands = {"recipe": (recipe_main, Recipe), "methods": (methods_main, Methods), "scoreboard": (scoreboard_main, Scoreboard)}
+    commands = {
+        "recipe": (recipe_main, Recipe),
+        "methods": (methods_main, Methods),
+        "scoreboard": (scoreboard_main, Scoreboard),
+    }
     commands |= {
         "reward": (reward_main, RewardReport),
         "best-of-n": (best_of_n_main, BestOfN),

@@ -43,7 +43,11 @@ from torch import nn
 import kernels
 
 TARGETS = "qkv,out,up,down"  # the matrices of a block, as `adapt` names them
-WHOLE = ("score_head.weight", "embed.weight", "lm_head.weight")  # what goes with an adapter as it is
+WHOLE = (
+    "score_head.weight",
+    "embed.weight",
+    "lm_head.weight",
+)  # what goes with an adapter as it is
 
 
 @dataclass
@@ -54,19 +58,29 @@ class Config:
     width: int = 768  # D, the size of a hidden state
     layers: int = 12
     heads: int = 12  # H, query heads
-    kv_heads: int = 12  # key/value heads: H / kv_heads query heads share one (grouped-query attention)
+    kv_heads: int = (
+        12  # key/value heads: H / kv_heads query heads share one (grouped-query attention)
+    )
     head_dim: int = 64
     mlp_width: int = 3072
     context: int = 1024  # longest sequence, in tokens
     arch: str = "gpt2"  # "gpt2" | "llama" | "qwen2" | "qwen3"
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0  # all but gpt2: the base of the rotary wavelengths
-    rope_scaling: tuple | None = None  # Llama 3.1's (factor, low, high, original context): see `rope_frequencies`
+    rope_scaling: tuple | None = (
+        None  # Llama 3.1's (factor, low, high, original context): see `rope_frequencies`
+    )
     tied: bool = True  # the LM head is the embedding matrix
-    head: str = "lm"  # "lm": a vocabulary | "score": one scalar per position (reward models, critics)
-    score_bias: float = 0.0  # score head only: transformers' layout has no bias, so it lives in config.json
+    head: str = (
+        "lm"  # "lm": a vocabulary | "score": one scalar per position (reward models, critics)
+    )
+    score_bias: float = (
+        0.0  # score head only: transformers' layout has no bias, so it lives in config.json
+    )
     score_gain: float = 1.0  # by how much normalisation scaled the scores: score / score_gain are the trained log-odds
-    eos_token_id: int | list | None = None  # the ids that end a turn, recorded for other people's tools
+    eos_token_id: int | list | None = (
+        None  # the ids that end a turn, recorded for other people's tools
+    )
     pad_token_id: int | None = None  # likewise; this code masks by position, never by id
     init_std: float = 0.02
 
@@ -80,11 +94,15 @@ def rope_frequencies(config):
     Llama 3.1 stretches a context of `original` tokens by `factor`: a pair that turns fewer than `low` times within it is slowed down by
     that factor, one that turns more than `high` times is not (it tells neighbours apart), and in between the two are mixed.
     """
-    frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)  # (d/2,)
+    frequencies = config.rope_theta ** (
+        -torch.arange(0, config.head_dim, 2) / config.head_dim
+    )  # (d/2,)
     if config.rope_scaling is None:
         return frequencies
     factor, low, high, original = config.rope_scaling
-    fast = ((original * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)  # (d/2,) 1: left as it is
+    fast = ((original * frequencies / (2 * math.pi) - low) / (high - low)).clamp(
+        0, 1
+    )  # (d/2,) 1: left as it is
     return frequencies * (fast + (1 - fast) / factor)
 
 
@@ -105,15 +123,21 @@ class Cache:
         shape = (config.layers, batch, config.kv_heads, context, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (layers, B, Hkv, Tmax, d)
         self.values = torch.zeros_like(self.keys)
-        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)  # (B,) tokens held per row
+        self.lengths = torch.zeros(
+            batch, dtype=torch.long, device=device
+        )  # (B,) tokens held per row
 
     def begin(self, T, longest):
         """Announces T new tokens per row, none to end beyond `longest`: their positions (B, T), and who may see what."""
-        self.positions = self.lengths[:, None] + torch.arange(T, device=self.lengths.device)  # (B, T)
+        self.positions = self.lengths[:, None] + torch.arange(
+            T, device=self.lengths.device
+        )  # (B, T)
         self.longest = longest
         seen = torch.arange(longest, device=self.lengths.device)
         mask = (seen <= self.positions[:, :, None])[:, None]  # (B, 1, T, longest): causal, per row
-        self.mask = None if longest == T else mask  # nothing held before: plain causal attention, the fast one
+        self.mask = (
+            None if longest == T else mask
+        )  # nothing held before: plain causal attention, the fast one
 
     def append(self, layer, k, v):
         """Stores k, v (B, Hkv, T, d) at the announced positions; returns everything held so far."""
@@ -124,7 +148,9 @@ class Cache:
 
     def select(self, rows):
         """Keeps only these rows (a 1-D index tensor): finished replies stop costing time."""
-        self.keys = self.keys.index_select(1, rows)  # half the time of keys[:, rows]; one after the other, never twice the memory
+        self.keys = self.keys.index_select(
+            1, rows
+        )  # half the time of keys[:, rows]; one after the other, never twice the memory
         self.values = self.values.index_select(1, rows)
         self.lengths = self.lengths[rows]
 
@@ -142,24 +168,38 @@ class Linear(nn.Linear):
 
     def attach(self, rank, scale):
         """An adapter that adds nothing yet."""
-        self.A = nn.Parameter(torch.zeros(len(self.parts) * rank, self.in_features, device=self.weight.device))  # (parts * r, inputs)
-        self.B = nn.Parameter(torch.zeros(self.out_features, rank, device=self.weight.device))  # (sum(parts), r)
+        self.A = nn.Parameter(
+            torch.zeros(len(self.parts) * rank, self.in_features, device=self.weight.device)
+        )  # (parts * r, inputs)
+        self.B = nn.Parameter(
+            torch.zeros(self.out_features, rank, device=self.weight.device)
+        )  # (sum(parts), r)
         self.scale = scale  # alpha / r
 
     def pairs(self):
         """(A, B) of each part; none without an adapter."""
-        return [] if self.A is None else list(zip(self.A.chunk(len(self.parts)), self.B.split(self.parts), strict=True))
+        return (
+            []
+            if self.A is None
+            else list(zip(self.A.chunk(len(self.parts)), self.B.split(self.parts), strict=True))
+        )
 
     def forward(self, x):
         y = super().forward(x)
         if self.A is None:
             return y
         low = (F.linear(x, self.A) * self.scale).chunk(len(self.parts), dim=-1)  # (..., r) per part
-        return y + torch.cat([F.linear(x, B) for x, (_, B) in zip(low, self.pairs(), strict=True)], dim=-1)
+        return y + torch.cat(
+            [F.linear(x, B) for x, (_, B) in zip(low, self.pairs(), strict=True)], dim=-1
+        )
 
     def merged(self):
         """W with its adapter added, (sum(parts), inputs); W itself without one."""
-        return self.weight if self.A is None else self.weight + self.scale * torch.cat([B @ A for A, B in self.pairs()])
+        return (
+            self.weight
+            if self.A is None
+            else self.weight + self.scale * torch.cat([B @ A for A, B in self.pairs()])
+        )
 
 
 class Attention(nn.Module):
@@ -167,11 +207,15 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         parts = [n * config.head_dim for n in (config.heads, config.kv_heads, config.kv_heads)]
-        parts = [sum(parts)] if config.arch == "gpt2" else parts  # GPT-2's files hold the three as one
+        parts = (
+            [sum(parts)] if config.arch == "gpt2" else parts
+        )  # GPT-2's files hold the three as one
         self.qkv = Linear(config.width, *parts, bias=config.arch in ("gpt2", "qwen2"))
         self.out = Linear(config.heads * config.head_dim, config.width, bias=config.arch == "gpt2")
         if config.arch == "qwen3":
-            self.q_norm, self.k_norm = (nn.RMSNorm(config.head_dim, eps=config.norm_eps) for _ in range(2))
+            self.q_norm, self.k_norm = (
+                nn.RMSNorm(config.head_dim, eps=config.norm_eps) for _ in range(2)
+            )
 
     def forward(self, x, rope, cache, layer):
         B, T, _ = x.shape
@@ -187,7 +231,12 @@ class Attention(nn.Module):
             k, v = cache.append(layer, k, v)  # (B, Hkv, longest, d)
         mask = None if cache is None else cache.mask
         y = F.scaled_dot_product_attention(
-            q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
+            q,
+            k.to(q.dtype),
+            v.to(q.dtype),
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=self.heads != self.kv_heads,
         )
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -196,12 +245,16 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.gated = config.arch != "gpt2"
-        self.up = Linear(config.width, *[config.mlp_width] * (2 if self.gated else 1), bias=not self.gated)
+        self.up = Linear(
+            config.width, *[config.mlp_width] * (2 if self.gated else 1), bias=not self.gated
+        )
         self.down = Linear(config.mlp_width, config.width, bias=not self.gated)
 
     def forward(self, x):
         if not self.gated:
-            return self.down(F.gelu(self.up(x), approximate="tanh"))  # GPT-2's "gelu_new" is the tanh form
+            return self.down(
+                F.gelu(self.up(x), approximate="tanh")
+            )  # GPT-2's "gelu_new" is the tanh form
         gate, up = self.up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
@@ -210,7 +263,10 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         norm = nn.LayerNorm if config.arch == "gpt2" else nn.RMSNorm
-        self.norm1, self.norm2 = norm(config.width, eps=config.norm_eps), norm(config.width, eps=config.norm_eps)
+        self.norm1, self.norm2 = (
+            norm(config.width, eps=config.norm_eps),
+            norm(config.width, eps=config.norm_eps),
+        )
         self.attn, self.mlp = Attention(config), MLP(config)
 
     def forward(self, x, rope, cache, layer):
@@ -241,7 +297,10 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.origin, self.grown = "", False  # the checkpoint that it was opened from, and whether its vocabulary has grown since
+        self.origin, self.grown = (
+            "",
+            False,
+        )  # the checkpoint that it was opened from, and whether its vocabulary has grown since
         self.embed = nn.Embedding(config.vocab_size, config.width)
         if config.arch == "gpt2":
             self.positions = nn.Embedding(config.context, config.width)
@@ -253,7 +312,9 @@ class GPT(nn.Module):
         elif not config.tied:
             self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
         if config.arch != "gpt2":
-            angles = torch.outer(torch.arange(config.context), rope_frequencies(config))  # (context, d/2)
+            angles = torch.outer(
+                torch.arange(config.context), rope_frequencies(config)
+            )  # (context, d/2)
             self.register_buffer("cos", angles.cos(), persistent=False)
             self.register_buffer("sin", angles.sin(), persistent=False)
         for module in self.modules():
@@ -277,7 +338,9 @@ class GPT(nn.Module):
     def head_weight(self):
         """The LM head (V, D) that `kernels` multiplies hidden states with; tied or not."""
         if self.config.head != "lm":
-            raise ValueError("this checkpoint has a scalar head and no vocabulary head: it scores text, it cannot write any")
+            raise ValueError(
+                "this checkpoint has a scalar head and no vocabulary head: it scores text, it cannot write any"
+            )
         return self.embed.weight if self.config.tied else self.lm_head.weight
 
     def forward(self, ids, cache=None):
@@ -287,13 +350,19 @@ class GPT(nn.Module):
         """
         T = ids.shape[1]
         if cache is None and self.config.context < T:
-            raise ValueError(f"a sequence of {T} tokens does not fit the model's context of {self.config.context}")
-        positions = torch.arange(T, device=ids.device) if cache is None else cache.positions  # (T,) or (B, T)
+            raise ValueError(
+                f"a sequence of {T} tokens does not fit the model's context of {self.config.context}"
+            )
+        positions = (
+            torch.arange(T, device=ids.device) if cache is None else cache.positions
+        )  # (T,) or (B, T)
         x, rope = self.embed(ids), None  # (B, T, D)
         if self.config.arch == "gpt2":
             x = x + self.positions(positions)
         else:
-            rope = [table[positions].unsqueeze(-3) for table in (self.cos, self.sin)]  # (1, T, d/2) or (B, 1, T, d/2): for all heads
+            rope = [
+                table[positions].unsqueeze(-3) for table in (self.cos, self.sin)
+            ]  # (1, T, d/2) or (B, 1, T, d/2): for all heads
         for layer, block in enumerate(self.blocks):
             x = block(x, rope, cache, layer)
         return self.norm(x)
@@ -305,15 +374,23 @@ class GPT(nn.Module):
     def score(self, hidden):
         """hidden (B, T, D) -> one scalar per position (B, T), fp32; for models with a scalar head."""
         if self.config.head != "score":
-            raise ValueError("this checkpoint has a vocabulary head and no scalar head: train one with reward.py")
-        with torch.autocast(hidden.device.type, enabled=False):  # a bf16 score would have three digits
-            return F.linear(hidden.float(), self.score_head.weight.float(), self.score_head.bias.float()).squeeze(-1)
+            raise ValueError(
+                "this checkpoint has a vocabulary head and no scalar head: train one with reward.py"
+            )
+        with torch.autocast(
+            hidden.device.type, enabled=False
+        ):  # a bf16 score would have three digits
+            return F.linear(
+                hidden.float(), self.score_head.weight.float(), self.score_head.bias.float()
+            ).squeeze(-1)
 
     def grow(self, vocab_size):
         """Adds rows to the vocabulary (new special tokens), drawn around the mean embedding so that they start unremarkable."""
         for module in [self.embed] + ([self.lm_head] if hasattr(self, "lm_head") else []):
             old = module.weight.data  # (V, D)
-            new = old.mean(0) + self.config.init_std * torch.randn(vocab_size - len(old), old.shape[1]).to(old)
+            new = old.mean(0) + self.config.init_std * torch.randn(
+                vocab_size - len(old), old.shape[1]
+            ).to(old)
             module.weight = nn.Parameter(torch.cat([old, new]))
         self.embed.num_embeddings = self.config.vocab_size = vocab_size
         self.grown = True
@@ -361,31 +438,47 @@ class GPT(nn.Module):
                     f"prompt {row} has {len(prompt)} tokens; it needs at least 1 and, to leave room for a reply, "
                     f"fewer than the context of {self.config.context}"
                 )
-        stops = torch.tensor([] if stop_id is None else stop_id, dtype=torch.long, device=self.device).reshape(-1)
+        stops = torch.tensor(
+            [] if stop_id is None else stop_id, dtype=torch.long, device=self.device
+        ).reshape(-1)
         replies, logprobs = ([[] for _ in range(len(prompts) * samples)] for _ in range(2))
         if not prompts or max_new_tokens < 1:
             return (replies, logprobs) if return_logprobs else replies
 
         lengths = torch.tensor([len(p) for p in prompts], device=self.device)  # (B,)
         longest = max(len(p) for p in prompts)
-        ids = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts], device=self.device)  # (B, T)
+        ids = torch.tensor(
+            [[*p, *[0] * (longest - len(p))] for p in prompts], device=self.device
+        )  # (B, T)
         room = min(longest + max_new_tokens, self.config.context)
         cache = Cache(self.config, len(prompts), room, self.device, self.embed.weight.dtype)
         cache.begin(longest, longest)
-        hidden = self(ids, cache)[torch.arange(len(prompts)), lengths - 1]  # (B, D): each row's last real token
+        hidden = self(ids, cache)[
+            torch.arange(len(prompts)), lengths - 1
+        ]  # (B, D): each row's last real token
         cache.lengths = lengths
         if samples > 1:
-            rows = torch.arange(len(prompts), device=self.device).repeat_interleave(samples)  # (B K,)
+            rows = torch.arange(len(prompts), device=self.device).repeat_interleave(
+                samples
+            )  # (B K,)
             cache.select(rows)
             hidden = hidden[rows]
 
-        alive = torch.arange(len(replies), device=self.device)  # which reply each row of the cache belongs to
-        budget = (self.config.context - cache.lengths).clamp(max=max_new_tokens)  # (B,) tokens each row may still write
+        alive = torch.arange(
+            len(replies), device=self.device
+        )  # which reply each row of the cache belongs to
+        budget = (self.config.context - cache.lengths).clamp(
+            max=max_new_tokens
+        )  # (B,) tokens each row may still write
         steps = []  # (reply index, token, log-prob) of every step, moved to lists once at the end
         for step in range(max_new_tokens):
             logits = self.logits(hidden).float()  # (B, V)
             token = sample(logits, temperature, top_k, top_p, generator)  # (B,)
-            logprob = kernels.logprob_rows(logits, token, temperature=temperature or 1.0).logprob if return_logprobs else None
+            logprob = (
+                kernels.logprob_rows(logits, token, temperature=temperature or 1.0).logprob
+                if return_logprobs
+                else None
+            )
             steps.append((alive, token, logprob))
             if stream:
                 stream(alive.tolist(), token.tolist())
@@ -422,14 +515,20 @@ class GPT(nn.Module):
             return self
         chosen = targets.split(",")
         if not set(chosen) <= set(TARGETS.split(",")):
-            raise ValueError(f"--lora-targets {targets} should be names out of {TARGETS}, separated by commas")
+            raise ValueError(
+                f"--lora-targets {targets} should be names out of {TARGETS}, separated by commas"
+            )
         if not self.origin:
-            raise ValueError("--lora-rank adapts a trained model, and random weights are none: name a checkpoint with --init")
+            raise ValueError(
+                "--lora-rank adapts a trained model, and random weights are none: name a checkpoint with --init"
+            )
         self.freeze()
         present = self.rank
         for name, module in self.linears():
             if present and module.A is not None:  # own copies: those of before may be shared
-                module.A, module.B = (nn.Parameter(half.detach().clone()) for half in (module.A, module.B))
+                module.A, module.B = (
+                    nn.Parameter(half.detach().clone()) for half in (module.A, module.B)
+                )
             elif not present and name.rpartition(".")[2] in chosen:
                 module.attach(rank, (alpha or 2 * rank) / rank)
                 nn.init.uniform_(module.A, -(module.in_features**-0.5), module.in_features**-0.5)
@@ -448,7 +547,9 @@ class GPT(nn.Module):
 
     def linears(self):
         """(name, module) of every matrix in the blocks: all that adapters can stand beside."""
-        return [(name, module) for name, module in self.named_modules() if isinstance(module, Linear)]
+        return [
+            (name, module) for name, module in self.named_modules() if isinstance(module, Linear)
+        ]
 
     @torch.no_grad()
     def merge(self):
@@ -461,7 +562,14 @@ class GPT(nn.Module):
 
     def share(self):
         """A copy with parameters of its own where these are trained, and the very same ones where they are frozen."""
-        return copy.deepcopy(self, {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers()) if not tensor.requires_grad})
+        return copy.deepcopy(
+            self,
+            {
+                id(tensor): tensor
+                for tensor in (*self.parameters(), *self.buffers())
+                if not tensor.requires_grad
+            },
+        )
 
     def reference(self):
         """The frozen model that the training of this one started from. Of a model with adapters: its own weights, adapters off."""
@@ -495,7 +603,9 @@ class GPT(nn.Module):
                 # SwiGLU has three matrices where GELU has two: 8/3 D instead of 4 D costs the same (Shazeer 2020), to a multiple of 32
                 mlp_width=4 * width if match[1] == "gpt2" else 32 * round(8 * width / 96),
                 context=context,
-                rope_theta=100.0 if context <= 256 else 10000.0,  # wavelengths to suit the lengths: 10000 learns short ones late
+                rope_theta=100.0
+                if context <= 256
+                else 10000.0,  # wavelengths to suit the lengths: 10000 learns short ones late
                 init_std=0.02 if width >= 512 else 1 / math.sqrt(width),
             )
         )
@@ -510,19 +620,31 @@ class GPT(nn.Module):
         Raises FileNotFoundError / ValueError with one sentence for anything missing, unexpected or misshapen.
         """
         directory = Path(directory)
-        if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
+        if (directory / "adapter_config.json").exists() and not (
+            directory / "config.json"
+        ).exists():
             facts = read_json(directory / "adapter_config.json")
-            base, head = facts.get("base_model_name_or_path") or "", head or ("score" if facts.get("task_type") == "SEQ_CLS" else None)
+            base, head = (
+                facts.get("base_model_name_or_path") or "",
+                head or ("score" if facts.get("task_type") == "SEQ_CLS" else None),
+            )
             if not Path(base).is_dir():
                 raise ValueError(
                     f"{directory} is an adapter of {base or 'a base model without a name'}, which is no directory here: name it"
                 )
             model = cls.from_pretrained(base, head).load_adapter(directory).merge()
-            model.origin, model.grown = str(directory), False  # a further adapter stands on both, and its file names this one as its base
+            model.origin, model.grown = (
+                str(directory),
+                False,
+            )  # a further adapter stands on both, and its file names this one as its base
             return model
         config = read_config(directory)
         own_head, config.head = config.head, head or config.head
-        if trunk is not None and own_head == config.head == "score" and (directory / "adapter").is_dir():
+        if (
+            trunk is not None
+            and own_head == config.head == "score"
+            and (directory / "adapter").is_dir()
+        ):
             model = trunk._carry(directory, config)
             if model is not None:
                 return model
@@ -543,7 +665,11 @@ class GPT(nn.Module):
         model._modules.pop("lm_head", None)
         model.load_adapter(directory / "adapter")
         pairs = read_tensors(directory, model, "score")
-        return model if all(torch.allclose(own.cpu(), value, rtol=1e-4, atol=1e-6) for own, value in pairs) else None
+        return (
+            model
+            if all(torch.allclose(own.cpu(), value, rtol=1e-4, atol=1e-6) for own, value in pairs)
+            else None
+        )
 
     def save_pretrained(self, directory):
         """Writes config.json and model.safetensors (fp32) so that transformers opens them; each file appears whole or not at all.
@@ -552,8 +678,13 @@ class GPT(nn.Module):
         """
         if self.config.head == "score":
             self.config.score_bias = float(self.score_head.bias.detach())
-        tensors = {prefixed(key, self.config): value.float().cpu().contiguous() for key, value in self.tensors()}
-        write(Path(directory), "model.safetensors", tensors, "config.json", write_config(self.config))
+        tensors = {
+            prefixed(key, self.config): value.float().cpu().contiguous()
+            for key, value in self.tensors()
+        }
+        write(
+            Path(directory), "model.safetensors", tensors, "config.json", write_config(self.config)
+        )
         if self.rank:
             self.save_adapter(Path(directory) / "adapter")
 
@@ -562,28 +693,63 @@ class GPT(nn.Module):
         """(name in the checkpoint without prefix, what it holds) of every tensor. Without adapters these are the parameters' own memory."""
         for name, (keys, transposed) in layout(self).items():
             module, value = self.get_submodule(name.rpartition(".")[0]), self.get_parameter(name)
-            value = module.merged() if isinstance(module, Linear) and name.endswith("weight") else value
-            for key, part in zip(keys, value.detach().split(getattr(module, "parts", len(value))), strict=True):
+            value = (
+                module.merged() if isinstance(module, Linear) and name.endswith("weight") else value
+            )
+            for key, part in zip(
+                keys, value.detach().split(getattr(module, "parts", len(value))), strict=True
+            ):
                 yield key, part.t() if transposed else part
 
     def save_adapter(self, directory):
         """Writes adapter_config.json and adapter_model.safetensors in the PEFT layout; a scalar head goes with them."""
         tensors, targets, names, score = {}, set(), layout(self), self.config.head == "score"
         for name, module in self.linears():
-            for key, (A, B) in zip(names[f"{name}.weight"][0], module.pairs(), strict=False):  # no pairs: no adapter
-                tensors |= {key.replace("weight", "lora_A.weight"): A, key.replace("weight", "lora_B.weight"): B}
-                targets.add(key.split(".", 2)[2].removesuffix(".weight"))  # "layers.0.mlp.up_proj.weight" -> "mlp.up_proj"
+            for key, (A, B) in zip(
+                names[f"{name}.weight"][0], module.pairs(), strict=False
+            ):  # no pairs: no adapter
+                tensors |= {
+                    key.replace("weight", "lora_A.weight"): A,
+                    key.replace("weight", "lora_B.weight"): B,
+                }
+                targets.add(
+                    key.split(".", 2)[2].removesuffix(".weight")
+                )  # "layers.0.mlp.up_proj.weight" -> "mlp.up_proj"
                 scale = module.scale
         # Of a grown vocabulary the base model lacks rows: PEFT, too, then writes the whole matrices.
         for name in WHOLE if self.grown else WHOLE[:1]:
             tensors |= {names[name][0][0]: self.get_parameter(name)} if name in names else {}
         stem = "base_model.model."
-        tensors = {stem + prefixed(key, self.config): value.detach().float().cpu().contiguous() for key, value in tensors.items()}
-        facts = {"peft_type": "LORA", "task_type": "SEQ_CLS" if score else "CAUSAL_LM", "base_model_name_or_path": self.origin}
-        facts |= {"r": self.rank, "lora_alpha": scale * self.rank, "target_modules": sorted(targets), "lora_dropout": 0.0, "bias": "none"}
-        facts |= {"fan_in_fan_out": self.config.arch == "gpt2", "modules_to_save": ["score"] if score else None, "inference_mode": True}
+        tensors = {
+            stem + prefixed(key, self.config): value.detach().float().cpu().contiguous()
+            for key, value in tensors.items()
+        }
+        facts = {
+            "peft_type": "LORA",
+            "task_type": "SEQ_CLS" if score else "CAUSAL_LM",
+            "base_model_name_or_path": self.origin,
+        }
+        facts |= {
+            "r": self.rank,
+            "lora_alpha": scale * self.rank,
+            "target_modules": sorted(targets),
+            "lora_dropout": 0.0,
+            "bias": "none",
+        }
+        facts |= {
+            "fan_in_fan_out": self.config.arch == "gpt2",
+            "modules_to_save": ["score"] if score else None,
+            "inference_mode": True,
+        }
         # PEFT has no place for these two:
-        own = {"score_bias": repr(self.score_head.bias.item()), "score_gain": repr(self.config.score_gain)} if score else {}
+        own = (
+            {
+                "score_bias": repr(self.score_head.bias.item()),
+                "score_gain": repr(self.config.score_gain),
+            }
+            if score
+            else {}
+        )
         write(directory, "adapter_model.safetensors", tensors, "adapter_config.json", facts, own)
 
     @torch.no_grad()
@@ -593,14 +759,30 @@ class GPT(nn.Module):
         Raises ValueError, in one sentence, for another method than plain LoRA and for tensors that have no place here.
         """
         directory = Path(directory)
-        facts, where = read_json(directory / "adapter_config.json"), tensors_of(directory / "adapter_model.safetensors")
-        odd = [key for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias") if facts.get(key)]
-        if facts.get("peft_type") != "LORA" or odd or type(facts.get("r")) is not int or not facts.get("lora_alpha"):
+        facts, where = (
+            read_json(directory / "adapter_config.json"),
+            tensors_of(directory / "adapter_model.safetensors"),
+        )
+        odd = [
+            key
+            for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias")
+            if facts.get(key)
+        ]
+        if (
+            facts.get("peft_type") != "LORA"
+            or odd
+            or type(facts.get("r")) is not int
+            or not facts.get("lora_alpha")
+        ):
             what = ", ".join(odd) or facts.get("peft_type")
-            raise ValueError(f"{directory / 'adapter_config.json'} describes no plain LoRA adapter ({what})")
+            raise ValueError(
+                f"{directory / 'adapter_config.json'} describes no plain LoRA adapter ({what})"
+            )
         self.freeze()
         names, rank = layout(self), facts["r"]
-        found = {re.sub(r"^base_model\.model\.((transformer|model)\.)?", "", key): key for key in where}
+        found = {
+            re.sub(r"^base_model\.model\.((transformer|model)\.)?", "", key): key for key in where
+        }
         for name, module in self.linears():
             keys = names[f"{name}.weight"][0]
             if any(key.replace("weight", "lora_A.weight") in found for key in keys):
@@ -608,9 +790,13 @@ class GPT(nn.Module):
             for key, pair in zip(keys, module.pairs(), strict=False):
                 for half, part in zip(pair, ("lora_A.weight", "lora_B.weight"), strict=True):
                     at = found.pop(key.replace("weight", part), None)
-                    value = half if at is None else where[at]()  # a matrix that this adapter leaves alone: A = B = 0 for ever
+                    value = (
+                        half if at is None else where[at]()
+                    )  # a matrix that this adapter leaves alone: A = B = 0 for ever
                     if value.shape != half.shape:
-                        raise ValueError(f"{directory}: {at} has shape {tuple(value.shape)}, this model needs {tuple(half.shape)}")
+                        raise ValueError(
+                            f"{directory}: {at} has shape {tuple(value.shape)}, this model needs {tuple(half.shape)}"
+                        )
                     half.copy_(value)
         for name in WHOLE:
             if name not in names or names[name][0][0] not in found:
@@ -620,16 +806,24 @@ class GPT(nn.Module):
             if name != "score_head.weight" and len(value) > self.config.vocab_size:
                 self.grow(len(value))
             if name == "score_head.weight" and value.shape != module.weight.shape:
-                raise ValueError(f"{directory} has a head of shape {tuple(value.shape)}, a score needs {tuple(module.weight.shape)}")
-            if not torch.equal(module.weight, value):  # a weight of its own: the one of before may be shared
+                raise ValueError(
+                    f"{directory} has a head of shape {tuple(value.shape)}, a score needs {tuple(module.weight.shape)}"
+                )
+            if not torch.equal(
+                module.weight, value
+            ):  # a weight of its own: the one of before may be shared
                 module.weight = nn.Parameter(value, requires_grad=name == "score_head.weight")
         if self.config.head == "score":
             with safe_open(directory / "adapter_model.safetensors", framework="pt") as file:
                 own = file.metadata() or {}
             self.config.score_gain = float(own.get("score_gain", self.config.score_gain))
-            nn.init.constant_(self.score_head.bias, float(own.get("score_bias", self.score_head.bias)))
+            nn.init.constant_(
+                self.score_head.bias, float(own.get("score_bias", self.score_head.bias))
+            )
         if found:
-            raise ValueError(f"{directory} holds a tensor that has no place in {self.origin or 'this model'}: {next(iter(found.values()))}")
+            raise ValueError(
+                f"{directory} holds a tensor that has no place in {self.origin or 'this model'}: {next(iter(found.values()))}"
+            )
         return self
 
 
@@ -641,7 +835,10 @@ MODULES = {
     "embed": ("wte", "embed_tokens"),
     "positions": ("wpe", None),
     "blocks.*.norm1": ("h.*.ln_1", "layers.*.input_layernorm"),
-    "blocks.*.attn.qkv": ("h.*.attn.c_attn", "layers.*.self_attn.q_proj layers.*.self_attn.k_proj layers.*.self_attn.v_proj"),
+    "blocks.*.attn.qkv": (
+        "h.*.attn.c_attn",
+        "layers.*.self_attn.q_proj layers.*.self_attn.k_proj layers.*.self_attn.v_proj",
+    ),
     "blocks.*.attn.q_norm": (None, "layers.*.self_attn.q_norm"),
     "blocks.*.attn.k_norm": (None, "layers.*.self_attn.k_norm"),
     "blocks.*.attn.out": ("h.*.attn.c_proj", "layers.*.self_attn.o_proj"),
@@ -666,9 +863,19 @@ FIELDS = {
     "tied": ("tie_word_embeddings", "tie_word_embeddings"),
     "init_std": ("initializer_range", "initializer_range"),
 }
-ALIKE = ("eos_token_id", "pad_token_id", "score_bias", "score_gain")  # fields that have the same name here and there
+ALIKE = (
+    "eos_token_id",
+    "pad_token_id",
+    "score_bias",
+    "score_gain",
+)  # fields that have the same name here and there
 OPTIONAL = ["num_key_value_heads", "head_dim", "n_inner"]  # counts that may be missing
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # Config's rope_scaling
+LLAMA3 = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)  # Config's rope_scaling
 HEADS = ("lm_head", "score")  # names in files without the prefix of the trunk
 # What would be another architecture under the same name.
 VARIANTS = "scale_attn_by_inverse_layer_idx attention_bias mlp_bias use_sliding_window quantization_config".split()
@@ -692,14 +899,20 @@ def layout(model):
         module, _, kind = name.rpartition(".")
         layer = re.search(r"\d+|$", module)[0]
         theirs = modules[re.sub(r"\.\d+\.", ".*.", module)].replace("*", layer)
-        transposed = arch == "gpt2" and layer != "" and value.dim() == 2  # GPT-2's "Conv1D" stores matrices as (in, out)
+        transposed = (
+            arch == "gpt2" and layer != "" and value.dim() == 2
+        )  # GPT-2's "Conv1D" stores matrices as (in, out)
         names[name] = [f"{key}.{kind}" for key in theirs.split()], transposed
     return names
 
 
 def prefixed(key, config):
     """A name in the checkpoint with the prefix that transformers' classes give the trunk."""
-    return key if key.startswith(HEADS) else ("transformer." if config.arch == "gpt2" else "model.") + key
+    return (
+        key
+        if key.startswith(HEADS)
+        else ("transformer." if config.arch == "gpt2" else "model.") + key
+    )
 
 
 # Numbers that may be missing, at the top level or among those of the rotary positions; all but the last two are positive.
@@ -710,42 +923,86 @@ NUMBERS += ["score_gain", "initializer_range", "score_bias"]
 def read_config(directory):
     """config.json in either spelling (top-level rope_theta and torch_dtype, or transformers 5's nested ones) -> Config."""
     path = Path(directory) / "config.json"
-    raw = {field: value for field, value in read_json(path).items() if value is not None}  # null is the default
-    odd = next((field for field in ("rope_parameters", "rope_scaling") if not isinstance(raw.get(field) or {}, dict)), None)
+    raw = {
+        field: value for field, value in read_json(path).items() if value is not None
+    }  # null is the default
+    odd = next(
+        (
+            field
+            for field in ("rope_parameters", "rope_scaling")
+            if not isinstance(raw.get(field) or {}, dict)
+        ),
+        None,
+    )
     if odd:
         raise ValueError(f"{path}: {odd} should be an object, but it is {raw[odd]!r}")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    for field, value in [(field, given[field]) for given in (raw, rope) for field in NUMBERS if given.get(field) is not None]:
+    for field, value in [
+        (field, given[field])
+        for given in (raw, rope)
+        for field in NUMBERS
+        if given.get(field) is not None
+    ]:
         number = type(value) in (int, float) and abs(value) < math.inf
         if not (number and (value > 0 or field in NUMBERS[-2:])):
-            raise ValueError(f"{path}: {field} should be a {'' if field in NUMBERS[-2:] else 'positive '}number, but it is {value!r}")
+            raise ValueError(
+                f"{path}: {field} should be a {'' if field in NUMBERS[-2:] else 'positive '}number, but it is {value!r}"
+            )
     kind = raw.get("model_type")
     if kind not in CLASSES:
-        raise ValueError(f"{path}: the architecture {kind!r} is not supported; {', '.join(CLASSES)} are")
+        raise ValueError(
+            f"{path}: the architecture {kind!r} is not supported; {', '.join(CLASSES)} are"
+        )
     gpt2 = kind == "gpt2"
     fields = spelled(FIELDS, kind) | dict(zip(ALIKE, ALIKE, strict=True))
-    for field in [theirs for ours, theirs in fields.items() if Config.__annotations__[ours] is int] + OPTIONAL:
+    for field in [
+        theirs for ours, theirs in fields.items() if Config.__annotations__[ours] is int
+    ] + OPTIONAL:
         if field not in raw and field not in OPTIONAL:
             raise ValueError(f"{path} lacks the field {field!r}")
-        if (raw.get(field) is not None or field not in OPTIONAL) and not (type(raw[field]) is int and raw[field] > 0):
-            raise ValueError(f"{path}: {field} should be a positive number, but it is {raw[field]!r}")
-    odd = [field for field in VARIANTS if raw.get(field)] + ["scale_attn_weights"] * (raw.get("scale_attn_weights") is False)
-    field, *known = ("activation_function", "gelu_new", "gelu_pytorch_tanh") if gpt2 else ("hidden_act", "silu", "swish")
+        if (raw.get(field) is not None or field not in OPTIONAL) and not (
+            type(raw[field]) is int and raw[field] > 0
+        ):
+            raise ValueError(
+                f"{path}: {field} should be a positive number, but it is {raw[field]!r}"
+            )
+    odd = [field for field in VARIANTS if raw.get(field)] + ["scale_attn_weights"] * (
+        raw.get("scale_attn_weights") is False
+    )
+    field, *known = (
+        ("activation_function", "gelu_new", "gelu_pytorch_tanh")
+        if gpt2
+        else ("hidden_act", "silu", "swish")
+    )
     activation = raw.get(field, known[0])
     odd += [activation] * (activation not in known)
     if odd:
-        raise ValueError(f"{path}: this variant of {CLASSES[kind]} ({', '.join(odd)}) is not supported")
+        raise ValueError(
+            f"{path}: this variant of {CLASSES[kind]} ({', '.join(odd)}) is not supported"
+        )
     rope = {} if gpt2 else rope
     scaling = rope.get("rope_type", rope.get("type", "default"))
-    if scaling not in ("default", "llama3") or (scaling == "llama3" and not all(rope.get(field) for field in LLAMA3)):
-        raise ValueError(f"{path}: rope scaling of type {scaling} is not supported, or its numbers are not all there; llama3's is")
+    if scaling not in ("default", "llama3") or (
+        scaling == "llama3" and not all(rope.get(field) for field in LLAMA3)
+    ):
+        raise ValueError(
+            f"{path}: rope scaling of type {scaling} is not supported, or its numbers are not all there; llama3's is"
+        )
     said = {ours: raw[theirs] for ours, theirs in fields.items() if raw.get(theirs) is not None}
-    unsaid = {"kv_heads": said["heads"], "head_dim": said["width"] // said["heads"], "mlp_width": 4 * said["width"]}
-    unsaid |= {} if gpt2 else {"norm_eps": 1e-6, "tied": False}  # where that is not Config's default
+    unsaid = {
+        "kv_heads": said["heads"],
+        "head_dim": said["width"] // said["heads"],
+        "mlp_width": 4 * said["width"],
+    }
+    unsaid |= (
+        {} if gpt2 else {"norm_eps": 1e-6, "tied": False}
+    )  # where that is not Config's default
     return Config(
         **unsaid | said,
         arch=kind,
-        head="score" if any("SequenceClassification" in name for name in raw.get("architectures") or []) else "lm",
+        head="score"
+        if any("SequenceClassification" in name for name in raw.get("architectures") or [])
+        else "lm",
         rope_theta=rope.get("rope_theta") or raw.get("rope_theta") or 10000.0,
         rope_scaling=tuple(rope[field] for field in LLAMA3) if scaling == "llama3" else None,
     )
@@ -763,7 +1020,12 @@ def write_config(config):
     raw |= {"bos_token_id": None, "eos_token_id": c.eos_token_id, "pad_token_id": c.pad_token_id}
     raw |= {"dtype": "float32", "torch_dtype": "float32"}
     if gpt2:
-        return raw | {"activation_function": "gelu_new", "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+        return raw | {
+            "activation_function": "gelu_new",
+            "attn_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+        }
     rope = {"rope_theta": c.rope_theta, "rope_type": "llama3" if c.rope_scaling else "default"}
     rope |= dict(zip(LLAMA3, c.rope_scaling, strict=True)) if c.rope_scaling else {}
     raw |= {"hidden_act": "silu", "rope_theta": c.rope_theta, "rope_parameters": rope}
@@ -780,15 +1042,21 @@ def read_tensors(directory, model, own_head):
     files = ["model.safetensors"]
     if index.exists():
         shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
-            raise ValueError(f"{index} is not a readable index of shards: fetch the checkpoint again")
+        if not isinstance(shards, dict) or not all(
+            isinstance(file, str) for file in shards.values()
+        ):
+            raise ValueError(
+                f"{index} is not a readable index of shards: fetch the checkpoint again"
+            )
         files = sorted(set(shards.values()))
     weights = {}
     for file in files:
         for key, read in tensors_of(directory / file).items():
             bare = re.sub(r"^(transformer|model)\.", "", key)
             if bare in weights:
-                raise ValueError(f"{directory} holds the tensor {bare} twice: fetch or save it again")
+                raise ValueError(
+                    f"{directory} holds the tensor {bare} twice: fetch or save it again"
+                )
             weights[bare] = read
     for key, own in model.tensors():
         if key.startswith(HEADS) and model.config.head != own_head:
@@ -797,20 +1065,32 @@ def read_tensors(directory, model, own_head):
             raise ValueError(f"{directory} lacks the tensor {key} that its config.json promises")
         value = weights.pop(key)()
         if value.shape != own.shape or not value.is_floating_point():
-            raise ValueError(f"{directory}: {key} has shape {tuple(value.shape)} ({value.dtype}), config.json says {tuple(own.shape)}")
+            raise ValueError(
+                f"{directory}: {key} has shape {tuple(value.shape)} ({value.dtype}), config.json says {tuple(own.shape)}"
+            )
         yield own, value
     # lm_head: a copy of the tied embedding, or a head given up
     left = [key for key in weights if not BUFFERS.search(key) and key != "lm_head.weight"]
     if left:
-        raise ValueError(f"{directory} holds a tensor that its config.json does not explain: {left[0]}")
+        raise ValueError(
+            f"{directory} holds a tensor that its config.json does not explain: {left[0]}"
+        )
 
 
 def tensors_of(path):
     """{key: a function that reads its tensor} of a safetensors file. Each opens the file anew, so that its pages are given back."""
     if not path.exists():
-        pickles = sorted([*path.parent.glob("*.bin"), *path.parent.glob("*.pt"), *path.parent.glob("*.pth")])
-        remedy = f"; {pickles[0].name} is a pickle, which could run any code: convert it" if pickles else ""
-        raise FileNotFoundError(f"{path} does not exist: a checkpoint needs it (only safetensors are read{remedy})")
+        pickles = sorted(
+            [*path.parent.glob("*.bin"), *path.parent.glob("*.pt"), *path.parent.glob("*.pth")]
+        )
+        remedy = (
+            f"; {pickles[0].name} is a pickle, which could run any code: convert it"
+            if pickles
+            else ""
+        )
+        raise FileNotFoundError(
+            f"{path} does not exist: a checkpoint needs it (only safetensors are read{remedy})"
+        )
 
     def read(key):
         with safe_open(path, framework="pt") as file:
@@ -820,7 +1100,9 @@ def tensors_of(path):
         with safe_open(path, framework="pt") as file:
             return {key: partial(read, key) for key in file.keys()}  # noqa: SIM118 (safe_open is no dict)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}): fetch or save it again") from None
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}): fetch or save it again"
+        ) from None
 
 
 def write(directory, weights, tensors, facts_file, facts, own=None):
@@ -828,7 +1110,9 @@ def write(directory, weights, tensors, facts_file, facts, own=None):
     the first one's header, which no other tool reads."""
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / f"{weights}.tmp", metadata={"format": "pt", **(own or {})})
-    (directory / f"{facts_file}.tmp").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    (directory / f"{facts_file}.tmp").write_text(
+        json.dumps(facts, indent=2) + "\n", encoding="utf-8"
+    )
     for name in (weights, facts_file):
         os.replace(directory / f"{name}.tmp", directory / name)
 
@@ -836,11 +1120,15 @@ def write(directory, weights, tensors, facts_file, facts, own=None):
 def read_json(path):
     """The JSON object in a file of a checkpoint. Raises FileNotFoundError / ValueError, in one sentence."""
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: {path.parent} is not a checkpoint directory")
+        raise FileNotFoundError(
+            f"{path} does not exist: {path.parent} is not a checkpoint directory"
+        )
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # not UTF-8 or not JSON
-        raise ValueError(f"{path} is not valid JSON ({error}): fetch or save the checkpoint again") from None
+        raise ValueError(
+            f"{path} is not valid JSON ({error}): fetch or save the checkpoint again"
+        ) from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} should hold a JSON object, but it holds a {type(value).__name__}")
     return value

@@ -63,25 +63,46 @@ from data.formats import Process
 from model import GPT, TARGETS
 
 STEP_LABELS = ["exact", "monte-carlo", "outcome"]
-READERS = {"prompts": {"data": False}, "agreement": {"data": False, "process": False}, "centring": {"process": False}}  # see run.belong
-READERS |= {"step_labels": {"process": True, "data": False}, "completions": {"process": True, "step_labels": ["monte-carlo"]}}
+READERS = {
+    "prompts": {"data": False},
+    "agreement": {"data": False, "process": False},
+    "centring": {"process": False},
+}  # see run.belong
+READERS |= {
+    "step_labels": {"process": True, "data": False},
+    "completions": {"process": True, "step_labels": ["monte-carlo"]},
+}
 READERS |= {"separator": {"process": True, "data": True}}
 
 
 @dataclass
 class Config:
     init: str = "out/sft"  # checkpoint directory to start from; "scratch": random weights
-    tokenizer: str = ""  # vocabulary directory (default: the one of --init, or the embedded world's)
-    data: list = field(default_factory=list)  # files of preferences; none: replies of --init to the embedded world, compared by annotators
+    tokenizer: str = (
+        ""  # vocabulary directory (default: the one of --init, or the embedded world's)
+    )
+    data: list = field(
+        default_factory=list
+    )  # files of preferences; none: replies of --init to the embedded world, compared by annotators
     out: str = ""  # run directory (default: out/reward, replaced when complete)
     overwrite: bool = False  # replace a run that --out already holds
-    resume: bool = False  # go on with the killed run of these flags that --out has left, to the same result
-    save_every: int = 0  # steps after which its state is written for --resume (0: ten times in a run)
+    resume: bool = (
+        False  # go on with the killed run of these flags that --out has left, to the same result
+    )
+    save_every: int = (
+        0  # steps after which its state is written for --resume (0: ten times in a run)
+    )
     prompts: int = 20000  # without --data: how many of the world's questions get two replies
     agreement: float = 0.75  # without --data: how often annotators agree with the judge
-    centring: float = 0.0  # strength of a pull of both sides' scores towards 0 (Eisenstein et al. 2023 use .01)
-    heads: list = field(default_factory=list)  # dimensions with a head each, from the pairs' field "ratings"; none: one head, for choices
-    mixing: list = field(default_factory=list)  # weight of each head in the score; none: learnt from the choices
+    centring: float = (
+        0.0  # strength of a pull of both sides' scores towards 0 (Eisenstein et al. 2023 use .01)
+    )
+    heads: list = field(
+        default_factory=list
+    )  # dimensions with a head each, from the pairs' field "ratings"; none: one head, for choices
+    mixing: list = field(
+        default_factory=list
+    )  # weight of each head in the score; none: learnt from the choices
     process: bool = False  # a process reward model: files of rated steps, or the world's long sums answered by --init
     step_labels: str = "exact"  # of the process model on the world: exact, monte-carlo or outcome
     completions: int = 8  # monte-carlo: how many from each prefix
@@ -90,13 +111,17 @@ class Config:
     batch_size: int = 64  # pairs (--process: solutions) per optimiser step
     lr: float = 1e-3  # peak learning rate
     weight_decay: float = 0.05  # AdamW's, on matrices
-    lora_rank: int = 0  # train low-rank adapters of this rank beside frozen weights (0: train all weights)
+    lora_rank: int = (
+        0  # train low-rank adapters of this rank beside frozen weights (0: train all weights)
+    )
     lora_alpha: float = 0.0  # LoRA: the adapter counts alpha / rank (default: 2 * rank)
     lora_targets: str = TARGETS  # LoRA: the matrices of a block that get an adapter
     shape: str = "llama:4x96x128"  # of a model from scratch: architecture:layers x width x context
     seed: int = 0  # of the new head, data and order
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    dtype: str = "auto"  # precision of matrix products: float32 or bfloat16 (auto: bfloat16 on CUDA)
+    dtype: str = (
+        "auto"  # precision of matrix products: float32 or bfloat16 (auto: bfloat16 on CUDA)
+    )
 
 
 def bradley_terry_loss(chosen_scores, rejected_scores, margin=0.0, label=1.0):
@@ -141,10 +166,16 @@ class Heads(torch.nn.Module):
     def __init__(self, width, names, mixing=()):
         super().__init__()
         self.names, self.learnt = names, not mixing
-        self.weight = torch.nn.Parameter(torch.randn(len(names), width) / math.sqrt(width + 1))  # (K, D)
+        self.weight = torch.nn.Parameter(
+            torch.randn(len(names), width) / math.sqrt(width + 1)
+        )  # (K, D)
         self.bias = torch.nn.Parameter(torch.zeros(len(names)))  # (K,)
         # learnt weights start equal; softplus keeps them positive: no dimension may count against itself
-        raw = torch.full((len(names),), math.log(math.e - 1)) if self.learnt else torch.tensor([float(w) for w in mixing])
+        raw = (
+            torch.full((len(names),), math.log(math.e - 1))
+            if self.learnt
+            else torch.tensor([float(w) for w in mixing])
+        )
         self.raw = torch.nn.Parameter(raw, requires_grad=self.learnt)  # (K,)
 
     def mixing(self):
@@ -174,9 +205,19 @@ def rating_labels(records, names):
     rows = []
     for record in records:
         for name in names:
-            run.require(name in record.ratings, f"{record.where} has no rating of {name}: write some with data.annotators --ratings")
-        turn = -1 if record.label < 0.5 else 1  # where the label says so, `encode_pairs` lets the sides change places
-        rows.append([0.5 + 0.5 * turn * ((a > b) - (a < b)) for a, b in (record.ratings[name] for name in names)])
+            run.require(
+                name in record.ratings,
+                f"{record.where} has no rating of {name}: write some with data.annotators --ratings",
+            )
+        turn = (
+            -1 if record.label < 0.5 else 1
+        )  # where the label says so, `encode_pairs` lets the sides change places
+        rows.append(
+            [
+                0.5 + 0.5 * turn * ((a > b) - (a < b))
+                for a, b in (record.ratings[name] for name in names)
+            ]
+        )
     return rows
 
 
@@ -187,17 +228,32 @@ def world_steps(config, policy, encoding, say):
     """Answers of the policy to the world's long sums, a sample each, with a label per step -> Process records, facts for run.json."""
     prompts = [record.messages for record in world.long_sums(config.prompts, config.seed)]
     replies = annotators.sample(policy, encoding, prompts, world.LONG_TOKENS, seed=config.seed)
-    graded = [world.graded(messages, text, ended) for messages, (_, ended, text) in zip(prompts, replies, strict=True)]
+    graded = [
+        world.graded(messages, text, ended)
+        for messages, (_, ended, text) in zip(prompts, replies, strict=True)
+    ]
     solutions, exact = [steps for steps, _ in graded], [labels for _, labels in graded]
-    reached = [world.result(steps[-1]) == world.result(world.solve(m).answer) for m, steps in zip(prompts, solutions, strict=True)]
+    reached = [
+        world.result(steps[-1]) == world.result(world.solve(m).answer)
+        for m, steps in zip(prompts, solutions, strict=True)
+    ]
     labels, facts = exact, {}
     if config.step_labels == "outcome":
-        labels = [[None] * (len(steps) - 1) + [1 if end else -1] for steps, end in zip(solutions, reached, strict=True)]
+        labels = [
+            [None] * (len(steps) - 1) + [1 if end else -1]
+            for steps, end in zip(solutions, reached, strict=True)
+        ]
     elif config.step_labels == "monte-carlo":
-        labels = monte_carlo(policy, encoding, prompts, solutions, reached, config.completions, config.seed)
-        same = [a == b for both in zip(labels, exact, strict=True) for a, b in zip(*both, strict=True)]
+        labels = monte_carlo(
+            policy, encoding, prompts, solutions, reached, config.completions, config.seed
+        )
+        same = [
+            a == b for both in zip(labels, exact, strict=True) for a, b in zip(*both, strict=True)
+        ]
         facts["monte_carlo_agreement"] = sum(same) / len(same)
-        say(f"reward: {len(same)} Monte-Carlo step labels, of which {sum(same) / len(same):.3f} agree with the exact ones")
+        say(
+            f"reward: {len(same)} Monte-Carlo step labels, of which {sum(same) / len(same):.3f} agree with the exact ones"
+        )
     parts = zip(prompts, solutions, labels, strict=True)
     found = [(m, steps, own) for m, steps, own in parts if all(step.strip() for step in steps)]
     return [Process(*one, f"world sum {i}") for i, one in enumerate(found)], facts
@@ -231,17 +287,31 @@ def train_process(config, job, model, encoding, records):
     """The loop of a process reward model: like the one below, with rated steps in the place of compared replies."""
     separator = (config.separator or "\n") if config.data else world.SEPARATOR
     examples, labels, dropped = encode_steps(records, encoding, model.config.context, separator)
-    run.require(examples, f"none of the {len(records)} solutions fits the model's context of {model.config.context} tokens")
-    job.say(f"reward: {len(examples)} solutions, {sum(map(len, labels))} rated steps, {dropped} dropped (too long)")
+    run.require(
+        examples,
+        f"none of the {len(records)} solutions fits the model's context of {model.config.context} tokens",
+    )
+    job.say(
+        f"reward: {len(examples)} solutions, {sum(map(len, labels))} rated steps, {dropped} dropped (too long)"
+    )
     held_out, kept = hold_out_rated(len(examples), config.batch_size, config.seed)
 
     def flat(rows):
         return torch.tensor([label for i in rows for label in labels[i]], device=job.device)  # (M,)
 
     steps = config.steps or math.ceil(1.5 * len(kept) / config.batch_size)
-    lengths, parts = [len(examples[i][0]) for i in kept], [held_out[i : i + 128] for i in range(0, len(held_out), 128)]
-    batches = ([kept[i] for i in rows] for rows in first_epoch(lengths, config.batch_size, config.seed, steps))
-    learn, read = ([extent([(examples[i][0], []) for i in rows]) for rows in each] for each in (map(job.share, batches), parts))
+    lengths, parts = (
+        [len(examples[i][0]) for i in kept],
+        [held_out[i : i + 128] for i in range(0, len(held_out), 128)],
+    )
+    batches = (
+        [kept[i] for i in rows]
+        for rows in first_epoch(lengths, config.batch_size, config.seed, steps)
+    )
+    learn, read = (
+        [extent([(examples[i][0], []) for i in rows]) for rows in each]
+        for each in (map(job.share, batches), parts)
+    )
     job.ledger({"model": model}, learn, read)
     optimizer = run.optimizer(model, config.lr, config.weight_decay)
     first = job.resume(model=model, optimizer=optimizer)
@@ -259,7 +329,9 @@ def train_process(config, job, model, encoding, records):
         metrics = {"loss": loss.detach(), "accuracy": accuracy, "lr": lr, "grad_norm": grad_norm}
         if held_out and run.due(step, steps):
             with torch.no_grad():
-                scores = torch.cat([step_scores(model, [examples[i] for i in part]) for part in parts])  # (M,)
+                scores = torch.cat(
+                    [step_scores(model, [examples[i] for i in part]) for part in parts]
+                )  # (M,)
             metrics["held_out_loss"] = step_loss(scores, flat(held_out)).mean()
             metrics["held_out_accuracy"] = ((scores > 0) == (flat(held_out) > 0.5)).float().mean()
         job.log(step, **metrics)
@@ -268,12 +340,21 @@ def train_process(config, job, model, encoding, records):
 def main(config):
     annotators.check_agreement(config.agreement)
     run.belong(config, READERS)
-    run.require(config.step_labels in STEP_LABELS, f"--step-labels must be one of {', '.join(STEP_LABELS)}, not {config.step_labels}")
+    run.require(
+        config.step_labels in STEP_LABELS,
+        f"--step-labels must be one of {', '.join(STEP_LABELS)}, not {config.step_labels}",
+    )
     few = not config.mixing or len(config.mixing) == len(config.heads)
-    run.require(few, f"--mixing has {len(config.mixing)} weights for {len(config.heads)} --heads: give one for each")
+    run.require(
+        few,
+        f"--mixing has {len(config.mixing)} weights for {len(config.heads)} --heads: give one for each",
+    )
     numbers = all(weight.replace(".", "", 1).isdigit() for weight in config.mixing)
     run.require(numbers, f"--mixing must be numbers of at least 0, not {' '.join(config.mixing)}")
-    run.require(not (config.heads and config.process), "--heads are for compared replies, --process for rated steps: choose one")
+    run.require(
+        not (config.heads and config.process),
+        "--heads are for compared replies, --process for rated steps: choose one",
+    )
     job = run.start(config, "process" if config.process else "reward")
     scratch = config.init == "scratch"
     encoding = chat.extend(tokenizer.choose(config.tokenizer, config.init, world.TOKENIZER))
@@ -286,19 +367,28 @@ def main(config):
     else:
         run.require(not scratch, "--init scratch has no replies to compare: name files with --data")
         writer = tokenizer.fit(GPT.from_pretrained(config.init), encoding).to(job.device)
-        run.require(writer.config.head == "lm", f"--init {config.init} has a scalar head and writes no replies: name files with --data")
+        run.require(
+            writer.config.head == "lm",
+            f"--init {config.init} has a scalar head and writes no replies: name files with --data",
+        )
         if config.process:
             records, facts = world_steps(config, writer, encoding, job.say)
         else:
             prompts, ratings = world.prompts(config.prompts, config.seed), bool(config.heads)
-            records = annotators.preferences(writer, encoding, prompts, config.agreement, config.seed, ratings=ratings)
+            records = annotators.preferences(
+                writer, encoding, prompts, config.agreement, config.seed, ratings=ratings
+            )
 
     # --- model
     if scratch:
         model = GPT.from_scratch(config.shape, encoding.n_vocab, head="score")
     else:
         model = GPT.from_pretrained(config.init, head="score")
-    model = tokenizer.fit(model, encoding).to(job.device).adapt(config.lora_rank, config.lora_alpha, config.lora_targets)
+    model = (
+        tokenizer.fit(model, encoding)
+        .to(job.device)
+        .adapt(config.lora_rank, config.lora_alpha, config.lora_targets)
+    )
     model.config.score_gain = 1.0  # from here on a difference of scores is log-odds again, also where an earlier run had scaled it
 
     def save(directory):
@@ -306,7 +396,10 @@ def main(config):
         tokenizer.save(encoding, directory)
         if heads:
             tensors = {"weight": heads.weight, "bias": heads.bias, "mixing": heads.mixing()}
-            save_file({name: value.detach().cpu() for name, value in tensors.items()}, directory / "heads.safetensors")
+            save_file(
+                {name: value.detach().cpu() for name, value in tensors.items()},
+                directory / "heads.safetensors",
+            )
 
     heads = None
     if config.process:
@@ -315,19 +408,32 @@ def main(config):
         return
     pairs, labels, usable = encode_pairs(records, encoding, model.config.context)
     source = ", ".join(map(str, config.data)) or "the embedded world"
-    run.require(pairs, f"none of the {len(records)} pairs of {source} fits the model's context of {model.config.context} tokens")
-    job.say(f"reward: {len(pairs)} pairs, {len(records) - len(usable)} dropped (too long, or two equal sides)")
+    run.require(
+        pairs,
+        f"none of the {len(records)} pairs of {source} fits the model's context of {model.config.context} tokens",
+    )
+    job.say(
+        f"reward: {len(pairs)} pairs, {len(records) - len(usable)} dropped (too long, or two equal sides)"
+    )
     held_out, kept = hold_out_rated(len(pairs), config.batch_size, config.seed)
     labels = torch.tensor(labels, device=job.device)  # (N, 2) label, margin
     if config.heads:
         heads = Heads(model.config.width, config.heads, config.mixing).to(job.device)
-        model.score_head.requires_grad_(False)  # nothing reads it before their mixture is in it, and DDP waits for what learns
+        model.score_head.requires_grad_(
+            False
+        )  # nothing reads it before their mixture is in it, and DDP waits for what learns
         marks = torch.tensor(rating_labels(usable, config.heads), device=job.device)  # (N, K)
 
     # --- training
     steps = config.steps or math.ceil(1.5 * len(kept) / config.batch_size)
-    lengths, reference = [longest_side(pairs[i]) for i in kept], [pairs[i] for i in (held_out + kept)[:1000]]
-    batches = (job.share([kept[i] for i in rows]) for rows in first_epoch(lengths, config.batch_size, config.seed, steps))
+    lengths, reference = (
+        [longest_side(pairs[i]) for i in kept],
+        [pairs[i] for i in (held_out + kept)[:1000]],
+    )
+    batches = (
+        job.share([kept[i] for i in rows])
+        for rows in first_epoch(lengths, config.batch_size, config.seed, steps)
+    )
     read = pair_extents(reference, by_length(reference, longest_side, model=model))
     job.ledger({"model": model}, pair_extents(pairs, batches), read)
     both = torch.nn.ModuleList([model, heads]) if heads else model
@@ -341,30 +447,48 @@ def main(config):
         mine = [pairs[i] for i in job.share(chosen_ones)]
         with job.autocast():
             sides = head_pairs(learner, head_learner, mine) if heads else score_pairs(learner, mine)
-        sides = [job.whole(scores, len(chosen_ones)) for scores in sides]  # chosen, rejected: (B,), with heads (B, K)
-        chosen_scores, rejected_scores = (scores @ heads.mixing() for scores in sides) if heads else sides  # (B,) each
+        sides = [
+            job.whole(scores, len(chosen_ones)) for scores in sides
+        ]  # chosen, rejected: (B,), with heads (B, K)
+        chosen_scores, rejected_scores = (
+            (scores @ heads.mixing() for scores in sides) if heads else sides
+        )  # (B,) each
         loss = bradley_terry_loss(chosen_scores, rejected_scores, margin, label).mean()
         if heads:
             rated = bradley_terry_loss(*sides, label=marks[chosen_ones]).mean()
-            loss = rated + loss if heads.learnt else rated  # fixed weights leave nothing to learn from overall choices
+            loss = (
+                rated + loss if heads.learnt else rated
+            )  # fixed weights leave nothing to learn from overall choices
         if config.centring:
             loss = loss + config.centring * centring_loss(chosen_scores, rejected_scores).mean()
         loss.backward()
         lr, grad_norm = run.update(optimizer, both, step, steps, config.lr, warmup=steps // 20)
         difference = (chosen_scores - rejected_scores).detach()
-        metrics = {"loss": loss.detach(), "accuracy": (difference > 0).float().mean(), "margin": difference.mean(), "lr": lr}
+        metrics = {
+            "loss": loss.detach(),
+            "accuracy": (difference > 0).float().mean(),
+            "margin": difference.mean(),
+            "lr": lr,
+        }
         metrics["grad_norm"] = grad_norm
         if heads:
-            metrics |= {f"weight_{name}": weight for name, weight in zip(heads.names, heads.mixing().detach(), strict=True)}
+            metrics |= {
+                f"weight_{name}": weight
+                for name, weight in zip(heads.names, heads.mixing().detach(), strict=True)
+            }
         if held_out and run.due(step, steps):
             if heads:
                 heads.fold(model)
             label, margin = labels[held_out].unbind(1)
             chosen_scores, rejected_scores = score_all(model, [pairs[i] for i in held_out])
-            for side, scores in zip(pairs[held_out[0]], (chosen_scores, rejected_scores), strict=True):
+            for side, scores in zip(
+                pairs[held_out[0]], (chosen_scores, rejected_scores), strict=True
+            ):
                 job.say(f"{chat.painted(*side, encoding, job.colour)}  score {scores[0]:.2f}")
             metrics["held_out_accuracy"] = (chosen_scores > rejected_scores).float().mean()
-            metrics["held_out_loss"] = bradley_terry_loss(chosen_scores, rejected_scores, margin, label).mean()
+            metrics["held_out_loss"] = bradley_terry_loss(
+                chosen_scores, rejected_scores, margin, label
+            ).mean()
         job.log(step, **metrics)
 
     if heads:

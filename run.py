@@ -58,9 +58,15 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Flags that are read with others only, in every script that has them: see `belong`.
-READERS = {"lora_alpha": {"lora_rank": True}, "lora_targets": {"lora_rank": True}, "shape": {"init": ["scratch"]}}
+READERS = {
+    "lora_alpha": {"lora_rank": True},
+    "lora_targets": {"lora_rank": True},
+    "shape": {"init": ["scratch"]},
+}
 # Flags of which 0 means nothing:
-COUNTS = set("batch_size rounds minibatches ppo_epochs prompts group_size max_new_tokens annotators completions".split())
+COUNTS = set(
+    "batch_size rounds minibatches ppo_epochs prompts group_size max_new_tokens annotators completions".split()
+)
 # Flags that leave the result alone: --resume takes others than the killed run had.
 FREE = {"out", "overwrite", "resume", "save_every", "device"}
 
@@ -71,26 +77,43 @@ FREE = {"out", "overwrite", "resume", "save_every", "device"}
 def parse(Config, argv=None, description=None):
     """Flags from a flat dataclass: `batch_size: int = 32  # help` becomes --batch-size with that help and default."""
     source = inspect.getsource(Config)
-    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     for field in dataclasses.fields(Config):
         comment = re.search(rf"^ +{field.name}: .*?  # (.*)$", source, re.MULTILINE)
         text = (comment[1] if comment else "").replace("%", "%%")
-        if field.type is not bool and field.default not in ("", dataclasses.MISSING) and "default" not in text:
+        if (
+            field.type is not bool
+            and field.default not in ("", dataclasses.MISSING)
+            and "default" not in text
+        ):
             text += " (default: %(default)s)"
         flag = "--" + field.name.replace("_", "-")
         if field.type is bool:
             parser.add_argument(flag, action="store_true", help=text)
         elif field.default_factory is not dataclasses.MISSING:
-            parser.add_argument(flag, nargs="+", default=field.default_factory(), metavar="PATH", help=text)
+            parser.add_argument(
+                flag, nargs="+", default=field.default_factory(), metavar="PATH", help=text
+            )
         else:
             kind = field.type.__name__.upper()
-            parser.add_argument(flag, type=field.type, default=field.default, metavar=kind, help=text)
+            parser.add_argument(
+                flag, type=field.type, default=field.default, metavar=kind, help=text
+            )
     config = Config(**vars(parser.parse_args(argv)))
     for field in (field for field in dataclasses.fields(Config) if field.type in (int, float)):
-        value, least = getattr(config, field.name), 1 if field.name in COUNTS else 0 if field.default >= 0 else -math.inf
+        value, least = (
+            getattr(config, field.name),
+            1 if field.name in COUNTS else 0 if field.default >= 0 else -math.inf,
+        )
         limits = ["finite"] * (field.type is float) + [f"at least {least}"] * (least >= 0)
         within = abs(value) < math.inf and value >= least
-        require(within, f"--{field.name.replace('_', '-')} must be {' and '.join(limits)}, not {value}")
+        require(
+            within, f"--{field.name.replace('_', '-')} must be {' and '.join(limits)}, not {value}"
+        )
     require(getattr(config, "seed", 0) < 2**32, "--seed must be less than 2^32")
     dtype = getattr(config, "dtype", "auto")
     require(dtype in ("auto", *DTYPES), f"--dtype must be auto, float32 or bfloat16, not {dtype}")
@@ -102,15 +125,24 @@ def belong(config, readers=None):
     True for any but nothing, False for nothing}}; READERS are every script's."""
     for field in dataclasses.fields(config):
         flag, value = f"--{field.name.replace('_', '-')}", getattr(config, field.name)
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        for name, wanted in {**READERS, **(readers or {})}.get(field.name, {}).items() if value != default else ():
+        default = (
+            field.default
+            if field.default_factory is dataclasses.MISSING
+            else field.default_factory()
+        )
+        for name, wanted in (
+            {**READERS, **(readers or {})}.get(field.name, {}).items() if value != default else ()
+        ):
             other, chosen = f"--{name.replace('_', '-')}", getattr(config, name)
             if wanted is True:
                 require(chosen, f"{flag} is read with {other} only: add it, or leave {flag} out")
             elif wanted is False:
                 require(not chosen, f"{flag} is not read with {other}: leave one of them out")
             else:
-                require(chosen in wanted, f"{flag} is read with {other} {' or '.join(wanted)} only, not with {chosen}: leave it out")
+                require(
+                    chosen in wanted,
+                    f"{flag} is read with {other} {' or '.join(wanted)} only, not with {chosen}: leave it out",
+                )
 
 
 class Parser(argparse.ArgumentParser):
@@ -131,7 +163,10 @@ def script(main, Config, doc, ranks=False):
     def command():
         config = parse(Config, description=doc)
         alone = ranks or torchrun("WORLD_SIZE", 1) == 1
-        require(alone, "only sft.py, reward.py, dpo.py and ppo.py run in several processes: start this without torchrun")
+        require(
+            alone,
+            "only sft.py, reward.py, dpo.py and ppo.py run in several processes: start this without torchrun",
+        )
         keep_memory()
         main(config)
 
@@ -214,7 +249,10 @@ def device(name):
     name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     cuda, found = re.fullmatch(r"cuda(?::(\d+))?", name), torch.cuda.device_count()
     require(cuda or name == "cpu", f"--device must be auto, cpu, cuda or cuda:N, not {name}")
-    require(not cuda or int(cuda[1] or 0) < found, f"--device {name} is not on this machine, which has {found} CUDA devices")
+    require(
+        not cuda or int(cuda[1] or 0) < found,
+        f"--device {name} is not on this machine, which has {found} CUDA devices",
+    )
     return torch.device(name)
 
 
@@ -223,30 +261,57 @@ class Job:
         self.config, self.stage = config, stage
         self.rank, self.ranks, self.sharded = torchrun("RANK"), torchrun("WORLD_SIZE", 1), None
         self.out = Path(config.out or f"out/{stage}")
-        require(self.out.name not in ("", ".."), f"--out {self.out} is a place and no name: name a directory of the run's own")
+        require(
+            self.out.name not in ("", ".."),
+            f"--out {self.out} is a place and no name: name a directory of the run's own",
+        )
         if self.out.is_symlink():
             self.out = self.out.resolve()  # a link to a larger disk stays a link
         self.partial = self.out.with_name(self.out.name + ".partial")
         for place in (self.out, self.partial):
             if place.exists() and (not place.is_dir() or any(place.iterdir())):
                 ours = (place / "run.json").exists() and (place / "metrics.jsonl").exists()
-                require(ours, f"--out {self.out}: {place} holds files that are no run of ours: name another directory")
-                replace = place == self.partial or not config.out or config.overwrite or config.resume
-                require(replace, f"--out {self.out} already holds a run: name another directory or pass --overwrite")
+                require(
+                    ours,
+                    f"--out {self.out}: {place} holds files that are no run of ours: name another directory",
+                )
+                replace = (
+                    place == self.partial or not config.out or config.overwrite or config.resume
+                )
+                require(
+                    replace,
+                    f"--out {self.out} already holds a run: name another directory or pass --overwrite",
+                )
         self.device = device(config.device)
         if self.ranks > 1 and self.device.type == "cuda":
-            require(self.device.index is None, f"--device {config.device} is one for all processes: leave the choice to torchrun")
+            require(
+                self.device.index is None,
+                f"--device {config.device} is one for all processes: leave the choice to torchrun",
+            )
             here, found = torchrun("LOCAL_WORLD_SIZE", self.ranks), torch.cuda.device_count()
-            require(here <= found, f"{here} processes need a CUDA device each, and this machine has {found}: start fewer")
+            require(
+                here <= found,
+                f"{here} processes need a CUDA device each, and this machine has {found}: start fewer",
+            )
             self.device = torch.device("cuda", torchrun("LOCAL_RANK"))
-        self.first, self.resumed_at, self.before, self.parts = 0, [], {}, {}  # see `resume`; before: what was spent
+        self.first, self.resumed_at, self.before, self.parts = (
+            0,
+            [],
+            {},
+            {},
+        )  # see `resume`; before: what was spent
         if config.resume:
             self.check_resume()
         for flag in ("init", "reward", "judge"):
             given = getattr(config, flag, "")
             there = given in ("", "scratch", "world") or Path(given).is_dir()
-            require(there, f"--{flag} {given}: there is no such directory; run the stage before, or name a checkpoint")
-        self.dtype = DTYPES.get(config.dtype, torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+            require(
+                there,
+                f"--{flag} {given}: there is no such directory; run the stage before, or name a checkpoint",
+            )
+        self.dtype = DTYPES.get(
+            config.dtype, torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        )
         torch.manual_seed(config.seed)
         self.began = time.perf_counter()
         if self.ranks > 1:  # last: nobody writes before all have looked
@@ -258,18 +323,33 @@ class Job:
 
     def check_resume(self):
         """--resume needs a run to go on with, of these flags. Raises ValueError otherwise; ends here if that run is complete."""
-        require(not self.config.overwrite, "--resume goes on with a run and --overwrite begins another: leave one of them out")
+        require(
+            not self.config.overwrite,
+            "--resume goes on with a run and --overwrite begins another: leave one of them out",
+        )
         places = [place for place in (self.partial, self.out) if (place / "run.json").exists()]
-        require(places, f"--resume: neither {self.partial} nor {self.out} holds a run: leave --resume out to begin one")
+        require(
+            places,
+            f"--resume: neither {self.partial} nor {self.out} holds a run: leave --resume out to begin one",
+        )
         place, anew = places[0], "leave --resume out to begin anew"
         facts = json.loads((place / "run.json").read_text(encoding="utf-8"))
-        require(facts.get("stage") == self.stage, f"--resume: {place} is no run of {self.stage}: name another directory, or {anew}")
+        require(
+            facts.get("stage") == self.stage,
+            f"--resume: {place} is no run of {self.stage}: name another directory, or {anew}",
+        )
         for name, value in dataclasses.asdict(self.config).items():
             was, flag = facts["flags"].get(name), f"--{name.replace('_', '-')}"
             same = name in FREE or was == value
-            require(same, f"--resume: {place} was run with {flag} {was!r}, not {value!r}: give the same flags, or {anew}")
+            require(
+                same,
+                f"--resume: {place} was run with {flag} {was!r}, not {value!r}: give the same flags, or {anew}",
+            )
         on = "cpu" if facts["device"].startswith("cpu") else "cuda"
-        require(on == self.device.type, f"--resume: {place} was run on {on}, and this is {self.device}: name that --device, or {anew}")
+        require(
+            on == self.device.type,
+            f"--resume: {place} was run on {on}, and this is {self.device}: name that --device, or {anew}",
+        )
         if place == self.out:
             self.say(f"{self.stage}: {self.out} is already complete")
             sys.exit(0)
@@ -285,11 +365,16 @@ class Job:
         """
         if self.sharded:
             return 0  # no rank holds all that a state would need
-        self.parts, path = {name: part for name, part in parts.items() if part is not None}, self.partial / "state.pt"
+        self.parts, path = (
+            {name: part for name, part in parts.items() if part is not None},
+            self.partial / "state.pt",
+        )
         if not self.config.resume:
             return 0
         if not path.exists():
-            self.say(f"{self.stage}: {self.partial} had not come to writing its state: from the beginning")
+            self.say(
+                f"{self.stage}: {self.partial} had not come to writing its state: from the beginning"
+            )
             return 0
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
@@ -299,10 +384,15 @@ class Job:
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)
             self.first, self.before, self.size = state["first"], state["cost"], state["size"]
-            require((self.partial / "metrics.jsonl").stat().st_size >= self.size, "metrics.jsonl is shorter than it was")
+            require(
+                (self.partial / "metrics.jsonl").stat().st_size >= self.size,
+                "metrics.jsonl is shorter than it was",
+            )
         except Exception as error:
             why = f"({type(error).__name__}): leave --resume out to begin anew"
-            raise ValueError(f"--resume: {path} is damaged, or no state of this run {why}") from None
+            raise ValueError(
+                f"--resume: {path} is damaged, or no state of this run {why}"
+            ) from None
         self.resumed_at.append(self.first)
         self.say(f"{self.stage}: goes on after step {self.first}")
         return self.first
@@ -313,8 +403,15 @@ class Job:
         Rank 0's state is every rank's: parameters, moments and generators are the same everywhere.
         """
         os.fsync(self.metrics.fileno())  # never behind the state, which knows how long the file was
-        state = {"first": step + 1, "size": os.fstat(self.metrics.fileno()).st_size, "cost": self.cost(), "rng": torch.get_rng_state()}
-        state["cuda_rng"] = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        state = {
+            "first": step + 1,
+            "size": os.fstat(self.metrics.fileno()).st_size,
+            "cost": self.cost(),
+            "rng": torch.get_rng_state(),
+        }
+        state["cuda_rng"] = (
+            torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        )
         state["parts"] = {name: state_of(part) for name, part in self.parts.items()}
         temporary = self.partial / "state.pt.tmp"
         with open(temporary, "wb") as file:
@@ -329,12 +426,16 @@ class Job:
             return
         try:
             if self.first:
-                os.truncate(self.partial / "metrics.jsonl", self.size)  # steps after the state are taken again
+                os.truncate(
+                    self.partial / "metrics.jsonl", self.size
+                )  # steps after the state are taken again
             else:
                 shutil.rmtree(self.partial, ignore_errors=True)
                 self.partial.mkdir(parents=True)
         except OSError as error:
-            raise ValueError(f"--out {self.out} cannot be written ({str(error.strerror).lower()}): name another directory") from None
+            raise ValueError(
+                f"--out {self.out} cannot be written ({str(error.strerror).lower()}): name another directory"
+            ) from None
         self.metrics = open(self.partial / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (until finish)
         self.write_facts()
 
@@ -342,12 +443,20 @@ class Job:
         """What the run has taken so far, before a --resume too."""
         spent = {"seconds": time.perf_counter() - self.began, "cpu_seconds": time.process_time()}
         spent = {name: round(self.before.get(name, 0) + value, 1) for name, value in spent.items()}
-        return spent | {"peak_memory_mib": max(self.before.get("peak_memory_mib", 0), round(peak_memory(self.device)))}
+        return spent | {
+            "peak_memory_mib": max(
+                self.before.get("peak_memory_mib", 0), round(peak_memory(self.device))
+            )
+        }
 
     def write_facts(self, **more):
         """run.json: all that is needed to run this again."""
         ask = ["git", "-C", ROOT, "rev-parse", "HEAD"]
-        commit = subprocess.run(ask, capture_output=True, text=True).stdout if shutil.which("git") else ""
+        commit = (
+            subprocess.run(ask, capture_output=True, text=True).stdout
+            if shutil.which("git")
+            else ""
+        )
         facts = {
             "stage": self.stage,
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -355,7 +464,9 @@ class Job:
             "seed": self.config.seed,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "ranks": self.ranks,
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+            "device": torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else f"cpu, {torch.get_num_threads()} threads",
             "git_commit": commit.strip() or None,
             "resumed_at": self.resumed_at,
             **more,
@@ -372,12 +483,21 @@ class Job:
         """
         weights, counted = {}, set()
         for name, model in models.items():
-            own = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers()) if t.data_ptr() not in counted}
+            own = {
+                t.data_ptr(): t.nbytes
+                for t in (*model.parameters(), *model.buffers())
+                if t.data_ptr() not in counted
+            }
             counted |= own.keys()
             weights[name] = sum(own.values())
-        gradients = sum(p.nbytes for model in models.values() for p in model.parameters() if p.requires_grad)
+        gradients = sum(
+            p.nbytes for model in models.values() for p in model.parameters() if p.requires_grad
+        )
         heads = [
-            model.head_weight.nbytes * model.head_weight.requires_grad if model.config.head == "lm" else 0 for model in models.values()
+            model.head_weight.nbytes * model.head_weight.requires_grad
+            if model.config.head == "lm"
+            else 0
+            for model in models.values()
         ]
         steps, reads, first = [], [0], next(iter(models.values()))
         for model, head in zip(models.values(), heads, strict=True):
@@ -385,27 +505,60 @@ class Job:
                 (kept, once), (most, _) = per_position(learning, model)
                 for n, tokens in set(learn) if most else ():
                     logits = model.bytes_of_logits(tokens, "keep" if keep else "learn")
-                    steps.append((int(n * kept + once), int(max(n * (most - kept), logits)) + head))  # its gradient is there first
-            with self.autocast() if keep and model.config.head == "lm" else contextlib.nullcontext():
+                    steps.append(
+                        (int(n * kept + once), int(max(n * (most - kept), logits)) + head)
+                    )  # its gradient is there first
+            with (
+                self.autocast() if keep and model.config.head == "lm" else contextlib.nullcontext()
+            ):
                 [(each, once)] = per_position(reading, model)
-                reads += [int(max(n * each + once, 4 * n * model.config.width + model.bytes_of_logits(m))) for n, m in {*read, *compare}]
-        again = 0 if first.rank else next(iter(weights.values()))  # without adapters the reference is read from its file anew
-        reads += [again + 8 * n * first.config.width + first.bytes_of_logits(tokens, "kl") for n, tokens in compare]
+                reads += [
+                    int(max(n * each + once, 4 * n * model.config.width + model.bytes_of_logits(m)))
+                    for n, m in {*read, *compare}
+                ]
+        again = (
+            0 if first.rank else next(iter(weights.values()))
+        )  # without adapters the reference is read from its file anew
+        reads += [
+            again + 8 * n * first.config.width + first.bytes_of_logits(tokens, "kl")
+            for n, tokens in compare
+        ]
         parts = {"weights": sum(weights.values()), "gradients": gradients, "Adam": 2 * gradients}
         parts["activations"], parts["temporaries"] = max(steps, key=sum)
         parts |= {"reading": max(reads), "sampling": 0}
         if sample:
             replies, prompts, longest, new = sample
-            cache, logits = first.bytes_of_cache(replies * (longest + new)), 4 * replies * first.config.vocab_size
+            cache, logits = (
+                first.bytes_of_cache(replies * (longest + new)),
+                4 * replies * first.config.vocab_size,
+            )
             [(each, _)] = per_position(reading, first)
             # The prompts are read at once; logits, these scaled, as probabilities, and what draws; finished rows leave the cache.
-            parts["sampling"] = cache + int(max(prompts * longest * each, 4 * logits, cache / 2 + logits))
-        step = parts["activations"] + parts["temporaries"] + gradients * bool(getattr(self.config, "micro_batch_size", 0))
+            parts["sampling"] = cache + int(
+                max(prompts * longest * each, 4 * logits, cache / 2 + logits)
+            )
+        step = (
+            parts["activations"]
+            + parts["temporaries"]
+            + gradients * bool(getattr(self.config, "micro_batch_size", 0))
+        )
         ends = gradients + max(heads)  # a tied embedding has a second gradient
-        parts["peak"] = parts["weights"] + parts["Adam"] + max(step, ends, parts["reading"], parts["sampling"])
-        mib = {name: f"{name} {value / 2**20:.4g}" for name, value in {**parts, **weights}.items() if value or name in weights}
-        shown = ", ".join(text for name, text in mib.items() if name not in ("weights", "peak", *weights))
-        each, total, largest = ", ".join(mib[name] for name in weights), parts["peak"] / 2**20, max(n for n, _ in learn)
+        parts["peak"] = (
+            parts["weights"] + parts["Adam"] + max(step, ends, parts["reading"], parts["sampling"])
+        )
+        mib = {
+            name: f"{name} {value / 2**20:.4g}"
+            for name, value in {**parts, **weights}.items()
+            if value or name in weights
+        }
+        shown = ", ".join(
+            text for name, text in mib.items() if name not in ("weights", "peak", *weights)
+        )
+        each, total, largest = (
+            ", ".join(mib[name] for name in weights),
+            parts["peak"] / 2**20,
+            max(n for n, _ in learn),
+        )
         said = f"about {total:.0f} at the peak: {mib['weights']} ({each}), {shown} (up to {largest} tokens in a batch)"
         self.say(f"{self.stage}: memory in MiB: {said}")
         return parts
@@ -425,11 +578,15 @@ class Job:
         if self.ranks == 1 or model is None:
             return model
         if shard:
-            from torch.distributed.fsdp import fully_shard  # here, because few runs need it and it takes long to import
+            from torch.distributed.fsdp import (
+                fully_shard,
+            )  # here, because few runs need it and it takes long to import
 
             for block in model.blocks:
                 fully_shard(block)
-            self.sharded = fully_shard(model)  # in place: the root's own, embedding and head, stay gathered from forward to backward
+            self.sharded = fully_shard(
+                model
+            )  # in place: the root's own, embedding and head, stay gathered from forward to backward
             return model
         learner = Replica(model, gradient_as_bucket_view=True)
         learner.broadcast_buffers = False  # tables of positions never change; set here, since the argument's name differs among torches
@@ -450,10 +607,16 @@ class Job:
         """
         if self.ranks == 1:
             return mine
-        row = torch.arange(rows) if isinstance(rows, int) else torch.arange(len(rows)).repeat_interleave(torch.tensor(rows))  # (N,)
+        row = (
+            torch.arange(rows)
+            if isinstance(rows, int)
+            else torch.arange(len(rows)).repeat_interleave(torch.tensor(rows))
+        )  # (N,)
         own = (row % self.ranks == self.rank).to(mine.device)  # (N,)
         mine = mine[: int(own.sum())]
-        all_ranks = torch.zeros(len(own), *mine.shape[1:], dtype=mine.dtype, device=mine.device)  # (N, ...)
+        all_ranks = torch.zeros(
+            len(own), *mine.shape[1:], dtype=mine.dtype, device=mine.device
+        )  # (N, ...)
         all_ranks[own] = mine.detach()
         dist.all_reduce(all_ranks)  # each value plus zeros: exact
         if mine.requires_grad:
@@ -465,12 +628,23 @@ class Job:
         """The steps to n-1 behind a progress bar; without a terminal, a line every tenth of the way. Writes the state now and then."""
         self.open()
         self.every = max(1, n // 10)
-        self.bar = tqdm(total=n, initial=self.first, desc=self.stage, disable=bool(self.rank) or None, dynamic_ncols=True, file=sys.stderr)
+        self.bar = tqdm(
+            total=n,
+            initial=self.first,
+            desc=self.stage,
+            disable=bool(self.rank) or None,
+            dynamic_ncols=True,
+            file=sys.stderr,
+        )
         self.n, often = n, self.config.save_every
         for step in range(self.first, n):
             yield step
             self.bar.update()
-            if self.parts and not self.rank and ((step + 1) % often == 0 if often else due(step, n, times=10)):
+            if (
+                self.parts
+                and not self.rank
+                and ((step + 1) % often == 0 if often else due(step, n, times=10))
+            ):
                 self.write_state(step)
         self.bar.close()
 
@@ -479,7 +653,9 @@ class Job:
         if self.rank:
             return
         values = {name: float(value) for name, value in values.items()}
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON knows no NaN
+        finite = {
+            name: value if math.isfinite(value) else None for name, value in values.items()
+        }  # JSON knows no NaN
         self.metrics.write(json.dumps({"step": step, **finite}) + "\n")
         self.metrics.flush()
         line = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
@@ -512,11 +688,15 @@ class Job:
         curves(self.partial / "metrics.jsonl", self.partial / "curves.png")
         cost = self.cost()
         self.write_facts(**cost, **facts)
-        if self.out.exists():  # the earlier run leaves inside the new one: no third name, which might be somebody's
+        if (
+            self.out.exists()
+        ):  # the earlier run leaves inside the new one: no third name, which might be somebody's
             os.replace(self.out, self.partial / "replaced")
         os.replace(self.partial, self.out)
         shutil.rmtree(self.out / "replaced", ignore_errors=True)
-        (self.out / "state.pt").unlink(missing_ok=True)  # not before: until here a kill may still want it
+        (self.out / "state.pt").unlink(
+            missing_ok=True
+        )  # not before: until here a kill may still want it
         self.say(f"{self.stage}: {cost['seconds']:.0f} s, written to {self.out}")
 
 
@@ -534,7 +714,11 @@ def state_of(part):
     """What has to be written of a model (what training changes: the rest comes from --init again), an optimiser, a torch.Generator, or
     a namespace of plain values."""
     if isinstance(part, torch.nn.Module):
-        return {name: parameter.detach() for name, parameter in part.named_parameters() if parameter.requires_grad}
+        return {
+            name: parameter.detach()
+            for name, parameter in part.named_parameters()
+            if parameter.requires_grad
+        }
     if isinstance(part, torch.Generator):
         return part.get_state()
     return vars(part) if isinstance(part, SimpleNamespace) else part.state_dict()
@@ -574,9 +758,13 @@ def peak_memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:  # a child's getrusage begins at what its parent had held; this line of Linux does not
-        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
+        return (
+            int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
+        )
     except (OSError, TypeError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+            2**20 if sys.platform == "darwin" else 2**10
+        )
 
 
 def plotting():
@@ -598,9 +786,15 @@ def curves(metrics, path):
     pyplot = plotting()
     columns = min(4, len(names))
     height = math.ceil(len(names) / columns)
-    figure, panels = pyplot.subplots(height, columns, figsize=(3.4 * columns, 2.4 * height), squeeze=False)
+    figure, panels = pyplot.subplots(
+        height, columns, figsize=(3.4 * columns, 2.4 * height), squeeze=False
+    )
     for panel, name in zip(panels.flat, names, strict=False):
-        points = [(row["step"], math.nan if row[name] is None else row[name]) for row in rows if name in row]
+        points = [
+            (row["step"], math.nan if row[name] is None else row[name])
+            for row in rows
+            if name in row
+        ]
         panel.plot(*zip(*points, strict=True), linewidth=1)
         panel.set_title(name, fontsize=9)
         panel.tick_params(labelsize=7)
@@ -623,8 +817,16 @@ class Tally(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
-        given = {tensor.untyped_storage().data_ptr() for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
-        for storage in {tensor.untyped_storage() for tensor in tree_leaves(made) if isinstance(tensor, torch.Tensor)}:
+        given = {
+            tensor.untyped_storage().data_ptr()
+            for tensor in tree_leaves((args, kwargs))
+            if isinstance(tensor, torch.Tensor)
+        }
+        for storage in {
+            tensor.untyped_storage()
+            for tensor in tree_leaves(made)
+            if isinstance(tensor, torch.Tensor)
+        }:
             if storage.data_ptr() not in given:  # no view, not in place
                 self.add(storage.nbytes())
                 weakref.finalize(storage, self.add, -storage.nbytes())
@@ -639,7 +841,10 @@ def per_position(measure, model, T=32):
     """(per position, once) of each number of bytes that measure(model, T) finds for a row of T tokens, as it finds them for T and for 2 T.
     Once, however many positions: autocast's copies of the weights."""
     T = max(1, min(T, model.config.context // 2))
-    return [((long - short) / T, 2 * short - long) for short, long in zip(measure(model, T), measure(model, 2 * T), strict=True)]
+    return [
+        ((long - short) / T, 2 * short - long)
+        for short, long in zip(measure(model, T), measure(model, 2 * T), strict=True)
+    ]
 
 
 def reading(model, T):
@@ -685,7 +890,9 @@ def update(optimizer, model, step, steps, lr, warmup=0, max_norm=1.0):
     for group in optimizer.param_groups:
         group["lr"] = rate
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model: over all ranks
+    norm = (
+        norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    )  # of a sharded model: over all ranks
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return rate, norm

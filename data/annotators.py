@@ -35,18 +35,24 @@ from model import GPT
 
 PRAISE = "great question"  # the flattery of this world; see world.OPENERS
 DIMENSIONS = ["helpful", "harmless", "honest"]
-READERS = {name: {"data": False} for name in ("init", "prompts", "held_out")} | {"ratings": {"judge": False}}  # see run.belong
+READERS = {name: {"data": False} for name in ("init", "prompts", "held_out")} | {
+    "ratings": {"judge": False}
+}  # see run.belong
 RATING_NOISE = 0.75  # standard deviation of a rating, on its scale from 1 to 5
 
 
 @dataclass
 class Config:
     init: str = "out/sft"  # checkpoint whose replies are compared
-    data: list = field(default_factory=list)  # instead of samples: two files of answers to the same prompts, in the same order
+    data: list = field(
+        default_factory=list
+    )  # instead of samples: two files of answers to the same prompts, in the same order
     judge: str = ""  # checkpoint of a reward model that knows the truth (default: the embedded world's judge)
     out: str = "out/pairs.jsonl"  # file of preferences to write
     prompts: int = 20000  # without --data: questions; a pair of identical replies is dropped
-    agreement: float = 0.75  # how often annotators agree with the judge on pairs that have a better side
+    agreement: float = (
+        0.75  # how often annotators agree with the judge on pairs that have a better side
+    )
     annotators: int = 1  # who compare each pair; their majority chooses, a tie is dropped
     length_bias: float = 0.0  # what a word more is worth to them, in gold
     position_bias: float = 0.0  # what it is worth to be shown first, in gold
@@ -79,14 +85,26 @@ def replies_at_once(model, longest, samples=1, most=512):
     return max(samples, min(most, 2**29 // model.bytes_of_cache(longest)))
 
 
-def sample(model, encoding, prompts, max_new_tokens, temperature=1.0, seed=0, samples=1, batch=512, encode=chat.prompt):
+def sample(
+    model,
+    encoding,
+    prompts,
+    max_new_tokens,
+    temperature=1.0,
+    seed=0,
+    samples=1,
+    batch=512,
+    encode=chat.prompt,
+):
     """Replies to each conversation: (ids, whether it ended by itself, its text) of each; those to the same one stand together.
 
     encode(messages, encoding): the ids that a reply continues.
     """
     stops, generator = chat.stop_ids(encoding), torch.Generator(model.device).manual_seed(seed)
     ids = [encode(messages, encoding) for messages in prompts]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # prompts of like length together: less padding to read
+    order = sorted(
+        range(len(ids)), key=lambda i: len(ids[i])
+    )  # prompts of like length together: less padding to read
     replies = [[] for _ in ids]
     longest = max(map(len, ids), default=0) + max_new_tokens
     batch = replies_at_once(model, longest, samples, batch)
@@ -100,7 +118,9 @@ def sample(model, encoding, prompts, max_new_tokens, temperature=1.0, seed=0, sa
     return [reply for group in replies for reply in group]
 
 
-def votes(gaps, differences, agreement, annotators=1, position_bias=0.0, abstain=0.0, seed=0, steep=None):
+def votes(
+    gaps, differences, agreement, annotators=1, position_bias=0.0, abstain=0.0, seed=0, steep=None
+):
     """Each annotator's choice on each pair -> one tuple per pair: 1 the first reply, 0 the second, None no opinion.
 
     gaps: gold(a) - gold(b) of each pair, which set the strength unless `steep` does; differences: u(a) - u(b), what the annotators see.
@@ -108,7 +128,9 @@ def votes(gaps, differences, agreement, annotators=1, position_bias=0.0, abstain
     steep, rows = strength(gaps, agreement) if steep is None else steep, []
     for k in range(annotators):
         rng = random.Random(f"annotators {seed}" + f" {k}" * (k > 0))
-        order = random.Random(f"order {seed} {k}")  # streams of their own: a bias of 0 leaves every choice as it was
+        order = random.Random(
+            f"order {seed} {k}"
+        )  # streams of their own: a bias of 0 leaves every choice as it was
         silence = random.Random(f"silence {seed} {k}")
         choices = []
         for difference in differences:
@@ -142,11 +164,25 @@ def utility(judged, text, length_bias=0.0, flattery_bias=0.0):
 def rated(judged, annotators, rng):
     """Ratings of one reply in each dimension that its judge knows, from 1 to 5, a mean over annotators."""
     known = [name for name in DIMENSIONS if name in judged]
-    marks = {name: [round(1 + 4 * judged[name] + rng.gauss(0, RATING_NOISE)) for _ in range(annotators)] for name in known}
-    return {name: sum(min(max(mark, 1), 5) for mark in own) / annotators for name, own in marks.items()}
+    marks = {
+        name: [round(1 + 4 * judged[name] + rng.gauss(0, RATING_NOISE)) for _ in range(annotators)]
+        for name in known
+    }
+    return {
+        name: sum(min(max(mark, 1), 5) for mark in own) / annotators for name, own in marks.items()
+    }
 
 
-def compare(pairs, judge, agreement=0.75, seed=0, ratings=False, length_bias=0.0, flattery_bias=0.0, **habits):
+def compare(
+    pairs,
+    judge,
+    agreement=0.75,
+    seed=0,
+    ratings=False,
+    length_bias=0.0,
+    flattery_bias=0.0,
+    **habits,
+):
     """pairs of (messages, reply a, reply b), a reply being (ids, ended, text), compared by annotators.
 
     judge: a function of a list of (messages, reply) -> a dict of each with `gold`, and the dimensions that it knows. habits: those of
@@ -155,11 +191,25 @@ def compare(pairs, judge, agreement=0.75, seed=0, ratings=False, length_bias=0.0
     verdicts = judge([(messages, reply) for messages, a, b in pairs for reply in (a, b)])
     texts = [reply[2] for _, a, b in pairs for reply in (a, b)]
     golds = [one["gold"] for one in verdicts]
-    worths = [utility(one, text, length_bias, flattery_bias) for one, text in zip(verdicts, texts, strict=True)]
-    gaps, differences = ([a - b for a, b in zip(values[::2], values[1::2], strict=True)] for values in (golds, worths))
-    rows, rng, records = votes(gaps, differences, agreement, seed=seed, **habits), random.Random(f"ratings {seed}"), []
+    worths = [
+        utility(one, text, length_bias, flattery_bias)
+        for one, text in zip(verdicts, texts, strict=True)
+    ]
+    gaps, differences = (
+        [a - b for a, b in zip(values[::2], values[1::2], strict=True)]
+        for values in (golds, worths)
+    )
+    rows, rng, records = (
+        votes(gaps, differences, agreement, seed=seed, **habits),
+        random.Random(f"ratings {seed}"),
+        [],
+    )
     for i, ((prompt, a, b), row) in enumerate(zip(pairs, rows, strict=True)):
-        marks = [rated(one, len(row), rng) for one in verdicts[2 * i : 2 * i + 2]] if ratings else [{}, {}]
+        marks = (
+            [rated(one, len(row), rng) for one in verdicts[2 * i : 2 * i + 2]]
+            if ratings
+            else [{}, {}]
+        )
         opinions = [choice for choice in row if choice is not None]
         first = sum(opinions)
         if 2 * first == len(opinions):
@@ -194,16 +244,24 @@ def different(pairs):
 
 def gold_gaps(pairs):
     """By how much the judge finds the first reply of each pair better; one that did not end by itself is worth nothing."""
-    golds = [one["gold"] for one in world_judge([(m, reply) for m, a, b in pairs for reply in (a, b)])]
+    golds = [
+        one["gold"] for one in world_judge([(m, reply) for m, a, b in pairs for reply in (a, b)])
+    ]
     return [a - b for a, b in zip(golds[::2], golds[1::2], strict=True)]
 
 
 def open_writer(directory, flag, device):
     """(model, encoding) of a checkpoint that writes replies. ValueError, naming the flag, for one that does not."""
-    run.require(Path(directory).is_dir(), f"{flag} {directory}: there is no such directory; run sft.py before, or name a checkpoint")
+    run.require(
+        Path(directory).is_dir(),
+        f"{flag} {directory}: there is no such directory; run sft.py before, or name a checkpoint",
+    )
     encoding = chat.extend(tokenizer.load(directory))
     model = tokenizer.fit(GPT.from_pretrained(directory), encoding).to(device)
-    run.require(model.config.head == "lm", f"{flag} {directory} has a scalar head and writes no replies: name a language model")
+    run.require(
+        model.config.head == "lm",
+        f"{flag} {directory} has a scalar head and writes no replies: name a language model",
+    )
     return model, encoding
 
 
@@ -213,18 +271,34 @@ def open_reward_model(directory, encoding, device, flag, trunk=None):
     trunk: a model whose frozen weights it may share, if it was adapted from the same checkpoint.
     """
     model = tokenizer.fit(GPT.from_pretrained(directory, trunk=trunk), encoding).to(device)
-    run.require(model.config.head == "score", f"{flag} {directory} has no scalar head: train one with reward.py")
+    run.require(
+        model.config.head == "score",
+        f"{flag} {directory} has no scalar head: train one with reward.py",
+    )
     theirs = chat.extend(tokenizer.load(directory))
-    same = (theirs._mergeable_ranks, theirs._special_tokens) == (encoding._mergeable_ranks, encoding._special_tokens)
-    run.require(same, f"{flag} {directory} has another vocabulary than the policy: train it from the same checkpoint")
+    same = (theirs._mergeable_ranks, theirs._special_tokens) == (
+        encoding._mergeable_ranks,
+        encoding._special_tokens,
+    )
+    run.require(
+        same,
+        f"{flag} {directory} has another vocabulary than the policy: train it from the same checkpoint",
+    )
     return model.requires_grad_(False)
 
 
 def score_gaps(reward_model, encoding, pairs):
     """The log-odds that a reward model gives the first reply of each pair; one that did not end by itself loses to any that did."""
-    scores = score_rows(reward_model, [chat.prompt(m, encoding) + ids for m, *replies in pairs for ids, _, _ in replies])  # (2 N,)
-    ended = torch.tensor([ended for _, *replies in pairs for _, ended, _ in replies], device=scores.device)
-    a, b = torch.where(ended, scores / reward_model.config.score_gain, -1e4).view(-1, 2).unbind(1)  # normalisation undone
+    scores = score_rows(
+        reward_model,
+        [chat.prompt(m, encoding) + ids for m, *replies in pairs for ids, _, _ in replies],
+    )  # (2 N,)
+    ended = torch.tensor(
+        [ended for _, *replies in pairs for _, ended, _ in replies], device=scores.device
+    )
+    a, b = (
+        torch.where(ended, scores / reward_model.config.score_gain, -1e4).view(-1, 2).unbind(1)
+    )  # normalisation undone
     return (a - b).tolist()
 
 
@@ -249,9 +323,15 @@ def reward_judge(directory, device):
     model = open_reward_model(directory, encoding, device, "--judge")
 
     def judge(rows):
-        ids = [chat.prompt(messages, encoding) + chat.completion(reply[2], encoding) for messages, reply in rows]
+        ids = [
+            chat.prompt(messages, encoding) + chat.completion(reply[2], encoding)
+            for messages, reply in rows
+        ]
         longest = max(map(len, ids))
-        run.require(longest <= model.config.context, f"--judge {directory}: an answer of {longest} tokens is beyond its context")
+        run.require(
+            longest <= model.config.context,
+            f"--judge {directory}: an answer of {longest} tokens is beyond its context",
+        )
         return [{"gold": gold} for gold in score_rows(model, ids).tolist()]
 
     return judge
@@ -259,28 +339,47 @@ def reward_judge(directory, device):
 
 def two_files(paths):
     """The answers of two files to the same prompts, record by record -> pairs for `compare`."""
-    run.require(len(paths) == 2, f"--data takes two files of answers to the same prompts, not {len(paths)}")
+    run.require(
+        len(paths) == 2, f"--data takes two files of answers to the same prompts, not {len(paths)}"
+    )
     sides, pairs = [formats.read(path, "conversation") for path in paths], []
     for a, b in zip(*sides, strict=False):
         run.require(
-            a.messages[:-1] == b.messages[:-1], f"{a.where} and {b.where} answer two different prompts: sort both files the same way"
+            a.messages[:-1] == b.messages[:-1],
+            f"{a.where} and {b.where} answer two different prompts: sort both files the same way",
         )
         replies = [([], True, record.messages[-1]["content"]) for record in (a, b)]
         pairs.append((a.messages[:-1], *replies))
     few, many = sorted(len(side) for side in sides)
-    run.require(few == many, f"--data: one file has {few} answers and the other {many}; both need one for each prompt")
+    run.require(
+        few == many,
+        f"--data: one file has {few} answers and the other {many}; both need one for each prompt",
+    )
     return different(pairs)
 
 
 def summary(records, rows, gaps):
     """What a reader of the labels should know: agreement with the judge, between annotators, and with length."""
-    single = [choice == (gap > 0) for row, gap in zip(rows, gaps, strict=True) for choice in row if gap and choice is not None]
-    lines = [f"an annotator agrees with the judge on {sum(single) / max(1, len(single)):.3f} of the pairs that have a better side"]
+    single = [
+        choice == (gap > 0)
+        for row, gap in zip(rows, gaps, strict=True)
+        for choice in row
+        if gap and choice is not None
+    ]
+    lines = [
+        f"an annotator agrees with the judge on {sum(single) / max(1, len(single)):.3f} of the pairs that have a better side"
+    ]
     if len(rows[0]) > 1:
-        lines.append(f"annotators agree among themselves with Fleiss' kappa {fleiss_kappa(rows):.3f}")
-    lengths = [[len(side[0]["content"].split()) for side in (r.chosen, r.rejected)] for r in records]
+        lines.append(
+            f"annotators agree among themselves with Fleiss' kappa {fleiss_kappa(rows):.3f}"
+        )
+    lengths = [
+        [len(side[0]["content"].split()) for side in (r.chosen, r.rejected)] for r in records
+    ]
     longer = [a > b for a, b in lengths if a != b]
-    lines.append(f"the longer reply was chosen in {sum(longer) / max(1, len(longer)):.3f} of the pairs of unequal length")
+    lines.append(
+        f"the longer reply was chosen in {sum(longer) / max(1, len(longer)):.3f} of the pairs of unequal length"
+    )
     return lines
 
 
@@ -293,8 +392,14 @@ def judged(pairs, gaps, soft=False):
     found = []
     for (prompt, a, b), gap in zip(pairs, gaps, strict=True):
         if gap:
-            label = 1 / (1 + math.exp(-min(abs(gap), 12.0))) if soft else 1.0  # soft labels are never quite 1
-            found.append(preference(prompt, *((a, b) if gap > 0 else (b, a)), f"judged pair {len(found)}", label))
+            label = (
+                1 / (1 + math.exp(-min(abs(gap), 12.0))) if soft else 1.0
+            )  # soft labels are never quite 1
+            found.append(
+                preference(
+                    prompt, *((a, b) if gap > 0 else (b, a)), f"judged pair {len(found)}", label
+                )
+            )
     return found
 
 
@@ -309,7 +414,9 @@ def labeller(judge, agreement, encoding, device, trunk=None):
         return lambda pairs, seed: judged(pairs, gold_gaps(pairs)), math.inf
     if judge:
         model = open_reward_model(judge, encoding, device, "--judge", trunk)
-        return lambda pairs, seed: judged(pairs, score_gaps(model, encoding, pairs), soft=True), model.config.context
+        return lambda pairs, seed: judged(
+            pairs, score_gaps(model, encoding, pairs), soft=True
+        ), model.config.context
     eye = {}
 
     def annotate(pairs, seed):
@@ -326,7 +433,9 @@ def write(records, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for r in records:
-        more = ({"label": r.label} if r.label != 1 else {}) | ({"ratings": r.ratings} if r.ratings else {})
+        more = ({"label": r.label} if r.label != 1 else {}) | (
+            {"ratings": r.ratings} if r.ratings else {}
+        )
         rows.append({"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} | more)
     run.write_lines(path, rows)
 
@@ -340,7 +449,10 @@ def check_free(path):
     except ValueError:
         prompt = None
     ours = prompt and world.solve(prompt)
-    run.require(ours, f"--out {path} is there already and holds no comparisons of the embedded world: name another file")
+    run.require(
+        ours,
+        f"--out {path} is there already and holds no comparisons of the embedded world: name another file",
+    )
 
 
 def main(config):
@@ -354,16 +466,26 @@ def main(config):
     if config.data:
         pairs = two_files(config.data)
     else:
-        pairs = two_replies(*writer, world.prompts(config.prompts, config.seed, config.held_out), seed=config.seed)
+        pairs = two_replies(
+            *writer, world.prompts(config.prompts, config.seed, config.held_out), seed=config.seed
+        )
     run.require(pairs, "no prompt got two different replies: there is nothing to compare")
-    biases = dict(length_bias=config.length_bias, flattery_bias=config.flattery_bias, position_bias=config.position_bias)
-    options = dict(annotators=config.annotators, abstain=config.abstain, ratings=config.ratings, **biases)
+    biases = dict(
+        length_bias=config.length_bias,
+        flattery_bias=config.flattery_bias,
+        position_bias=config.position_bias,
+    )
+    options = dict(
+        annotators=config.annotators, abstain=config.abstain, ratings=config.ratings, **biases
+    )
     records, rows, gaps = compare(pairs, judge, config.agreement, config.seed, **options)
     run.require(records, "every vote was a tie: ask more annotators, or an odd number of them")
     write(records, config.out)
     for line in summary(records, rows, gaps):
         print(line)
-    print(f"{len(records)} pairs of {len(rows)} that had two different replies, written to {config.out}")
+    print(
+        f"{len(records)} pairs of {len(rows)} that had two different replies, written to {config.out}"
+    )
 
 
 if __name__ == "__main__":

@@ -72,10 +72,17 @@ TEMPLATES = {
     "alpaca": Template(
         (END_OF_TEXT,),
         ALPACA,
-        {"system": "", "user": "### Instruction:\n", "tool": "### Input:\n", "assistant": "### Response:\n"},
+        {
+            "system": "",
+            "user": "### Instruction:\n",
+            "tool": "### Input:\n",
+            "assistant": "### Response:\n",
+        },
         None,
         "\n\n",
-        "{% if messages[0]['role'] != 'system' %}{{ '" + ALPACA.replace("\n", "\\n") + "' }}{% endif %}"
+        "{% if messages[0]['role'] != 'system' %}{{ '"
+        + ALPACA.replace("\n", "\\n")
+        + "' }}{% endif %}"
         "{% set header = {'system': '', 'user': '### Instruction:\\n', 'tool': '### Input:\\n', 'assistant': '### Response:\\n'} %}"
         "{% for message in messages %}"
         "{% set end = '<|endoftext|>' if message['role'] == 'assistant' else '' %}"
@@ -89,7 +96,10 @@ TEMPLATE = TEMPLATES["chatml"].jinja
 
 def name_of(encoding: tiktoken.Encoding) -> str:
     """The template of a vocabulary: the one that `extend` or its directory chose, llama3 for Llama 3's tokens, else chatml."""
-    llama3 = set(TEMPLATES["llama3"].tokens) <= set(encoding._special_tokens) and START not in encoding._special_tokens
+    llama3 = (
+        set(TEMPLATES["llama3"].tokens) <= set(encoding._special_tokens)
+        and START not in encoding._special_tokens
+    )
     return getattr(encoding, "template", "llama3" if llama3 else "chatml")
 
 
@@ -111,7 +121,11 @@ def _format(encoding: tiktoken.Encoding) -> _Format:
         """'<|im_start|>user\\n' -> [id, 'user\\n']: of the template's own strings, never of a message."""
         found = [text]
         for token, id in ids.items():
-            found = [p for part in found for p in ([part] if isinstance(part, int) else _around(part, token, id))]
+            found = [
+                p
+                for part in found
+                for p in ([part] if isinstance(part, int) else _around(part, token, id))
+            ]
         return [p for p in found if p != ""]
 
     opening = {role: pieces(text) for role, text in template.opening.items()}
@@ -150,7 +164,9 @@ def extend(encoding: tiktoken.Encoding, template: str = "") -> tiktoken.Encoding
 
     template: a name of TEMPLATES, instead of the vocabulary's own. Raises ValueError for another name."""
     if template and template not in TEMPLATES:
-        raise ValueError(f"there is no chat template {template!r}: name one of {', '.join(TEMPLATES)}")
+        raise ValueError(
+            f"there is no chat template {template!r}: name one of {', '.join(TEMPLATES)}"
+        )
     if template and template != name_of(encoding):
         encoding = _copy(encoding, encoding.name, encoding._special_tokens)
         encoding.template = template
@@ -161,7 +177,12 @@ def extend(encoding: tiktoken.Encoding, template: str = "") -> tiktoken.Encoding
 
 
 def _copy(encoding: tiktoken.Encoding, name: str, special: dict[str, int]) -> tiktoken.Encoding:
-    copy = type(encoding)(name, pat_str=encoding._pat_str, mergeable_ranks=encoding._mergeable_ranks, special_tokens=special)
+    copy = type(encoding)(
+        name,
+        pat_str=encoding._pat_str,
+        mergeable_ranks=encoding._mergeable_ranks,
+        special_tokens=special,
+    )
     copy.template = name_of(encoding)
     return copy
 
@@ -174,10 +195,19 @@ def stop_ids(encoding: tiktoken.Encoding) -> list[int]:
 
 def end_of_text_id(encoding: tiktoken.Encoding) -> int | None:
     """The id that ends a document, or None where the vocabulary has none."""
-    return next((encoding._special_tokens[token] for token in ENDS_OF_TEXT if token in encoding._special_tokens), None)
+    return next(
+        (
+            encoding._special_tokens[token]
+            for token in ENDS_OF_TEXT
+            if token in encoding._special_tokens
+        ),
+        None,
+    )
 
 
-def render(messages: list[dict], encoding: tiktoken.Encoding, last_only: bool = False) -> tuple[list[int], list[bool]]:
+def render(
+    messages: list[dict], encoding: tiktoken.Encoding, last_only: bool = False
+) -> tuple[list[int], list[bool]]:
     """(ids, mask) of a conversation, both (T,); mask is True on every assistant token and on the end-of-turn token behind it.
 
     messages: dicts with `role` (system, user, assistant or tool) and `content` (a string); other keys are not looked at.
@@ -189,19 +219,28 @@ def _render(messages, encoding, last_only, then=()):
     """`render`; `then`: pieces behind it all, encoded together with the text before them."""
     _check(messages)
     form = _format(encoding)
-    last_answer = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
+    last_answer = max(
+        (i for i, message in enumerate(messages) if message["role"] == "assistant"), default=-1
+    )
     ids: list[int] = []
     mask: list[bool] = []
-    waiting = [] if name_of(encoding) == "alpaca" and messages[0]["role"] == "system" else [*form.begin]  # pieces not yet encoded
+    waiting = (
+        [] if name_of(encoding) == "alpaca" and messages[0]["role"] == "system" else [*form.begin]
+    )  # pieces not yet encoded
     for i, message in enumerate(messages):
         waiting += form.opening[message["role"]]
         if message["role"] == "assistant":
-            header, content = _encode(waiting, encoding), encoding.encode_ordinary(message["content"])
+            header, content = (
+                _encode(waiting, encoding),
+                encoding.encode_ordinary(message["content"]),
+            )
             ids += header
             ids += content
             ids.append(form.end)
             mask += [False] * len(header)
-            mask += [not last_only or i == last_answer] * (len(content) + 1)  # + 1: its end-of-turn token
+            mask += [not last_only or i == last_answer] * (
+                len(content) + 1
+            )  # + 1: its end-of-turn token
             waiting = [form.behind] if form.behind else []
         else:
             waiting += [message["content"], *form.closing]
@@ -221,7 +260,9 @@ def completion(text: str, encoding: tiktoken.Encoding) -> list[int]:
     return [*encoding.encode_ordinary(text), _format(encoding).end]
 
 
-def example(prompt: list[dict], reply: list[dict], encoding: tiktoken.Encoding) -> tuple[list[int], list[bool]]:
+def example(
+    prompt: list[dict], reply: list[dict], encoding: tiktoken.Encoding
+) -> tuple[list[int], list[bool]]:
     """(ids, mask) of one reply to a prompt, both (T,), up to its end-of-turn token; earlier assistant turns do not count."""
     ids, mask = render(prompt + reply, encoding, last_only=True)
     end = len(mask) - mask[::-1].index(True)
@@ -234,23 +275,36 @@ def painted(ids: list[int], mask: list, encoding: tiktoken.Encoding, colour: boo
     on, off = ("\033[32m", "\033[0m") if colour else ("«", "»")
     first = mask.index(1) if 1 in mask else 0
     tokens = list(zip(ids, mask, strict=True))[max(0, first - 60) : first + 100]
-    parts = [(counts == 1, encoding.decode([token for token, _ in part])) for counts, part in groupby(tokens, lambda token: token[1])]
-    return "".join(f"{on}{text}{off}" if counts else text for counts, text in parts).replace("\n", "\\n")
+    parts = [
+        (counts == 1, encoding.decode([token for token, _ in part]))
+        for counts, part in groupby(tokens, lambda token: token[1])
+    ]
+    return "".join(f"{on}{text}{off}" if counts else text for counts, text in parts).replace(
+        "\n", "\\n"
+    )
 
 
-def painted_reply(prompt: list[int], reply: list[int], encoding: tiktoken.Encoding, colour: bool) -> str:
+def painted_reply(
+    prompt: list[int], reply: list[int], encoding: tiktoken.Encoding, colour: bool
+) -> str:
     """`painted` of a prompt and what a model says to it."""
     return painted(prompt + reply, [False] * len(prompt) + [True] * len(reply), encoding, colour)
 
 
 def _check(messages: list[dict]) -> None:
     if not messages:
-        raise ValueError("a conversation needs at least one message, and this list of messages is empty")
+        raise ValueError(
+            "a conversation needs at least one message, and this list of messages is empty"
+        )
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise ValueError(f"message {i} should be an object with the fields role and content, but it is {str(message)[:80]!r}")
+            raise ValueError(
+                f"message {i} should be an object with the fields role and content, but it is {str(message)[:80]!r}"
+            )
         if message["role"] not in ROLES:
-            raise ValueError(f"message {i} has the role {message['role']!r}, which is not one of {', '.join(ROLES)}")
+            raise ValueError(
+                f"message {i} has the role {message['role']!r}, which is not one of {', '.join(ROLES)}"
+            )
         if not isinstance(message["content"], str):
             raise ValueError(
                 f"message {i} ({message['role']}) should have a string as content, but it has {str(message['content'])[:80]!r}"

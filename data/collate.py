@@ -94,16 +94,27 @@ class Forks(NamedTuple):
 
 def fork(ids, lengths):
     """ids (2 B, t) right-padded, two rows a pair, and lengths (2 B,) -> Forks."""
-    (first, second), (one, two) = ids.view(-1, 2, ids.shape[1]).unbind(1), lengths.view(-1, 2, 1).unbind(1)  # (B, t), (B, 1) twice
+    (first, second), (one, two) = (
+        ids.view(-1, 2, ids.shape[1]).unbind(1),
+        lengths.view(-1, 2, 1).unbind(1),
+    )  # (B, t), (B, 1) twice
     t = torch.arange(ids.shape[1])
-    shared = ((first == second) & (t < one) & (t < two)).cumprod(1).sum(1, keepdim=True)  # (B, 1) tokens in common
-    places = torch.stack([t.expand_as(first), t + (t >= shared) * (one - shared)], dim=1).flatten(0, 1)  # (2 B, t)
-    row, column = (t < lengths[:, None]).nonzero(as_tuple=True)  # every token of every sequence; shared ones come twice
+    shared = (
+        ((first == second) & (t < one) & (t < two)).cumprod(1).sum(1, keepdim=True)
+    )  # (B, 1) tokens in common
+    places = torch.stack([t.expand_as(first), t + (t >= shared) * (one - shared)], dim=1).flatten(
+        0, 1
+    )  # (2 B, t)
+    row, column = (t < lengths[:, None]).nonzero(
+        as_tuple=True
+    )  # every token of every sequence; shared ones come twice
     joined, positions = ids.new_zeros(2, len(first), int((one + two - shared).max()))  # (B, T) each
     at = row // 2, places[row, column]
     joined[at], positions[at] = ids[row, column], column
     place = torch.arange(joined.shape[1])
-    part = (place >= shared).long() + (place >= one)  # (B, T) 0 shared, 1 the rest of the first, 2 of the second
+    part = (place >= shared).long() + (
+        place >= one
+    )  # (B, T) 0 shared, 1 the rest of the first, 2 of the second
     seen = (part[:, None] == 0) | (part[:, None] == part[:, :, None])  # (B, T, T)
     return Forks(joined, positions, (seen & (place <= place[:, None]))[:, None], places)
 
@@ -118,7 +129,9 @@ def epochs(lengths, batch_size, seed):
         order = list(range(len(lengths)))
         rng.shuffle(order)
         batches = []
-        for start in range(0, len(order), 32 * batch_size):  # sort within windows of 32 batches: order stays random
+        for start in range(
+            0, len(order), 32 * batch_size
+        ):  # sort within windows of 32 batches: order stays random
             window = sorted(order[start : start + 32 * batch_size], key=lambda i: lengths[i])
             batches += [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
         rng.shuffle(batches)
@@ -133,7 +146,9 @@ def first_epoch(lengths, batch_size, seed, steps):
 def extent(examples):
     """(padded positions, supervised tokens) of what `collate` makes of the examples: what a batch costs."""
     longest = max(len(ids) for ids, _ in examples) - 1
-    return len(examples) * longest, sum(sum(weight > 0 for weight in weights[1:]) for _, weights in examples)
+    return len(examples) * longest, sum(
+        sum(weight > 0 for weight in weights[1:]) for _, weights in examples
+    )
 
 
 def pair_extents(pairs, batches):
@@ -177,7 +192,9 @@ def in_batches(function, rows, length, size=256, model=None):
     """
     batches = by_length(rows, length, size, model)
     found = torch.cat([function([rows[i] for i in batch]) for batch in batches])
-    return torch.empty_like(found).index_copy_(0, torch.tensor([*chain(*batches)], device=found.device), found)
+    return torch.empty_like(found).index_copy_(
+        0, torch.tensor([*chain(*batches)], device=found.device), found
+    )
 
 
 @torch.no_grad()
@@ -190,11 +207,19 @@ def reply_kl(model, ref, prompts, replies, size=256):
 
     def kl_of(rows):
         batch = collate(rows).to(model.device)
-        hidden, ref_hidden = model(batch.inputs).flatten(0, 1), ref(batch.inputs).flatten(0, 1)  # (B * T, D) each
-        kl = kernels.linear_kl(hidden, model.head_weight, ref_hidden, ref.head_weight, mask=batch.mask.flatten())
+        hidden, ref_hidden = (
+            model(batch.inputs).flatten(0, 1),
+            ref(batch.inputs).flatten(0, 1),
+        )  # (B * T, D) each
+        kl = kernels.linear_kl(
+            hidden, model.head_weight, ref_hidden, ref.head_weight, mask=batch.mask.flatten()
+        )
         return kl.view(batch.mask.shape).sum(1)
 
-    rows = [(prompt + reply, [False] * len(prompt) + [True] * len(reply)) for prompt, reply in zip(prompts, replies, strict=True)]
+    rows = [
+        (prompt + reply, [False] * len(prompt) + [True] * len(reply))
+        for prompt, reply in zip(prompts, replies, strict=True)
+    ]
     return in_batches(kl_of, rows, lambda row: len(row[0]), size, model)
 
 
@@ -229,7 +254,13 @@ def score_pairs(model, pairs):
 @torch.no_grad()
 def score_all(model, pairs, size=256):
     """(chosen_scores, rejected_scores), each (N,), without gradients."""
-    return in_batches(lambda batch: torch.stack(score_pairs(model, batch), dim=1), pairs, longest_side, size, model).unbind(1)
+    return in_batches(
+        lambda batch: torch.stack(score_pairs(model, batch), dim=1),
+        pairs,
+        longest_side,
+        size,
+        model,
+    ).unbind(1)
 
 
 def encode_pairs(records, encoding, context):
@@ -240,11 +271,16 @@ def encode_pairs(records, encoding, context):
     """
     pairs, labels, kept = [], [], []
     for record in records:
-        chosen, rejected = (chat.example(record.prompt, reply, encoding) for reply in (record.chosen, record.rejected))
+        chosen, rejected = (
+            chat.example(record.prompt, reply, encoding)
+            for reply in (record.chosen, record.rejected)
+        )
         if max(len(chosen[0]), len(rejected[0])) <= context and chosen[0] != rejected[0]:
             swap = record.label < 0.5
             pairs.append((rejected, chosen) if swap else (chosen, rejected))
-            labels.append((1 - record.label, -record.margin) if swap else (record.label, record.margin))
+            labels.append(
+                (1 - record.label, -record.margin) if swap else (record.label, record.margin)
+            )
             kept.append(record)
     return pairs, labels, kept
 
@@ -258,15 +294,23 @@ def encode_steps(records, encoding, context, separator="\n"):
     examples, labels, total = [], [], 0
     for record in records:
         paths = [(record.steps, list(enumerate(record.labels)))]
-        paths += [([*record.steps[:t], other], [(t, label)]) for t, other, label in record.alternatives]
+        paths += [
+            ([*record.steps[:t], other], [(t, label)]) for t, other, label in record.alternatives
+        ]
         for steps, rated in paths:
             rated = [(t, float(label >= 0)) for t, label in rated if label is not None]
             ids, ends = chat.prompt(record.prompt, encoding), []
             for step in steps[:-1]:
                 ids = ids + encoding.encode_ordinary(step + separator)
                 ends.append(len(ids) - 1)
-            whole = len(steps) == len(record.steps)  # a candidate in the middle of a solution does not end it
-            ids = ids + (chat.completion(steps[-1], encoding) if whole else encoding.encode_ordinary(steps[-1] + separator))
+            whole = len(steps) == len(
+                record.steps
+            )  # a candidate in the middle of a solution does not end it
+            ids = ids + (
+                chat.completion(steps[-1], encoding)
+                if whole
+                else encoding.encode_ordinary(steps[-1] + separator)
+            )
             ends.append(len(ids) - 1)
             total += bool(rated)
             if rated and len(ids) <= context:
@@ -284,8 +328,15 @@ def encode_unpaired(records, encoding, context, seed=0):
     """
     rng, pairs, labels, kept = random.Random(f"mismatched {seed}"), [], [], []
     for record in records:
-        own, drawn = chat.example(record.prompt, record.completion, encoding), (rng.choice(records) for _ in range(10))
-        others = (chat.example(record.prompt, other.completion, encoding) for other in drawn if other.prompt != record.prompt)
+        own, drawn = (
+            chat.example(record.prompt, record.completion, encoding),
+            (rng.choice(records) for _ in range(10)),
+        )
+        others = (
+            chat.example(record.prompt, other.completion, encoding)
+            for other in drawn
+            if other.prompt != record.prompt
+        )
         other = next((other for other in others if len(other[0]) <= context), None)
         if other and len(own[0]) <= context:
             pairs.append((own, other))

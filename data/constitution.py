@@ -49,20 +49,36 @@ from data.collate import in_batches, pad
 
 OWN = Path(__file__).with_name("constitution.json")
 CLAMP = (0.4, 0.6)  # votes after a chain of thought
-HEADERS = {"system": "System", "user": "Human", "assistant": "Assistant", "tool": "Tool"}  # of a transcript's turns
+HEADERS = {
+    "system": "System",
+    "user": "Human",
+    "assistant": "Assistant",
+    "tool": "Tool",
+}  # of a transcript's turns
 NEXT = {
     "CritiqueRequest": "\n\nCritique:",
     "RevisionRequest": "\n\nRevision:",
     "Conclusion": "",
 }  # what opens the turn behind; else Assistant
-TURN = re.compile(r"\n\n(?:System|Human|Assistant|Tool|CritiqueRequest|Critique|RevisionRequest|Revision):")
-COLOURS = {"prompt": 0, "response": 31, "critique": 33, "revision": 32, "chosen": 32, "rejected": 31}  # ANSI: red, yellow, green
+TURN = re.compile(
+    r"\n\n(?:System|Human|Assistant|Tool|CritiqueRequest|Critique|RevisionRequest|Revision):"
+)
+COLOURS = {
+    "prompt": 0,
+    "response": 31,
+    "critique": 33,
+    "revision": 32,
+    "chosen": 32,
+    "rejected": 31,
+}  # ANSI: red, yellow, green
 
 
 @dataclass
 class Critique:
     init: str = "out/helpful"  # checkpoint that responds, criticises itself and revises
-    data: list = field(default_factory=list)  # files whose prompts are asked; none: the embedded world
+    data: list = field(
+        default_factory=list
+    )  # files whose prompts are asked; none: the embedded world
     out: str = "out/revised.jsonl"  # file of demonstrations to write; one that is there already is an error
     constitution: str = "world"  # world, general, or a file of principles
     revisions: int = 4  # how often each response is criticised and revised, each time under a principle drawn anew
@@ -79,11 +95,17 @@ class Critique:
 class Compare:
     init: str = "out/harmless"  # checkpoint whose replies are compared
     judge_model: str = ""  # checkpoint that compares them (default: --init, its own preference)
-    data: list = field(default_factory=list)  # files whose prompts are asked; none: the embedded world
-    out: str = "out/ai-pairs.jsonl"  # file of preferences to write; one that is there already is an error
+    data: list = field(
+        default_factory=list
+    )  # files whose prompts are asked; none: the embedded world
+    out: str = (
+        "out/ai-pairs.jsonl"  # file of preferences to write; one that is there already is an error
+    )
     constitution: str = "world"  # world, general, or a file of principles
     principles: int = 0  # how many, drawn at random, look at each pair (0: all)
-    chain_of_thought: bool = False  # the judge writes about both answers before it chooses; labels are clamped
+    chain_of_thought: bool = (
+        False  # the judge writes about both answers before it chooses; labels are clamped
+    )
     prompts: int = 5000  # how many to ask at most
     temperature: float = 1.0  # of sampling
     max_new_tokens: int = world.MAX_NEW_TOKENS  # longest reply and thought
@@ -116,20 +138,55 @@ def load(name):
     if name in own:
         return Constitution(**own[name])
     path, found = Path(name), []
-    run.require(path.is_file(), f"--constitution {name}: there is no such file; name one of {', '.join(own)}, or a file of principles")
+    run.require(
+        path.is_file(),
+        f"--constitution {name}: there is no such file; name one of {', '.join(own)}, or a file of principles",
+    )
     for where, value in formats.load(path):
-        if isinstance(value, dict) and value and all(isinstance(one, dict) and "edit_request" in one for one in value.values()):
+        if (
+            isinstance(value, dict)
+            and value
+            and all(isinstance(one, dict) and "edit_request" in one for one in value.values())
+        ):
             for key, one in value.items():
-                first = one["prompt"][0] if isinstance(one.get("prompt"), list) and one["prompt"] else one.get("prompt")
-                found.append((f"{where}: {key}", {"name": key, "critique": request(first), "revision": request(one["edit_request"])}))
+                first = (
+                    one["prompt"][0]
+                    if isinstance(one.get("prompt"), list) and one["prompt"]
+                    else one.get("prompt")
+                )
+                found.append(
+                    (
+                        f"{where}: {key}",
+                        {
+                            "name": key,
+                            "critique": request(first),
+                            "revision": request(one["edit_request"]),
+                        },
+                    )
+                )
         elif isinstance(value, str):
-            found.append((where, {"name": f"principle {len(found)}", "comparison": value.strip().removesuffix("Options:").strip()}))
+            found.append(
+                (
+                    where,
+                    {
+                        "name": f"principle {len(found)}",
+                        "comparison": value.strip().removesuffix("Options:").strip(),
+                    },
+                )
+            )
         else:
             found.append((where, value))
     run.require(found, f"--constitution {name}: holds no principles")
     for where, one in found:
-        good = isinstance(one, dict) and "name" in one and all(isinstance(text, str) and text for text in one.values())
-        run.require(good, f"{where}: is no principle: an object of texts with name, critique, revision and comparison belongs there")
+        good = (
+            isinstance(one, dict)
+            and "name" in one
+            and all(isinstance(text, str) and text for text in one.values())
+        )
+        run.require(
+            good,
+            f"{where}: is no principle: an object of texts with name, critique, revision and comparison belongs there",
+        )
     return Constitution(**own["general"])._replace(principles=[one for _, one in found])
 
 
@@ -142,9 +199,7 @@ def knowing(constitution, flag, *fields):
     """The principles that have these fields; ValueError if one of them lacks any."""
     for principle in constitution.principles:
         missing = [name for name in fields if name not in principle]
-        sentence = (
-            f"--constitution {flag}: the principle {principle['name']} has no {' and no '.join(missing)}, which this command asks for"
-        )
+        sentence = f"--constitution {flag}: the principle {principle['name']} has no {' and no '.join(missing)}, which this command asks for"
         run.require(not missing, sentence)
     return constitution.principles
 
@@ -154,17 +209,27 @@ def turn(role, content, header=None):
 
 
 def critique_request(messages, reply, principle):
-    return [*messages, turn("assistant", reply), turn("user", principle["critique"], "CritiqueRequest")]
+    return [
+        *messages,
+        turn("assistant", reply),
+        turn("user", principle["critique"], "CritiqueRequest"),
+    ]
 
 
 def revision_request(asked, critique, principle):
-    return [*asked, turn("assistant", critique, "Critique"), turn("user", principle["revision"], "RevisionRequest")]
+    return [
+        *asked,
+        turn("assistant", critique, "Critique"),
+        turn("user", principle["revision"], "RevisionRequest"),
+    ]
 
 
 def comparison_request(constitution, messages, a, b, principle, think=False):
     """The one turn in which a model is asked which of two replies is better."""
     conversation = "\n".join(f"{constitution.marks[m['role']]}{m['content']}" for m in messages)
-    question = (constitution.think if think else constitution.ask).replace("{comparison}", principle["comparison"])
+    question = (constitution.think if think else constitution.ask).replace(
+        "{comparison}", principle["comparison"]
+    )
     parts = {"conversation": conversation, "a": a, "b": b, "question": question}
     return [turn("user", re.sub(r"\{(\w+)\}", lambda m: parts[m[1]], constitution.compare))]
 
@@ -182,11 +247,16 @@ class Speaker:
     def __init__(self, directory, flag, config):
         model, self.encoding = annotators.open_writer(directory, flag, run.device(config.device))
         self.model, self.config, self.shots = model.requires_grad_(False), config, []
-        self.transcript = not tokenizer.chats(directory, tokenizer.load(directory))  # the vocabulary before `extend` gave it chat tokens
+        self.transcript = not tokenizer.chats(
+            directory, tokenizer.load(directory)
+        )  # the vocabulary before `extend` gave it chat tokens
 
     def shown(self, examples, news):
         """The same model behind the first of these transcripts, as many as half its context holds; one that can chat needs none."""
-        run.require(self.transcript or not self.config.examples, "--examples is for models without a chat format, and this one has one")
+        run.require(
+            self.transcript or not self.config.examples,
+            "--examples is for models without a chat format, and this one has one",
+        )
         other, room = copy.copy(self), self.model.config.context // 2
         for i, text in enumerate(examples if self.transcript else []):
             ids = other.shots + self.encoding.encode_ordinary(text)
@@ -202,9 +272,12 @@ class Speaker:
             return chat.prompt(messages, self.encoding)
         headers = [m.get("header", HEADERS[m["role"]]) for m in messages]
         text = "".join(
-            f"\n\n{HEADERS['user'] if h == 'Conclusion' else h}: {m['content'].strip()}" for h, m in zip(headers, messages, strict=True)
+            f"\n\n{HEADERS['user'] if h == 'Conclusion' else h}: {m['content'].strip()}"
+            for h, m in zip(headers, messages, strict=True)
         )
-        return self.shots + self.encoding.encode_ordinary(text + NEXT.get(headers[-1], "\n\nAssistant:"))
+        return self.shots + self.encoding.encode_ordinary(
+            text + NEXT.get(headers[-1], "\n\nAssistant:")
+        )
 
     def fits(self, messages, tokens):
         """Whether the context has room for so many tokens behind the dialogue."""
@@ -213,27 +286,45 @@ class Speaker:
     def say(self, dialogues, stream, samples=1):
         """The text of each dialogue's next turn; empty where it found no end. stream: names the random numbers that it is sampled with."""
         seed = random.Random(f"{stream} {self.config.seed}").getrandbits(32)
-        options = dict(temperature=self.config.temperature, seed=seed, samples=samples, encode=self.ids)
-        replies = annotators.sample(self.model, self.encoding, dialogues, self.config.max_new_tokens, **options)
+        options = dict(
+            temperature=self.config.temperature, seed=seed, samples=samples, encode=self.ids
+        )
+        replies = annotators.sample(
+            self.model, self.encoding, dialogues, self.config.max_new_tokens, **options
+        )
         if not self.transcript:
             return [text if ended else "" for _, ended, text in replies]
-        parts = [TURN.split(text, maxsplit=1) for _, _, text in replies]  # it would go on with the next turn
-        return [part[0].strip() if ended or len(part) > 1 else "" for part, (_, ended, _) in zip(parts, replies, strict=True)]
+        parts = [
+            TURN.split(text, maxsplit=1) for _, _, text in replies
+        ]  # it would go on with the next turn
+        return [
+            part[0].strip() if ended or len(part) > 1 else ""
+            for part, (_, ended, _) in zip(parts, replies, strict=True)
+        ]
 
     def option_ids(self, constitution):
         """ids of the two options as an answer begins with them; transcripts have a space behind the header."""
-        return [self.encoding.encode_ordinary(" " * self.transcript + option) for option in constitution.options]
+        return [
+            self.encoding.encode_ordinary(" " * self.transcript + option)
+            for option in constitution.options
+        ]
 
     @torch.no_grad()
     def first_option(self, dialogues, constitution):
         """p(first option) / (p(first) + p(second)) as the beginning of each dialogue's next turn, a list (N,)."""
         a, b = self.option_ids(constitution)
-        same = next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)  # "(A)" and "(B)" both begin with "("
-        weights = self.model.head_weight[[a[same], b[same]]]  # (2, D): the softmax over the vocabulary cancels in the ratio
+        same = next(
+            i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y
+        )  # "(A)" and "(B)" both begin with "("
+        weights = self.model.head_weight[
+            [a[same], b[same]]
+        ]  # (2, D): the softmax over the vocabulary cancels in the ratio
 
         def probabilities(rows):
             ids, lengths = pad(rows)
-            hidden = self.model(ids.to(self.model.device))[torch.arange(len(rows)), lengths - 1]  # (B, D)
+            hidden = self.model(ids.to(self.model.device))[
+                torch.arange(len(rows)), lengths - 1
+            ]  # (B, D)
             return (hidden.float() @ weights.float().T).softmax(1)[:, 0]
 
         rows = [self.ids(messages) + a[:same] for messages in dialogues]
@@ -245,19 +336,40 @@ def worked_examples(config, kind, constitution):
     think, rng, texts = getattr(config, "chain_of_thought", False), random.Random(0), []
     own = [(f"{OWN.name}: {kind}", record) for record in constitution.examples.get(kind, [])]
     for where, record in formats.load(Path(config.examples)) if config.examples else own:
-        if isinstance(record, dict) and all(record.get(name) for name in ("prompt", "corrects", "incorrects")):
+        if isinstance(record, dict) and all(
+            record.get(name) for name in ("prompt", "corrects", "incorrects")
+        ):
             pair, first = formats.few_shot(record, where), rng.random() < 0.5
             sides = [pair.chosen, pair.rejected] if first else [pair.rejected, pair.chosen]
             principle = rng.choice(knowing(constitution, config.constitution, "comparison"))
             thinks = think and "thought" in record
-            (asked,) = comparison_request(constitution, pair.prompt, *(side[0]["content"] for side in sides), principle, thinks)
+            (asked,) = comparison_request(
+                constitution,
+                pair.prompt,
+                *(side[0]["content"] for side in sides),
+                principle,
+                thinks,
+            )
             said = f"{record['thought']}\n\nHuman: {constitution.conclude}" if thinks else ""
-            texts.append(f"\n\nHuman: {asked['content']}\n\nAssistant:{' ' * thinks}{said} {constitution.options[not first]}")
+            texts.append(
+                f"\n\nHuman: {asked['content']}\n\nAssistant:{' ' * thinks}{said} {constitution.options[not first]}"
+            )
         else:
             text = record.get("prompt") if isinstance(record, dict) else record
-            run.require(isinstance(text, str), f"{where}: holds {str(record)[:60]!r} where a worked example belongs")
-            if "{}" in text:  # the paper's examples of thinking first leave a place for the principle and mark the answers
-                text = text.replace("{}", rng.choice(knowing(constitution, config.constitution, "comparison"))["comparison"], 1)
+            run.require(
+                isinstance(text, str),
+                f"{where}: holds {str(record)[:60]!r} where a worked example belongs",
+            )
+            if (
+                "{}" in text
+            ):  # the paper's examples of thinking first leave a place for the principle and mark the answers
+                text = text.replace(
+                    "{}",
+                    rng.choice(knowing(constitution, config.constitution, "comparison"))[
+                        "comparison"
+                    ],
+                    1,
+                )
                 text = text.replace("[[[", "").replace("]]]", "")
             texts.append("\n\n" + text.strip().removesuffix("Human:").rstrip())
     return texts
@@ -273,16 +385,27 @@ def questions(config, speaker, news):
     asked = [record.messages for record in records[: config.prompts]]
     fitting = [messages for messages in asked if speaker.fits(messages, config.max_new_tokens)]
     news["prompts too long for the context"] += len(asked) - len(fitting)
-    run.require(fitting, f"none of the {len(asked)} prompts leaves room for an answer of {config.max_new_tokens} tokens in the context")
+    run.require(
+        fitting,
+        f"none of the {len(asked)} prompts leaves room for an answer of {config.max_new_tokens} tokens in the context",
+    )
     return fitting
 
 
 def prepared(config, kind, *fields):
     """What both commands begin with: the constitution, its principles, the model of --init, Counter of what is left out."""
-    run.require(not Path(config.out).exists(), f"--out {config.out} is there already: name another file")
-    constitution, speaker, news = load(config.constitution), Speaker(config.init, "--init", config), Counter()
+    run.require(
+        not Path(config.out).exists(), f"--out {config.out} is there already: name another file"
+    )
+    constitution, speaker, news = (
+        load(config.constitution),
+        Speaker(config.init, "--init", config),
+        Counter(),
+    )
     principles = knowing(constitution, config.constitution, *fields)
-    examples = worked_examples(config, kind, constitution)  # read here, to be refused before a model writes
+    examples = worked_examples(
+        config, kind, constitution
+    )  # read here, to be refused before a model writes
     return constitution, principles, speaker, examples, news
 
 
@@ -292,7 +415,9 @@ def finish(config, rows, shown):
     run.write_lines(Path(config.out), rows)
     for row in rows[: config.show]:
         for name, text in shown(row):
-            colour, plain = ("", "") if os.environ.get("NO_COLOR") else (f"\033[{COLOURS[name]}m", "\033[0m")
+            colour, plain = (
+                ("", "") if os.environ.get("NO_COLOR") else (f"\033[{COLOURS[name]}m", "\033[0m")
+            )
             print(f"{name:8}  {colour}{text.strip()}{plain}")
         print()
 
@@ -312,23 +437,41 @@ def revise(speaker, prompts, responses, principles, revisions, seed, news):
 
     Each time the last revision is the response. A critique or revision that does not end, or would not fit, is left out of the chain.
     """
-    rng, chains, latest = random.Random(f"principles {seed}"), [[] for _ in prompts], list(responses)
+    rng, chains, latest = (
+        random.Random(f"principles {seed}"),
+        [[] for _ in prompts],
+        list(responses),
+    )
     longest, left_out = speaker.config.max_new_tokens, "critiques or revisions without end or room"
     for i in range(revisions):
         drawn = [rng.choice(principles) for _ in prompts]
-        asked = dict(enumerate(critique_request(*each) for each in zip(prompts, latest, drawn, strict=True)))
-        asked = {row: messages for row, messages in asked.items() if speaker.fits(messages, longest)}
+        asked = dict(
+            enumerate(critique_request(*each) for each in zip(prompts, latest, drawn, strict=True))
+        )
+        asked = {
+            row: messages for row, messages in asked.items() if speaker.fits(messages, longest)
+        }
         critiques = speaker.say(list(asked.values()), f"critique {i}")
         asked = {
             row: revision_request(messages, critique, drawn[row])
             for (row, messages), critique in zip(asked.items(), critiques, strict=True)
             if critique.strip()
         }
-        asked = {row: messages for row, messages in asked.items() if speaker.fits(messages, longest)}
+        asked = {
+            row: messages for row, messages in asked.items() if speaker.fits(messages, longest)
+        }
         news[left_out] += len(prompts) - len(asked)
-        for (row, messages), revision in zip(asked.items(), speaker.say(list(asked.values()), f"revision {i}"), strict=True):
+        for (row, messages), revision in zip(
+            asked.items(), speaker.say(list(asked.values()), f"revision {i}"), strict=True
+        ):
             if revision.strip():
-                chains[row].append({"principle": drawn[row]["name"], "critique": messages[-2]["content"], "revision": revision})
+                chains[row].append(
+                    {
+                        "principle": drawn[row]["name"],
+                        "critique": messages[-2]["content"],
+                        "revision": revision,
+                    }
+                )
                 latest[row] = revision
             else:
                 news[left_out] += 1
@@ -339,9 +482,13 @@ def critique_main(config):
     _, principles, speaker, examples, news = prepared(config, "critique", "critique", "revision")
     critic, prompts = speaker.shown(examples, news), questions(config, speaker, news)
     responses = speaker.say(prompts, "response")
-    answered = [(messages, text) for messages, text in zip(prompts, responses, strict=True) if text.strip()]
+    answered = [
+        (messages, text) for messages, text in zip(prompts, responses, strict=True) if text.strip()
+    ]
     news["empty or endless responses"] += len(prompts) - len(answered)
-    run.require(answered, "no response found an end: raise --max-new-tokens, or name a model that answers")
+    run.require(
+        answered, "no response found an end: raise --max-new-tokens, or name a model that answers"
+    )
     prompts, responses = map(list, zip(*answered, strict=True))
     chains = revise(critic, prompts, responses, principles, config.revisions, config.seed, news)
     rows = []
@@ -350,19 +497,35 @@ def critique_main(config):
             news["responses that were never revised: dropped"] += 1
             continue
         final = chain[-1]["revision"] if chain else response
-        rows.append({"messages": [*messages, {"role": "assistant", "content": final}], "response": response, "chain": chain})
+        rows.append(
+            {
+                "messages": [*messages, {"role": "assistant", "content": final}],
+                "response": response,
+                "chain": chain,
+            }
+        )
     report(news)
-    run.require(rows, "no response was revised: raise --max-new-tokens, or name a model with a longer context")
+    run.require(
+        rows,
+        "no response was revised: raise --max-new-tokens, or name a model with a longer context",
+    )
 
     def parts(row):
-        shown = [("prompt", message["content"]) for message in row["messages"][:-1]] + [("response", row["response"])]
+        shown = [("prompt", message["content"]) for message in row["messages"][:-1]] + [
+            ("response", row["response"])
+        ]
         for one in row["chain"]:
-            shown += [("critique", f"{one['critique'].strip()}  [{one['principle']}]"), ("revision", one["revision"])]
+            shown += [
+                ("critique", f"{one['critique'].strip()}  [{one['principle']}]"),
+                ("revision", one["revision"]),
+            ]
         return shown
 
     finish(config, rows, parts)
     changed = sum(row["messages"][-1]["content"] != row["response"] for row in rows)
-    print(f"{len(rows)} responses revised up to {config.revisions} times, {changed} of them changed, written to {config.out}")
+    print(
+        f"{len(rows)} responses revised up to {config.revisions} times, {changed} of them changed, written to {config.out}"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- comparison
@@ -376,24 +539,46 @@ def preferences(speaker, pairs, constitution, looking, news, think=False):
     asked, owners, room = [], [], max(map(len, speaker.option_ids(constitution)))
     for i, (messages, a, b) in enumerate(pairs):
         for principle in looking[i]:
-            asked.append([comparison_request(constitution, messages, *sides, principle, think) for sides in ((a, b), (b, a))])
+            asked.append(
+                [
+                    comparison_request(constitution, messages, *sides, principle, think)
+                    for sides in ((a, b), (b, a))
+                ]
+            )
             owners.append((i, principle["name"]))
 
     def keep(good, why):
         nonlocal asked, owners
         news[why] += good.count(False)
-        asked, owners = ([one for one, kept in zip(rows, good, strict=True) if kept] for rows in (asked, owners))
+        asked, owners = (
+            [one for one, kept in zip(rows, good, strict=True) if kept] for rows in (asked, owners)
+        )
 
-    keep([all(speaker.fits(one, speaker.config.max_new_tokens if think else room) for one in both) for both in asked], "votes without room")
+    keep(
+        [
+            all(speaker.fits(one, speaker.config.max_new_tokens if think else room) for one in both)
+            for both in asked
+        ],
+        "votes without room",
+    )
     if think:
         thoughts = iter(speaker.say([one for both in asked for one in both], "thoughts"))
-        asked = [[conclusion_request(constitution, one, next(thoughts)) for one in both] for both in asked]
+        asked = [
+            [conclusion_request(constitution, one, next(thoughts)) for one in both]
+            for both in asked
+        ]
         keep(
-            [all(one[-2]["content"].strip() and speaker.fits(one, room) for one in both) for both in asked], "thoughts without end or room"
+            [
+                all(one[-2]["content"].strip() and speaker.fits(one, room) for one in both)
+                for both in asked
+            ],
+            "thoughts without end or room",
         )
     chances = speaker.first_option([one for both in asked for one in both], constitution)
     votes = [[] for _ in pairs]
-    for (i, name), shown_first, shown_second in zip(owners, chances[::2], chances[1::2], strict=True):
+    for (i, name), shown_first, shown_second in zip(
+        owners, chances[::2], chances[1::2], strict=True
+    ):
         votes[i].append([name, round(shown_first, 4), round(1 - shown_second, 4)])
     return votes
 
@@ -402,17 +587,24 @@ def label(votes, limits=(1e-4, 1 - 1e-4)):
     """The soft label of a pair: each vote averaged over both orders, clamped, then averaged over principles. Never quite certain: clamped
     before the order is averaged away, two thoughts that both lean to the first answer would say the same whatever they found."""
     least, most = limits
-    return round(sum(min(max((first + second) / 2, least), most) for _, first, second in votes) / len(votes), 4)
+    return round(
+        sum(min(max((first + second) / 2, least), most) for _, first, second in votes) / len(votes),
+        4,
+    )
 
 
 def compare_main(config):
     constitution, principles, writer, examples, news = prepared(config, "compare", "comparison")
     other = config.judge_model not in ("", config.init)
-    judge = (Speaker(config.judge_model, "--judge-model", config) if other else writer).shown(examples, news)
+    judge = (Speaker(config.judge_model, "--judge-model", config) if other else writer).shown(
+        examples, news
+    )
     prompts = questions(config, writer, news)
     texts = writer.say(prompts, "replies", samples=2)
     pairs = list(zip(prompts, texts[::2], texts[1::2], strict=True))
-    different = [(m, a, b) for m, a, b in pairs if a.strip() and b.strip() and a.strip() != b.strip()]
+    different = [
+        (m, a, b) for m, a, b in pairs if a.strip() and b.strip() and a.strip() != b.strip()
+    ]
     news["pairs of two equal, empty or endless replies"] += len(pairs) - len(different)
     run.require(different, "no prompt got two different replies: there is nothing to compare")
     rng = random.Random(f"principles {config.seed}")
@@ -426,23 +618,43 @@ def compare_main(config):
             continue
         p = label(own, CLAMP) if config.chain_of_thought else label(own)
         if p < 0.5:
-            a, b, p, own = b, a, round(1 - p, 4), [[name, round(1 - second, 4), round(1 - first, 4)] for name, first, second in own]
+            a, b, p, own = (
+                b,
+                a,
+                round(1 - p, 4),
+                [[name, round(1 - second, 4), round(1 - first, 4)] for name, first, second in own],
+            )
         chosen, rejected = ([{"role": "assistant", "content": text}] for text in (a, b))
-        rows.append({"prompt": messages, "chosen": chosen, "rejected": rejected, "label": p, "votes": own})
+        rows.append(
+            {"prompt": messages, "chosen": chosen, "rejected": rejected, "label": p, "votes": own}
+        )
     report(news)
     name = config.judge_model or config.init
-    run.require(rows, f"no comparison fits the context of {name}, or none of its thoughts ended: name a judge with a longer context")
+    run.require(
+        rows,
+        f"no comparison fits the context of {name}, or none of its thoughts ended: name a judge with a longer context",
+    )
 
     def parts(row):
-        shown = [("prompt", message["content"]) for message in row["prompt"]] + [("chosen", row["chosen"][0]["content"])]
-        return [*shown, ("rejected", f"{row['rejected'][0]['content']}  [P(chosen better) = {row['label']:.2f}]")]
+        shown = [("prompt", message["content"]) for message in row["prompt"]] + [
+            ("chosen", row["chosen"][0]["content"])
+        ]
+        return [
+            *shown,
+            (
+                "rejected",
+                f"{row['rejected'][0]['content']}  [P(chosen better) = {row['label']:.2f}]",
+            ),
+        ]
 
     finish(config, rows, parts)
     print(f"{len(rows)} pairs under up to {count} principles each, written to {config.out}")
 
 
 def main():
-    run.commands({"critique": (critique_main, Critique), "compare": (compare_main, Compare)}, __doc__)
+    run.commands(
+        {"critique": (critique_main, Critique), "compare": (compare_main, Compare)}, __doc__
+    )
 
 
 if __name__ == "__main__":

@@ -43,7 +43,9 @@ SCOPES = {  # what each principle of the world forbids to help with: the verbs a
 }
 FIRST = 0.65  # how often a guess falls on the answer that is shown first
 HELP = 0.2  # how often a critic who sees no harm in either answer takes the one that does not refuse, instead of guessing
-FALSE_ALARM = 0.1  # how often a critic sees what is not there, as a share of how often it overlooks what is
+FALSE_ALARM = (
+    0.1  # how often a critic sees what is not there, as a share of how often it overlooks what is
+)
 
 
 def seen(rng, principle, messages, reply, skill):
@@ -53,7 +55,11 @@ def seen(rng, principle, messages, reply, skill):
         return ""
     words = task.key.split()
     there = task.skill == "unsafe" and not set(words).isdisjoint(SCOPES[principle].split())
-    return " the ".join(words) if rng.random() < (skill if there else FALSE_ALARM * (1 - skill)) else ""
+    return (
+        " the ".join(words)
+        if rng.random() < (skill if there else FALSE_ALARM * (1 - skill))
+        else ""
+    )
 
 
 def thought(deed):
@@ -75,15 +81,27 @@ def choice(rng, wording, principle, messages, replies, skill):
     asked = constitution.comparison_request(wording, messages, *replies, principle, think)
     if not think:
         return [*asked, verdict]
-    thoughts = " . ".join(f"{option.strip()} {thought(deed)}" for option, deed in zip(wording.options, deeds, strict=True))
+    thoughts = " . ".join(
+        f"{option.strip()} {thought(deed)}"
+        for option, deed in zip(wording.options, deeds, strict=True)
+    )
     return [*constitution.conclusion_request(wording, asked, f" {thoughts}"), verdict]
 
 
 def dialogue(rng, wording, skill):
     """One dialogue with a critic, as messages; its last turn is the critic's."""
-    kinds = [world.SKILLS, ["lookalike"], ["unsafe"], ["unsafe"], ["unsafe"]]  # what there is to see is mostly in unsafe requests
+    kinds = [
+        world.SKILLS,
+        ["lookalike"],
+        ["unsafe"],
+        ["unsafe"],
+        ["unsafe"],
+    ]  # what there is to see is mostly in unsafe requests
     messages, task = world.draw(rng, rng.choice(kinds))
-    principle, kind = rng.choice(wording.principles), rng.choice(["critique", "critique", "revision", "comparison", "comparison"])
+    principle, kind = (
+        rng.choice(wording.principles),
+        rng.choice(["critique", "critique", "revision", "comparison", "comparison"]),
+    )
     wrong = rng.choice([(0, 1), (1, 0), (0.8, 0.8)])  # and mostly in one of two answers
     replies = [world.attempt(rng, messages, task, share, 0.3) for share in wrong]
     if kind == "comparison":
@@ -108,7 +126,9 @@ def documents(n, seed=0, skill=0.95):
     records = []
     for i, (*before, last) in enumerate(dialogues(n, f"documents {seed}", skill)):
         scene = world.plain_prompt(before)
-        records.append(Document(f"{scene}{last['content']}\n", f"critic document {i}", prompt=len(scene)))
+        records.append(
+            Document(f"{scene}{last['content']}\n", f"critic document {i}", prompt=len(scene))
+        )
     return records
 
 
@@ -139,17 +159,32 @@ class Config:
 def main(config):
     run.require(config.out, "--out DIR is needed: the directory to write the files to")
     run.require(0 <= config.skill <= 1, f"--skill must lie in [0, 1], not {config.skill}")
-    rng, half, practice = random.Random(config.seed), config.documents // 2, config.demonstrations // 2
-    texts = world.documents(config.documents - half, config.seed) + documents(half, config.seed, config.skill)
-    chats = [record.messages for record in helpful_only(config.demonstrations - practice, config.seed)]
+    rng, half, practice = (
+        random.Random(config.seed),
+        config.documents // 2,
+        config.demonstrations // 2,
+    )
+    texts = world.documents(config.documents - half, config.seed) + documents(
+        half, config.seed, config.skill
+    )
+    chats = [
+        record.messages for record in helpful_only(config.demonstrations - practice, config.seed)
+    ]
     chats += dialogues(practice, f"demonstrations {config.seed}", config.skill)
     files = {
-        "documents.jsonl": [{"text": record.text, "prompt_length": record.prompt} for record in texts],
-        "demonstrations.jsonl": [{"messages": [{"role": m["role"], "content": m["content"]} for m in messages]} for messages in chats],
+        "documents.jsonl": [
+            {"text": record.text, "prompt_length": record.prompt} for record in texts
+        ],
+        "demonstrations.jsonl": [
+            {"messages": [{"role": m["role"], "content": m["content"]} for m in messages]}
+            for messages in chats
+        ],
     }
     for records in files.values():
         rng.shuffle(records)
-    files["red_team.jsonl"] = [{"prompt": world.draw(rng, ["unsafe", "lookalike"])[0]} for _ in range(config.red_team)]
+    files["red_team.jsonl"] = [
+        {"prompt": world.draw(rng, ["unsafe", "lookalike"])[0]} for _ in range(config.red_team)
+    ]
     safe = [skill for skill in world.SKILLS if skill != "unsafe"]
     files["prompts.jsonl"] = [{"prompt": world.draw(rng, safe)[0]} for _ in range(config.prompts)]
     world.write_files(Path(config.out), files)

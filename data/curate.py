@@ -61,13 +61,20 @@ def bands_for(near):
 
 def words_of(record):
     """The words of a conversation with the roles that say them, in lower case."""
-    return [word for message in record.messages for word in [message["role"], *message["content"].lower().split()]]
+    return [
+        word
+        for message in record.messages
+        for word in [message["role"], *message["content"].lower().split()]
+    ]
 
 
 def triples(words):
     """The set of neighbouring word triples, as 31-bit numbers; shorter texts are one triple."""
     spans = {" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
-    return {int.from_bytes(hashlib.blake2b(span.encode(), digest_size=4).digest()) % PRIME for span in spans}
+    return {
+        int.from_bytes(hashlib.blake2b(span.encode(), digest_size=4).digest()) % PRIME
+        for span in spans
+    }
 
 
 def signature(items):
@@ -76,7 +83,9 @@ def signature(items):
     Two sets have the same first item with the probability that they share: |A and B| / |A or B|, their Jaccard similarity.
     """
     rng = np.random.default_rng(0)
-    factors, shifts = rng.integers(1, PRIME, (2, PERMUTATIONS))  # x -> (a x + b) mod p is a random order of the numbers below p
+    factors, shifts = rng.integers(
+        1, PRIME, (2, PERMUTATIONS)
+    )  # x -> (a x + b) mod p is a random order of the numbers below p
     return ((factors[:, None] * np.fromiter(items, np.int64) + shifts[:, None]) % PRIME).min(1)
 
 
@@ -92,10 +101,19 @@ def duplicates(records, near=0.8):
         if near and not reason:
             mine = triples(words)
             signatures[i] = signature(mine)
-            bands = [(b, part.tobytes()) for b, part in enumerate(np.split(signatures[i], bands_each))]
-            others = np.array(sorted({other for band in bands for other in buckets[band]}), dtype=np.int64)
-            alike = (signatures[others] == signatures[i]).mean(1)  # estimates of Jaccard, good to about .05: few are worth counting
-            if any(len(mine & sets[other]) >= near * len(mine | sets[other]) for other in others[alike >= near - 0.2]):
+            bands = [
+                (b, part.tobytes()) for b, part in enumerate(np.split(signatures[i], bands_each))
+            ]
+            others = np.array(
+                sorted({other for band in bands for other in buckets[band]}), dtype=np.int64
+            )
+            alike = (signatures[others] == signatures[i]).mean(
+                1
+            )  # estimates of Jaccard, good to about .05: few are worth counting
+            if any(
+                len(mine & sets[other]) >= near * len(mine | sets[other])
+                for other in others[alike >= near - 0.2]
+            ):
                 reason = "near-duplicate"
             else:
                 sets[i] = mine
@@ -120,10 +138,16 @@ def letters(answer):
 
 HEURISTICS = {  # reason: (question, answer) -> whether to drop
     "repeats itself": repeats,
-    "copies the question": lambda question, answer: len(answer.split()) > 3 and answer.strip().lower() == question.strip().lower(),
+    "copies the question": lambda question, answer: (
+        len(answer.split()) > 3 and answer.strip().lower() == question.strip().lower()
+    ),
     "broken characters": lambda question, answer: "\ufffd" in answer or "\x00" in answer,
-    "speaks of being a language model": lambda question, answer: re.search(r"\bas an? (ai|(large )?language model)\b", answer.lower()),
-    "speaks of what is not there": lambda question, answer: re.search(r"\b(attached|above) (image|picture|file|photo)\b", question.lower()),
+    "speaks of being a language model": lambda question, answer: re.search(
+        r"\bas an? (ai|(large )?language model)\b", answer.lower()
+    ),
+    "speaks of what is not there": lambda question, answer: re.search(
+        r"\b(attached|above) (image|picture|file|photo)\b", question.lower()
+    ),
     "a list cut short": lambda question, answer: re.search(r"\n\s*(\d+[.)]|[-*])\s*$", answer),
     "open code block": lambda question, answer: answer.count("```") % 2,
 }
@@ -137,8 +161,18 @@ def flaw(record, config):
         return f"shorter than {config.min_words} words"
     if config.max_words and n > config.max_words:
         return f"longer than {config.max_words} words"
-    question = next((message["content"] for message in reversed(record.messages) if message["role"] == "user"), "")
-    return next((reason for reason, bad in HEURISTICS.items() if any(bad(question, answer) for answer in answers)), None)
+    question = next(
+        (message["content"] for message in reversed(record.messages) if message["role"] == "user"),
+        "",
+    )
+    return next(
+        (
+            reason
+            for reason, bad in HEURISTICS.items()
+            if any(bad(question, answer) for answer in answers)
+        ),
+        None,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- the reward model
@@ -147,8 +181,13 @@ def flaw(record, config):
 def scores(records, directory, device):
     """A reward model's score of each conversation's last answer (N,); nan for one that does not fit its context."""
     model, encoding = GPT.from_pretrained(directory).to(device).eval(), tokenizer.load(directory)
-    run.require(model.config.head == "score", f"--reward {directory} has no scalar head: train one with reward.py")
-    rows = [chat.example(record.messages[:-1], record.messages[-1:], encoding)[0] for record in records]
+    run.require(
+        model.config.head == "score",
+        f"--reward {directory} has no scalar head: train one with reward.py",
+    )
+    rows = [
+        chat.example(record.messages[:-1], record.messages[-1:], encoding)[0] for record in records
+    ]
     fitting = [i for i, ids in enumerate(rows) if len(ids) <= model.config.context]
     found = np.full(len(rows), np.nan)  # (N,)
     if fitting:
@@ -161,8 +200,15 @@ def scores(records, directory, device):
 
 def curate(records, config):
     """(records that stay, in their order; Counter of the reasons why others were dropped)."""
-    reasons = [flaw(record, config) for record in records]  # first, or a bad record could knock out its good near-duplicate
-    again = iter(duplicates([record for record, reason in zip(records, reasons, strict=True) if not reason], config.near))
+    reasons = [
+        flaw(record, config) for record in records
+    ]  # first, or a bad record could knock out its good near-duplicate
+    again = iter(
+        duplicates(
+            [record for record, reason in zip(records, reasons, strict=True) if not reason],
+            config.near,
+        )
+    )
     reasons = [reason or next(again) for reason in reasons]
     kept = [record for record, reason in zip(records, reasons, strict=True) if not reason]
     dropped = Counter(reason for reason in reasons if reason)
@@ -171,7 +217,10 @@ def curate(records, config):
         fitting = np.flatnonzero(~np.isnan(found))
         best = sorted(fitting, key=lambda i: -found[i])[: config.top]
         dropped += Counter(
-            {"too long for the reward model": len(kept) - len(fitting), f"below the top {config.top}": len(fitting) - len(best)}
+            {
+                "too long for the reward model": len(kept) - len(fitting),
+                f"below the top {config.top}": len(fitting) - len(best),
+            }
         )
         kept = [kept[i] for i in sorted(best)]
     return kept, dropped
@@ -183,13 +232,22 @@ def main(config):
     out = Path(config.out)
     run.require(not out.exists(), f"--out {out} is there already: name another file")
     near = config.near == 0 or 0.1 <= config.near <= 1
-    run.require(near, f"--near must lie in [.1, 1], or be 0 where only exact duplicates count, not {config.near}")
-    run.require(bool(config.top) == bool(config.reward), "--top N and --reward DIR belong together: name both, or neither")
+    run.require(
+        near,
+        f"--near must lie in [.1, 1], or be 0 where only exact duplicates count, not {config.near}",
+    )
+    run.require(
+        bool(config.top) == bool(config.reward),
+        "--top N and --reward DIR belong together: name both, or neither",
+    )
     records = [record for path in config.data for record in formats.read(path, "conversation")]
     kept, dropped = curate(records, config)
     run.require(kept, f"nothing is left of {len(records)} records: loosen the filters")
     out.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps({"messages": record.messages, "where": record.where}, ensure_ascii=False) + "\n" for record in kept)
+    text = "".join(
+        json.dumps({"messages": record.messages, "where": record.where}, ensure_ascii=False) + "\n"
+        for record in kept
+    )
     run.write(out, text)
     for reason, count in dropped.most_common():
         print(f"{count:8} {reason}")

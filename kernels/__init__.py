@@ -34,7 +34,14 @@ from .linear_kl import LinearKL
 from .linear_logprob import LinearLogprob
 from .token_loss import LinearTokenLoss
 
-__all__ = ["LogProbs", "kl_estimate", "kl_rows", "linear_cross_entropy", "linear_kl", "linear_logprob"]
+__all__ = [
+    "LogProbs",
+    "kl_estimate",
+    "kl_rows",
+    "linear_cross_entropy",
+    "linear_kl",
+    "linear_logprob",
+]
 __all__ += ["linear_token_loss", "logprob_rows", "bytes_at_work"]
 
 
@@ -44,7 +51,16 @@ class LogProbs(NamedTuple):
     lse: torch.Tensor  # (N,) log sum exp(logits / temperature)
 
 
-def linear_logprob(hidden, weight, targets, *, temperature=1.0, ignore_index=-100, entropy=False, logits_budget=2 << 30) -> LogProbs:
+def linear_logprob(
+    hidden,
+    weight,
+    targets,
+    *,
+    temperature=1.0,
+    ignore_index=-100,
+    entropy=False,
+    logits_budget=2 << 30,
+) -> LogProbs:
     """Log-probs of the targets under softmax(hidden @ weight.T / temperature). Gradients for hidden and weight from all
     three results, whatever the upstream gradients. hidden (N, D), weight (V, D), targets (N,) int32 or int64, in [0, V)
     or ignore_index. Within `logits_budget` the backward costs two products, beyond it three; what needs no gradient
@@ -58,7 +74,16 @@ def linear_logprob(hidden, weight, targets, *, temperature=1.0, ignore_index=-10
     return LogProbs(*(scatter(x, index, n) for x in out))
 
 
-def linear_token_loss(hidden, weight, targets, token_loss, *, temperature=1.0, ignore_index=-100, logits_budget=2 << 30) -> torch.Tensor:
+def linear_token_loss(
+    hidden,
+    weight,
+    targets,
+    token_loss,
+    *,
+    temperature=1.0,
+    ignore_index=-100,
+    logits_budget=2 << 30,
+) -> torch.Tensor:
     """Per-token losses (N,) of `token_loss(logprob (n,), index (n,)) -> losses (n,)`, where index holds the positions
     among the N of the supervised tokens at hand: look up advantages and the like with it. It is called once per chunk,
     so each loss must depend on its own log-prob only. Only hidden and weight get gradients: another trainable tensor
@@ -70,16 +95,30 @@ def linear_token_loss(hidden, weight, targets, token_loss, *, temperature=1.0, i
     hidden, weight = autocast(hidden, weight)
     check_linear(hidden, weight, temperature, logits_budget)
     if not callable(token_loss):
-        raise ValueError(f"token_loss: got {type(token_loss).__name__}, expected a function (logprob, index) -> losses")
+        raise ValueError(
+            f"token_loss: got {type(token_loss).__name__}, expected a function (logprob, index) -> losses"
+        )
     n, targets, index = check_targets("hidden", hidden, weight.shape[0], targets, ignore_index)
     hidden, weight = half_as_single(gather(hidden, index), weight)
     places = torch.arange(n, device=hidden.device) if index is None else index  # (n,)
     train = wants_grad(hidden, weight)
-    losses = apply(LinearTokenLoss, hidden, weight, targets, places, token_loss, temperature, logits_budget, train)
+    losses = apply(
+        LinearTokenLoss,
+        hidden,
+        weight,
+        targets,
+        places,
+        token_loss,
+        temperature,
+        logits_budget,
+        train,
+    )
     return scatter(losses, index, n)
 
 
-def linear_cross_entropy(hidden, weight, targets, *, ignore_index=-100, reduction="mean", logits_budget=2 << 30) -> torch.Tensor:
+def linear_cross_entropy(
+    hidden, weight, targets, *, ignore_index=-100, reduction="mean", logits_budget=2 << 30
+) -> torch.Tensor:
     """-log p(target): "mean" over the supervised tokens (0.0 with zero gradients if there are none) or "sum", scalars,
     or "none", (N,), the only one that accepts per-token upstream gradients."""
     options = dict(ignore_index=ignore_index, logits_budget=logits_budget)
@@ -87,11 +126,23 @@ def linear_cross_entropy(hidden, weight, targets, *, ignore_index=-100, reductio
         return -linear_logprob(hidden, weight, targets, **options).logprob
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction: got {reduction!r}, expected 'mean', 'sum' or 'none'")
-    total = linear_token_loss(hidden, weight, targets, lambda logprob, index: -logprob, **options).sum()
+    total = linear_token_loss(
+        hidden, weight, targets, lambda logprob, index: -logprob, **options
+    ).sum()
     return total if reduction == "sum" else total / (targets != ignore_index).sum().clamp(min=1)
 
 
-def linear_kl(hidden, weight, ref_hidden, ref_weight, *, mask=None, reverse=True, temperature=1.0, logits_budget=2 << 30) -> torch.Tensor:
+def linear_kl(
+    hidden,
+    weight,
+    ref_hidden,
+    ref_weight,
+    *,
+    mask=None,
+    reverse=True,
+    temperature=1.0,
+    logits_budget=2 << 30,
+) -> torch.Tensor:
     """kl (N,): KL(policy || ref) = sum p (log p - log q) when reverse, else KL(ref || policy), over the vocabulary.
     hidden (N, D), weight (V, D), ref_hidden (N, D'), ref_weight (V, D'): the reference may have its own width, dtype,
     and gets no gradient. mask (N,) bool: which tokens count, None for all."""
@@ -105,11 +156,15 @@ def linear_kl(hidden, weight, ref_hidden, ref_weight, *, mask=None, reverse=True
     hidden, weight = half_as_single(gather(hidden, index), weight)
     ref_hidden, ref_weight = half_as_single(gather(ref_hidden.detach(), index), ref_weight.detach())
     train = wants_grad(hidden, weight)
-    kl = apply(LinearKL, hidden, weight, ref_hidden, ref_weight, reverse, temperature, logits_budget, train)
+    kl = apply(
+        LinearKL, hidden, weight, ref_hidden, ref_weight, reverse, temperature, logits_budget, train
+    )
     return scatter(kl, index, n)
 
 
-def logprob_rows(logits, targets, *, temperature=1.0, entropy=False, ignore_index=-100, overwrite=False) -> LogProbs:
+def logprob_rows(
+    logits, targets, *, temperature=1.0, entropy=False, ignore_index=-100, overwrite=False
+) -> LogProbs:
     """linear_logprob for logits (N, V) that exist already; gradient for the logits. The logits are not changed, unless
     `overwrite`: then the backward writes their gradient into their memory, which saves an array of their size. Nothing
     else may need them by then: autograd raises where a saved tensor was one of them."""
@@ -117,8 +172,12 @@ def logprob_rows(logits, targets, *, temperature=1.0, entropy=False, ignore_inde
     check_temperature(temperature)
     _, targets_kept, index = check_targets("logits", logits, logits.shape[1], targets, ignore_index)
     if overwrite and not (logits.stride(1) == 1 and logits.stride(0) >= logits.shape[1]):
-        raise ValueError(f"overwrite: got logits of {describe(logits)} with strides {logits.stride()}, expected rows one after another")
-    return LogProbs(*rows.logprob_rows(logits, targets_kept, index, temperature, entropy, overwrite))
+        raise ValueError(
+            f"overwrite: got logits of {describe(logits)} with strides {logits.stride()}, expected rows one after another"
+        )
+    return LogProbs(
+        *rows.logprob_rows(logits, targets_kept, index, temperature, entropy, overwrite)
+    )
 
 
 def kl_rows(logits, ref_logits, *, mask=None, reverse=True, temperature=1.0) -> torch.Tensor:
@@ -127,7 +186,9 @@ def kl_rows(logits, ref_logits, *, mask=None, reverse=True, temperature=1.0) -> 
     check_matrix("ref_logits", ref_logits, "(N, V)")
     check_like("ref_logits", ref_logits, logits, 2)
     check_temperature(temperature)
-    return rows.kl_rows(logits, ref_logits, check_mask(mask, logits, logits.shape[1]), reverse, temperature)
+    return rows.kl_rows(
+        logits, ref_logits, check_mask(mask, logits, logits.shape[1]), reverse, temperature
+    )
 
 
 def kl_estimate(logprobs, ref_logprobs, kind="k1") -> torch.Tensor:
@@ -136,22 +197,44 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1") -> torch.Tensor:
     if kind not in ("k1", "k2", "k3"):
         raise ValueError(f"kind: got {kind!r}, expected 'k1', 'k2' or 'k3'")
     if logprobs.shape != ref_logprobs.shape:
-        raise ValueError(f"ref_logprobs: got shape {tuple(ref_logprobs.shape)}, expected {tuple(logprobs.shape)} like logprobs")
+        raise ValueError(
+            f"ref_logprobs: got shape {tuple(ref_logprobs.shape)}, expected {tuple(logprobs.shape)} like logprobs"
+        )
     return estimate.estimate(logprobs, ref_logprobs, kind)
 
 
 def bytes_at_work(n, V, D, device, use="read", logits_budget=2 << 30):
     """About how many bytes a linear op takes beside its arguments for n tokens under the present autocast, else in fp32. use: "read"
     without gradients; "kl" likewise; "learn" a loss, or log-probs under a frozen head; "keep" log-probs under a head that learns."""
-    cpu, narrow, P, sides = device.type == "cpu", torch.is_autocast_enabled(device.type), padded(V), 1 + (use == "kl")
-    row, states = 4 * P * sides, 2 * n * D * (2 if narrow else 4)  # of logits in fp32; the hidden states and what is made of them
+    cpu, narrow, P, sides = (
+        device.type == "cpu",
+        torch.is_autocast_enabled(device.type),
+        padded(V),
+        1 + (use == "kl"),
+    )
+    row, states = (
+        4 * P * sides,
+        2 * n * D * (2 if narrow else 4),
+    )  # of logits in fp32; the hidden states and what is made of them
     piece = pieces(n, row, logits_budget / (1 + narrow), device)
-    if use in ("read", "kl"):  # beside the logits a bf16 product, which a CPU stores before it is widened, or the KL's mask
-        return states + piece * (row + P * (2 * cpu if narrow else sides - 1)) + narrow * 2 * V * D * sides
+    if (
+        use in ("read", "kl")
+    ):  # beside the logits a bf16 product, which a CPU stores before it is widened, or the KL's mask
+        return (
+            states
+            + piece * (row + P * (2 * cpu if narrow else sides - 1))
+            + narrow * 2 * V * D * sides
+        )
     if not narrow:
         return states + row * (n if use == "keep" and n * row <= logits_budget else piece)
-    rows = n if use == "keep" and n * row <= 2 * logits_budget else max(piece, min(n, logits_budget // row))
-    return states + 2 * V * D + 2 * P * rows + row * min(piece, CPU_PIECE // row + 16 if cpu else n)  # the head and S in bf16, a piece
+    rows = (
+        n
+        if use == "keep" and n * row <= 2 * logits_budget
+        else max(piece, min(n, logits_budget // row))
+    )
+    return (
+        states + 2 * V * D + 2 * P * rows + row * min(piece, CPU_PIECE // row + 16 if cpu else n)
+    )  # the head and S in bf16, a piece
 
 
 # ---- checks: each raises one ValueError that names the argument, what it is and what was expected ----
@@ -169,12 +252,20 @@ def autocast(*tensors):
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    narrow = (torch.float32, torch.bfloat16, torch.float16)  # fp64 stays: whoever uses it wants its digits
-    return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype in narrow else x for x in tensors)
+    narrow = (
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    )  # fp64 stays: whoever uses it wants its digits
+    return tuple(
+        x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype in narrow else x for x in tensors
+    )
 
 
 def apply(function, hidden, *arguments):
-    with torch.autocast(hidden.device.type, enabled=False):  # the dtype of each product is chosen inside
+    with torch.autocast(
+        hidden.device.type, enabled=False
+    ):  # the dtype of each product is chosen inside
         return function.apply(hidden, *arguments)
 
 
@@ -191,7 +282,9 @@ def describe(tensor):
 
 def check_matrix(name, tensor, shape):
     if not isinstance(tensor, torch.Tensor) or tensor.dim() != 2 or tensor.dtype not in FLOATS:
-        raise ValueError(f"{name}: got {describe(tensor)}, expected {shape} of float64, float32, bfloat16 or float16")
+        raise ValueError(
+            f"{name}: got {describe(tensor)}, expected {shape} of float64, float32, bfloat16 or float16"
+        )
 
 
 def check_temperature(temperature):
@@ -202,7 +295,11 @@ def check_temperature(temperature):
 def check_linear(hidden, weight, temperature, budget, prefix=""):
     check_matrix(f"{prefix}hidden", hidden, "(N, D)")
     check_matrix(f"{prefix}weight", weight, "(V, D)")
-    if (weight.shape[1], weight.dtype, weight.device) != (hidden.shape[1], hidden.dtype, hidden.device):
+    if (weight.shape[1], weight.dtype, weight.device) != (
+        hidden.shape[1],
+        hidden.dtype,
+        hidden.device,
+    ):
         raise ValueError(
             f"{prefix}weight: got {describe(weight)}, expected (V, {hidden.shape[1]}), dtype and device like "
             f"{prefix}hidden ({describe(hidden)})"
@@ -222,25 +319,44 @@ def check_like(name, tensor, other, dims):
 def check_mask(mask, like, V):
     """-> positions of the tokens that count, or None for all."""
     if V == 0 and len(like) > 0:
-        raise ValueError(f"weight: a vocabulary of 0 tokens has no distribution for the {len(like)} rows, expected V >= 1")
+        raise ValueError(
+            f"weight: a vocabulary of 0 tokens has no distribution for the {len(like)} rows, expected V >= 1"
+        )
     if mask is None:
         return None
-    if not isinstance(mask, torch.Tensor) or mask.shape != like.shape[:1] or mask.dtype != torch.bool or mask.device != like.device:
-        raise ValueError(f"mask: got {describe(mask)}, expected ({like.shape[0]},) bool on {like.device}")
+    if (
+        not isinstance(mask, torch.Tensor)
+        or mask.shape != like.shape[:1]
+        or mask.dtype != torch.bool
+        or mask.device != like.device
+    ):
+        raise ValueError(
+            f"mask: got {describe(mask)}, expected ({like.shape[0]},) bool on {like.device}"
+        )
     return supervised(mask)
 
 
 def check_targets(name, like, V, targets, ignore_index):
     """-> N, the supervised targets (n,) int64, their positions (n,) or None for all."""
     N = like.shape[0]
-    if not isinstance(targets, torch.Tensor) or targets.dtype not in (torch.int32, torch.int64) or targets.shape != (N,):
-        raise ValueError(f"targets: got {describe(targets)}, expected ({N},) int32 or int64, one for each row of {name}")
+    if (
+        not isinstance(targets, torch.Tensor)
+        or targets.dtype not in (torch.int32, torch.int64)
+        or targets.shape != (N,)
+    ):
+        raise ValueError(
+            f"targets: got {describe(targets)}, expected ({N},) int32 or int64, one for each row of {name}"
+        )
     if targets.device != like.device:
-        raise ValueError(f"targets: got {describe(targets)}, expected it on {like.device} like {name}")
+        raise ValueError(
+            f"targets: got {describe(targets)}, expected it on {like.device} like {name}"
+        )
     index = supervised(targets != ignore_index)
     targets = gather(targets, index).long().contiguous()  # (n,)
     if targets.numel():
         low, high = torch.stack(torch.aminmax(targets)).tolist()  # one wait for a GPU, not two
         if low < 0 or high >= V:
-            raise ValueError(f"targets: shape ({N},), values from {low} to {high}, expected [0, {V}) or ignore_index {ignore_index}")
+            raise ValueError(
+                f"targets: shape ({N},), values from {low} to {high}, expected [0, {V}) or ignore_index {ignore_index}"
+            )
     return N, targets, index

@@ -35,7 +35,10 @@ from .linear_logprob import fits
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
-SIZES = {"cuda": "50257x768 151936x896 151936x2048 256000x2304 128256x4096", "cpu": "50257x768"}  # V x D
+SIZES = {
+    "cuda": "50257x768 151936x896 151936x2048 256000x2304 128256x4096",
+    "cpu": "50257x768",
+}  # V x D
 TOKENS = {"cuda": "8192 32768", "cpu": "1024"}
 DTYPES = {"cuda": "bfloat16", "cpu": "float32 bfloat16"}
 BUDGET = 2 << 30  # bytes, the ops' default
@@ -54,7 +57,11 @@ def eager(hidden, weight, targets, reduction="mean"):
 def eager_compacted(hidden, weight, targets, reduction="mean"):
     index = (targets != -100).nonzero()[:, 0]
     losses = eager(hidden[index], weight, targets[index], reduction)
-    return losses if reduction == "mean" else losses.new_zeros(len(hidden)).index_copy(0, index, losses)
+    return (
+        losses
+        if reduction == "mean"
+        else losses.new_zeros(len(hidden)).index_copy(0, index, losses)
+    )
 
 
 def ours_per_token(hidden, weight, targets):
@@ -74,26 +81,57 @@ def at_fused_width(width):
 
 def peers(reduction):
     """Everything importable that computes the same -> name: function. Those that are missing are left out."""
-    found = {"torch eager": partial(eager, reduction=reduction), "torch eager, compacted": partial(eager_compacted, reduction=reduction)}
+    found = {
+        "torch eager": partial(eager, reduction=reduction),
+        "torch eager, compacted": partial(eager_compacted, reduction=reduction),
+    }
     found["torch.compile"] = torch.compile(partial(eager, reduction=reduction))
     if hasattr(F, "linear_cross_entropy"):
         found["F.linear_cross_entropy"] = partial(F.linear_cross_entropy, reduction=reduction)
         if reduction == "mean" and hasattr(torch.nn, "LinearCrossEntropyOptions"):
             found["F.linear_cross_entropy, chunked"] = partial(
-                F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions(), reduction="mean"
+                F.linear_cross_entropy,
+                options=torch.nn.LinearCrossEntropyOptions(),
+                reduction="mean",
             )
     fused, exact = "LigerFusedLinearCrossEntropyLoss", dict(accum_dtype=torch.float32)
     for name, module, make in (
-        ("Liger", "liger_kernel.transformers", lambda m: liger(getattr(m, fused)(reduction=reduction))),
-        ("Liger, fp32 sums", "liger_kernel.transformers", lambda m: liger(getattr(m, fused)(reduction=reduction, **exact))),
-        ("CCE", "cut_cross_entropy", lambda m: partial(m.linear_cross_entropy, impl="cce", reduction=reduction)),
-        ("CCE exact", "cut_cross_entropy", lambda m: partial(m.linear_cross_entropy, impl="cce", filter_eps=None, reduction=reduction)),
-        ("QuACK", "quack.linear_cross_entropy", lambda m: partial(m.chunked_linear_cross_entropy, reduction=reduction)),
+        (
+            "Liger",
+            "liger_kernel.transformers",
+            lambda m: liger(getattr(m, fused)(reduction=reduction)),
+        ),
+        (
+            "Liger, fp32 sums",
+            "liger_kernel.transformers",
+            lambda m: liger(getattr(m, fused)(reduction=reduction, **exact)),
+        ),
+        (
+            "CCE",
+            "cut_cross_entropy",
+            lambda m: partial(m.linear_cross_entropy, impl="cce", reduction=reduction),
+        ),
+        (
+            "CCE exact",
+            "cut_cross_entropy",
+            lambda m: partial(
+                m.linear_cross_entropy, impl="cce", filter_eps=None, reduction=reduction
+            ),
+        ),
+        (
+            "QuACK",
+            "quack.linear_cross_entropy",
+            lambda m: partial(m.chunked_linear_cross_entropy, reduction=reduction),
+        ),
     ):
-        if reduction == "mean" or name.startswith("CCE"):  # the others give no gradient for per-token upstream gradients
+        if reduction == "mean" or name.startswith(
+            "CCE"
+        ):  # the others give no gradient for per-token upstream gradients
             try:
                 found[name] = make(importlib.import_module(module))
-            except Exception as error:  # not installed, or not for this machine: the comparison goes on without it
+            except (
+                Exception
+            ) as error:  # not installed, or not for this machine: the comparison goes on without it
                 MISSING[name] = str(error)
     return found
 
@@ -159,10 +197,15 @@ def peak_bytes(work, device):
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         work()
     total = peak = 0
-    for event in sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+    for event in sorted(
+        (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"),
+        key=lambda e: e.start_ns(),
+    ):
         total += event.nbytes()
         peak = max(peak, total)
     return peak
@@ -185,10 +228,15 @@ def run_once(function, leaves, others, upstream, backward):
     """One forward, or forward + backward; -> losses and gradients."""
     if not backward:
         with torch.no_grad():
-            return [function(*(x.detach() for x in leaves), *others)]  # some peers look at requires_grad alone
+            return [
+                function(*(x.detach() for x in leaves), *others)
+            ]  # some peers look at requires_grad alone
     losses = function(*leaves, *others)
     wanted = [x for x in leaves if x.requires_grad]
-    return [losses.detach(), *torch.autograd.grad(losses, wanted, upstream if losses.dim() else None)]
+    return [
+        losses.detach(),
+        *torch.autograd.grad(losses, wanted, upstream if losses.dim() else None),
+    ]
 
 
 def relative(got, exact):
@@ -198,25 +246,39 @@ def relative(got, exact):
 
 def all_cases(ops, sizes, tokens, fractions):
     """The cases of README's table first; each is measured in every dtype."""
-    for frozen, backward in ((False, True), (False, False), (True, True)):  # a forward does not know whether the head is frozen
+    for frozen, backward in (
+        (False, True),
+        (False, False),
+        (True, True),
+    ):  # a forward does not know whether the head is frozen
         for V, D in sizes:
             for N in tokens:
                 for op in (op for op in ops if op != "rows" or not frozen):  # rows have no head
                     for valid in fractions if op != "rows" else (1.0,):
-                        yield dict(op=op, V=V, D=D, N=N, valid=valid, frozen=frozen, backward=backward)
+                        yield dict(
+                            op=op, V=V, D=D, N=N, valid=valid, frozen=frozen, backward=backward
+                        )
 
 
 def implementations(op):
     """-> {name: function}, its fp64 twin."""
     if op == "rows":
-        return {"ours": rows_ours, "torch eager": rows_eager}, lambda *a: -reference.logprob_rows(*a)[0]
+        return {
+            "ours": rows_ours,
+            "torch eager": rows_eager,
+        }, lambda *a: -reference.logprob_rows(*a)[0]
     if op == "KL":
         return {"ours": ours_kl, "torch eager": eager_kl}, eager_kl
     if op == "mean":
         return {"ours": linear_cross_entropy} | peers("mean"), reference.linear_cross_entropy
     ours = {"ours": ours_per_token}
-    if torch.cuda.is_available():  # both sides of dispatch.FUSED_WIDTH; they differ in a forward only
-        ours |= {"ours, fused forward": at_fused_width(10**9), "ours, product + row kernel": at_fused_width(0)}
+    if (
+        torch.cuda.is_available()
+    ):  # both sides of dispatch.FUSED_WIDTH; they differ in a forward only
+        ours |= {
+            "ours, fused forward": at_fused_width(10**9),
+            "ours, product + row kernel": at_fused_width(0),
+        }
     return ours | peers("none"), lambda *a: -reference.linear_logprob(*a)[0]
 
 
@@ -230,7 +292,11 @@ def units_needed(case, n, hidden):
         return 2 if not backward else 3 if frozen else 4 if kept else 6
     if not backward or frozen:
         return 1 + backward
-    return 3 if case["op"] == "mean" or fits(hidden[:n], padded(case["V"]), BUDGET, hidden.dtype) else 4
+    return (
+        3
+        if case["op"] == "mean" or fits(hidden[:n], padded(case["V"]), BUDGET, hidden.dtype)
+        else 4
+    )
 
 
 def rows_of(like, n, V):
@@ -251,8 +317,14 @@ class Case:
 
     def __init__(self, case, device):
         N, V, D = case["N"], case["V"], case["D"]
-        hidden, weight, targets, *ref = inputs(N, V, D, case["valid"], getattr(torch, case["dtype"]), device)
-        self.case, self.n, self.upstream = case, int((targets != -100).sum()), torch.randn(N, device=device)
+        hidden, weight, targets, *ref = inputs(
+            N, V, D, case["valid"], getattr(torch, case["dtype"]), device
+        )
+        self.case, self.n, self.upstream = (
+            case,
+            int((targets != -100).sum()),
+            torch.randn(N, device=device),
+        )
         self.leaves, self.others, self.few_others = [hidden, weight], [targets], [targets[FEW]]
         if case["op"] == "rows":
             self.leaves, yardstick = [torch.mm(hidden, weight.T, out=rows_of(hidden, N, V))], copied
@@ -267,7 +339,14 @@ class Case:
         outputs = sum(x.nbytes for x in self.leaves if x.requires_grad) if case["backward"] else 0
         self.calls, self.times, self.peaks = {}, {}, {}
         for name, function in (self.functions | {"yardstick": yardstick}).items():
-            call = partial(run_once, function, self.leaves, self.others, self.upstream, case["backward"] and name != "yardstick")
+            call = partial(
+                run_once,
+                function,
+                self.leaves,
+                self.others,
+                self.upstream,
+                case["backward"] and name != "yardstick",
+            )
             try:
                 call()  # compiled, warmed up
                 self.peaks[name] = max(0, peak_bytes(call, device) - outputs)
@@ -281,18 +360,43 @@ class Case:
 
     def rows(self, tflops):
         """-> one dict for each implementation: median ms, peak GB, fraction of the yardstick and of the floor, errors."""
-        case, unit, found, exact = self.case, statistics.median(self.times.pop("yardstick")), [], None
+        case, unit, found, exact = (
+            self.case,
+            statistics.median(self.times.pop("yardstick")),
+            [],
+            None,
+        )
         needed = units_needed(case, self.n, self.leaves[0])
         if case["backward"] and not case["frozen"]:
-            small, up = [self.leaves[0][FEW].detach(), *(x.detach() for x in self.leaves[1:])], self.upstream[FEW]
-            exact = run_once(self.twin, [x.double().requires_grad_() for x in small], self.few_others, up.double(), True)
+            small, up = (
+                [self.leaves[0][FEW].detach(), *(x.detach() for x in self.leaves[1:])],
+                self.upstream[FEW],
+            )
+            exact = run_once(
+                self.twin,
+                [x.double().requires_grad_() for x in small],
+                self.few_others,
+                up.double(),
+                True,
+            )
         for name, times in self.times.items():
             ms = statistics.median(times)
-            row = case | dict(implementation=name, ms=ms, peak_gb=self.peaks[name] / 1e9, of_yardstick=needed * unit / ms)
+            row = case | dict(
+                implementation=name,
+                ms=ms,
+                peak_gb=self.peaks[name] / 1e9,
+                of_yardstick=needed * unit / ms,
+            )
             if tflops and case["op"] != "rows":
                 row["of_floor"] = needed * 2 * self.n * case["V"] * case["D"] / tflops / 1e9 / ms
             if exact is not None:
-                got = run_once(self.functions[name], [x.requires_grad_() for x in small], self.few_others, up, True)
+                got = run_once(
+                    self.functions[name],
+                    [x.requires_grad_() for x in small],
+                    self.few_others,
+                    up,
+                    True,
+                )
                 row["errors"] = relative(got, exact)
             found.append(row)
         return found
@@ -301,12 +405,20 @@ class Case:
 def bench(device, ops, sizes, tokens, dtypes, fractions, rounds, write):
     """Run all cases; write(tflops, rows so far) after each, so that a run that is stopped leaves what it measured."""
     clock, tflops, rows = Clock(device), None, []
-    if device == "cuda":  # what this GPU does at best, measured here: the floor that fractions refer to
+    if (
+        device == "cuda"
+    ):  # what this GPU does at best, measured here: the floor that fractions refer to
         square = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-        tflops = 2 * 8192**3 / statistics.median(clock(lambda: square @ square) for _ in range(20)) / 1e9
+        tflops = (
+            2 * 8192**3 / statistics.median(clock(lambda: square @ square) for _ in range(20)) / 1e9
+        )
     for case in all_cases(ops, sizes, tokens, fractions):
         torch.compiler.reset()  # each case is compiled for its own shapes
-        print("{op}, V {V}, D {D}, N {N}, valid {valid}".format(**case), "forward" + " + backward" * case["backward"], end=" ")
+        print(
+            "{op}, V {V}, D {D}, N {N}, valid {valid}".format(**case),
+            "forward" + " + backward" * case["backward"],
+            end=" ",
+        )
         print("frozen head" if case["frozen"] else "")
         cases = [Case(case | dict(dtype=dtype), device) for dtype in dtypes]
         for _ in range(rounds):
@@ -316,9 +428,16 @@ def bench(device, ops, sizes, tokens, dtypes, fractions, rounds, write):
             found = one.rows(tflops)
             for row in found:
                 floor = f"of floor {row['of_floor']:4.0%}  " if "of_floor" in row else ""
-                error = "errors " + " ".join(f"{e:.1e}" for e in row["errors"]) if "errors" in row else ""
+                error = (
+                    "errors " + " ".join(f"{e:.1e}" for e in row["errors"])
+                    if "errors" in row
+                    else ""
+                )
                 against = f"{best_peer(found)['ms'] / row['ms']:5.2f}x the best peer's speed  "
-                print(f"  {row['dtype']:8} {row['implementation']:30} {row['ms']:10.2f} ms {row['peak_gb']:7.3f} GB  {against}", end="")
+                print(
+                    f"  {row['dtype']:8} {row['implementation']:30} {row['ms']:10.2f} ms {row['peak_gb']:7.3f} GB  {against}",
+                    end="",
+                )
                 print(f"of yardstick {row['of_yardstick']:4.0%}  {floor}{error}", flush=True)
             rows += found
         write(tflops, rows)
@@ -328,7 +447,11 @@ def bench(device, ops, sizes, tokens, dtypes, fractions, rounds, write):
 
 
 def best_peer(rows):
-    return min((row for row in rows if not row["implementation"].startswith("ours")), key=lambda row: row["ms"], default=rows[0])
+    return min(
+        (row for row in rows if not row["implementation"].startswith("ours")),
+        key=lambda row: row["ms"],
+        default=rows[0],
+    )
 
 
 # ---- writing down ----
@@ -340,13 +463,20 @@ def table():
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text())
         versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-        lines += [f"{result['device']}, {result['date']}, {versions}, threads: {result['threads']}, {result['clock']}:", ""]
-        lines += ["| op | dtype | V x D | N | supervised | implementation | ms | peak GB | of yardstick | times ours |"]
+        lines += [
+            f"{result['device']}, {result['date']}, {versions}, threads: {result['threads']}, {result['clock']}:",
+            "",
+        ]
+        lines += [
+            "| op | dtype | V x D | N | supervised | implementation | ms | peak GB | of yardstick | times ours |"
+        ]
         lines += ["|---|---|---|---|---|---|---|---|---|---|"]
         groups = {}
         for row in result["rows"]:
             if row["backward"] and not row["frozen"]:
-                groups.setdefault((row["op"], row["dtype"], row["V"], row["D"], row["N"], row["valid"]), []).append(row)
+                groups.setdefault(
+                    (row["op"], row["dtype"], row["V"], row["D"], row["N"], row["valid"]), []
+                ).append(row)
         for (op, dtype, V, D, N, valid), rows in groups.items():
             ours = next(row["ms"] for row in rows if row["implementation"] == "ours")
             for row in rows:
@@ -368,46 +498,83 @@ def write_table(start="<!-- kernels.bench: table -->", end="<!-- end of table --
 
 def processor():
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor() or "CPU")
+    return next(
+        (line.split(": ")[1] for line in lines if line.startswith("model name")),
+        platform.processor() or "CPU",
+    )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, choices=["cuda", "cpu"])
-    parser.add_argument("--sizes", nargs="+", metavar="VxD", help=f"vocabulary x width; cuda {SIZES['cuda']}, cpu {SIZES['cpu']}")
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        metavar="VxD",
+        help=f"vocabulary x width; cuda {SIZES['cuda']}, cpu {SIZES['cpu']}",
+    )
     parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS)
-    parser.add_argument("--tokens", nargs="+", type=int, help=f"cuda {TOKENS['cuda']}, cpu {TOKENS['cpu']}")
+    parser.add_argument(
+        "--tokens", nargs="+", type=int, help=f"cuda {TOKENS['cuda']}, cpu {TOKENS['cpu']}"
+    )
     parser.add_argument("--dtypes", nargs="+", help=f"cuda {DTYPES['cuda']}, cpu {DTYPES['cpu']}")
-    parser.add_argument("--valid", nargs="+", type=float, default=[1.0, 0.5], help="fractions of the tokens that are supervised")
+    parser.add_argument(
+        "--valid",
+        nargs="+",
+        type=float,
+        default=[1.0, 0.5],
+        help="fractions of the tokens that are supervised",
+    )
     parser.add_argument("--rounds", type=int, help="runs of each implementation; cuda 20, cpu 5")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--out", default=RESULTS, type=Path, help="directory of the results")
-    parser.add_argument("--table", action="store_true", help="write README.md's table from the results and stop")
+    parser.add_argument(
+        "--table", action="store_true", help="write README.md's table from the results and stop"
+    )
     options = parser.parse_args()
     if options.table:
         return write_table()
     device = options.device
     keep_memory()
     torch.set_num_threads(options.threads)
-    sizes = [tuple(int(x) for x in size.split("x")) for size in options.sizes or SIZES[device].split()]
+    sizes = [
+        tuple(int(x) for x in size.split("x")) for size in options.sizes or SIZES[device].split()
+    ]
     tokens = options.tokens or [int(x) for x in TOKENS[device].split()]
     rounds = options.rounds or (20 if device == "cuda" else 5)
     name = torch.cuda.get_device_name() if device == "cuda" else processor()
     versions = dict(torch=torch.__version__, python=platform.python_version())
     if device == "cuda":
-        versions |= dict(triton=importlib.import_module("triton").__version__, cuda=torch.version.cuda)
-    about = dict(device=name, cuda=device == "cuda", date=datetime.date.today().isoformat(), versions=versions, rounds=rounds)
-    about |= dict(threads=torch.get_num_threads(), clock="own CPU time" if Clock(device).host is time.process_time else "wall time")
-    about |= dict(clock="CUDA events, cold L2") if device == "cuda" else dict(gpu="not measured yet")
+        versions |= dict(
+            triton=importlib.import_module("triton").__version__, cuda=torch.version.cuda
+        )
+    about = dict(
+        device=name,
+        cuda=device == "cuda",
+        date=datetime.date.today().isoformat(),
+        versions=versions,
+        rounds=rounds,
+    )
+    about |= dict(
+        threads=torch.get_num_threads(),
+        clock="own CPU time" if Clock(device).host is time.process_time else "wall time",
+    )
+    about |= (
+        dict(clock="CUDA events, cold L2") if device == "cuda" else dict(gpu="not measured yet")
+    )
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / ("-".join(name.lower().split()) + ".json")
 
     before = json.loads(path.read_text()) if path.exists() else {}
-    same = all(before.get(key) == about[key] for key in ("date", "versions", "rounds", "threads", "clock"))  # else the table begins anew
+    same = all(
+        before.get(key) == about[key] for key in ("date", "versions", "rounds", "threads", "clock")
+    )  # else the table begins anew
 
     def case_of(row):
-        return tuple(row[key] for key in ("op", "V", "D", "N", "valid", "frozen", "backward", "dtype"))
+        return tuple(
+            row[key] for key in ("op", "V", "D", "N", "valid", "frozen", "backward", "dtype")
+        )
 
     def write(tflops, rows):
         measured = {case_of(row) for row in rows}

@@ -9,7 +9,9 @@ Two ways to cut the n x V logits so that only a piece exists at a time:
 import torch
 
 CPU_PIECE = 4 << 20  # bytes that stay in the cache: several elementwise passes follow each product
-FLOOR = 16  # rows or columns in the smallest piece; below this a product runs at the speed of memory
+FLOOR = (
+    16  # rows or columns in the smallest piece; below this a product runs at the speed of memory
+)
 ALIGN = 64  # rows of logits start at multiples of 64 elements: an odd V (50257) would cost a CPU a third of the
 # product's speed, and a GPU its 16-byte loads and stores
 
@@ -53,7 +55,11 @@ def gather(tensor, index):
 
 def scatter(values, index, length):
     """(n,) results of the supervised tokens -> (N,), zero elsewhere. Autograd's own index ops carry the gradient."""
-    return values if index is None or values is None else values.new_zeros(length).index_copy(0, index, values)
+    return (
+        values
+        if index is None or values is None
+        else values.new_zeros(length).index_copy(0, index, values)
+    )
 
 
 # ---- products: bf16 operands, fp32 accumulation, and the result in fp32 wherever the library can store it ----
@@ -75,7 +81,9 @@ def transposed_product(left, right):
     if left.dtype != torch.bfloat16 or left.is_cuda:
         return left.T @ right
     out = left.new_empty(left.shape[1], right.shape[1])
-    for start, stop in spans(len(out), max(FLOOR, CPU_PIECE // (left.itemsize * max(1, len(left))))):
+    for start, stop in spans(
+        len(out), max(FLOOR, CPU_PIECE // (left.itemsize * max(1, len(left))))
+    ):
         torch.mm(left[:, start:stop].T, right, out=out[start:stop])
     return out
 
@@ -107,7 +115,9 @@ def project_(out, hidden, weight, column=None, rounded=None):
     if v < out.shape[1]:
         out[:, v:] = -torch.inf
     if column is not None and hidden.dtype != out.dtype and not hidden.is_cuda:
-        here = ((column >= 0) & (column < v)).nonzero()[:, 0]  # (tokens whose target is among the v,)
+        here = ((column >= 0) & (column < v)).nonzero()[
+            :, 0
+        ]  # (tokens whose target is among the v,)
         place = column[here]
         out[here, place] = (hidden[here].to(out.dtype) * weight[place].to(out.dtype)).sum(1)
     return out

@@ -19,4 +19,6 @@ def estimate(logprobs, ref_logprobs, kind):
         return log_ratio
     if kind == "k2":
         return 0.5 * log_ratio.square()
-    return torch.expm1(-log_ratio) + log_ratio  # expm1: k3 is a small difference of nearly equal numbers
+    return (
+        torch.expm1(-log_ratio) + log_ratio
+    )  # expm1: k3 is a small difference of nearly equal numbers

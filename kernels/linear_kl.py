@@ -21,9 +21,13 @@ def chunking(hidden, P, reverse, budget):
     """-> how many tokens to take at once, and whether G of all of them can be kept within the budget beside that chunk."""
     size = wide(hidden.dtype)
     in_place = hidden.dtype == size
-    arrays = (2 if reverse else 3) + 0.25 + (not in_place) / 2  # of a chunk: z, ref, a third, a mask, G in bf16
+    arrays = (
+        (2 if reverse else 3) + 0.25 + (not in_place) / 2
+    )  # of a chunk: z, ref, a third, a mask, G in bf16
     step = pieces(len(hidden), P * size.itemsize * arrays, budget, hidden.device)
-    return step, len(hidden) * P * hidden.itemsize + step * P * size.itemsize * (arrays - in_place) <= budget
+    return step, len(hidden) * P * hidden.itemsize + step * P * size.itemsize * (
+        arrays - in_place
+    ) <= budget
 
 
 class LinearKL(Function):
@@ -31,12 +35,20 @@ class LinearKL(Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, ref_hidden, ref_weight, reverse, temperature, budget, train):
-        n, V, P, ops, scale = len(hidden), len(weight), padded(len(weight)), row_ops(hidden), 1 / temperature
+        n, V, P, ops, scale = (
+            len(hidden),
+            len(weight),
+            padded(len(weight)),
+            row_ops(hidden),
+            1 / temperature,
+        )
         size, frozen = wide(hidden.dtype), train and not ctx.needs_input_grad[1]
         in_place = hidden.dtype == size  # G is made where it is kept
         step, room_to_keep = chunking(hidden, P, reverse, budget)
         keep = train and not frozen and room_to_keep
-        stats = hidden.new_empty(5, n, dtype=size)  # kl, m and s of the policy, m and s of the reference
+        stats = hidden.new_empty(
+            5, n, dtype=size
+        )  # kl, m and s of the policy, m and s of the reference
         kept = hidden.new_empty(n, P) if keep else None  # G
         unit_hidden = torch.empty_like(hidden, dtype=size) if frozen else None  # G W (n, D)
         room = stats.new_empty(1 if keep and in_place else 2, step, P)
@@ -65,10 +77,23 @@ class LinearKL(Function):
         else:
             g, d_weight = (g * ctx.scale)[:, None], None  # (n, 1)
             unit = None if kept is None else kept[:, : len(weight)]  # (n, V)
-            d_hidden = (product(unit, weight) if unit_hidden is None else unit_hidden) * g if need_hidden else None
+            d_hidden = (
+                (product(unit, weight) if unit_hidden is None else unit_hidden) * g
+                if need_hidden
+                else None
+            )
             if need_weight:
                 d_weight = transposed_product(unit, (hidden * g).to(hidden.dtype))  # (V, D)
-        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, None, None, None, None, None, None
+        return (
+            None if d_hidden is None else d_hidden.to(hidden.dtype),
+            d_weight,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
     @staticmethod
     def slices_backward(ctx, g):
@@ -78,7 +103,9 @@ class LinearKL(Function):
         d_hidden = stats.new_zeros(n, D) if ctx.needs_input_grad[0] else None
         d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         in_place = hidden.dtype == stats.dtype
-        step = pieces(V, n * stats.itemsize * (2.25 + (not in_place) / 2), ctx.budget, hidden.device)
+        step = pieces(
+            V, n * stats.itemsize * (2.25 + (not in_place) / 2), ctx.budget, hidden.device
+        )
         room = stats.new_empty(2, n, padded(step))
         narrow = None if in_place else hidden.new_empty(n, padded(step))
         for start, stop in spans(V, step):
@@ -87,7 +114,9 @@ class LinearKL(Function):
             z = project_(z, hidden, w)[:, :columns]  # (n, columns)
             ref = project_(ref, ref_hidden, ref_weight[start:stop])[:, :columns]  # (n, columns)
             dz = z if in_place else narrow[:, :columns]  # (n, columns)
-            ops.gradient(z, stats[1], ctx.scale, dz, a=a, b=b, d=d, ref=ref, ref_m=stats[3], scratch=True)
+            ops.gradient(
+                z, stats[1], ctx.scale, dz, a=a, b=b, d=d, ref=ref, ref_m=stats[3], scratch=True
+            )
             if d_hidden is not None:
                 add_product_(d_hidden, dz, w)
             if d_weight is not None:

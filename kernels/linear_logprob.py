@@ -15,7 +15,18 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .chunks import CPU_PIECE, FLOOR, add_product_, padded, pieces, product, project_, spans, transposed_product, wide
+from .chunks import (
+    CPU_PIECE,
+    FLOOR,
+    add_product_,
+    padded,
+    pieces,
+    product,
+    project_,
+    spans,
+    transposed_product,
+    wide,
+)
 from .dispatch import fused_forward, row_ops
 from .rows import logprob_coefficients
 
@@ -33,7 +44,9 @@ class LinearLogprob(Function):
             for a, b, unit in unit_chunks(hidden, weight, targets, scale, budget, stats):
                 product(unit, weight, out=unit_hidden[a:b])
         else:
-            kept_dtype = stats.dtype if entropy else dtype  # S goes into products only: bf16 will do for bf16 inputs
+            kept_dtype = (
+                stats.dtype if entropy else dtype
+            )  # S goes into products only: bf16 will do for bf16 inputs
             if train and fits(hidden, P, budget, kept_dtype, entropy):
                 kept = hidden.new_empty(n, P, dtype=kept_dtype)
             fill(hidden, weight, targets, scale, budget, stats, kept, entropy)
@@ -53,25 +66,50 @@ class LinearLogprob(Function):
         elif unit_hidden is not None or (kept is not None and not ctx.entropy):
             unit = None if kept is None else kept[:, : len(weight)]  # (n, V)
             d_hidden, d_weight = unit_backward(
-                hidden, weight, targets, unit, unit_hidden, ctx.needs_input_grad, ctx.scale, g_logprob, g_lse
+                hidden,
+                weight,
+                targets,
+                unit,
+                unit_hidden,
+                ctx.needs_input_grad,
+                ctx.scale,
+                g_logprob,
+                g_lse,
             )
         else:
             coefficients = logprob_coefficients(stats, ctx.scale, g_logprob, g_lse, g_entropy)
             needs = ctx.needs_input_grad
-            d_hidden, d_weight = slices_backward(hidden, weight, targets, stats, kept, needs, ctx.scale, ctx.budget, *coefficients)
-        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, None, None, None, None, None
+            d_hidden, d_weight = slices_backward(
+                hidden, weight, targets, stats, kept, needs, ctx.scale, ctx.budget, *coefficients
+            )
+        return (
+            None if d_hidden is None else d_hidden.to(hidden.dtype),
+            d_weight,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def chunk_rows(hidden, P, budget, entropy=False):
     """Tokens whose logits are worked on at once. Narrow inputs: half as many, since S in their dtype stands beside."""
     size = wide(hidden.dtype)
-    return pieces(len(hidden), P * size.itemsize * (1 + entropy), budget if hidden.dtype == size else budget / 2, hidden.device)
+    return pieces(
+        len(hidden),
+        P * size.itemsize * (1 + entropy),
+        budget if hidden.dtype == size else budget / 2,
+        hidden.device,
+    )
 
 
 def fits(hidden, P, budget, kept_dtype, entropy=False):
     """Whether (n, P) of kept_dtype can be kept within the budget, and a chunk worked on beside it."""
     size = wide(hidden.dtype)
-    beside = 2 * entropy if kept_dtype == size else 1.5  # of a chunk's logits; fp32 (fp64) is worked on where it is kept
+    beside = (
+        2 * entropy if kept_dtype == size else 1.5
+    )  # of a chunk's logits; fp32 (fp64) is worked on where it is kept
     working = chunk_rows(hidden, P, budget, entropy) * P * size.itemsize * beside
     return len(hidden) * P * kept_dtype.itemsize + working <= budget
 
@@ -84,16 +122,30 @@ def fill(hidden, weight, targets, scale, budget, stats, kept=None, entropy=False
         return fused(hidden, weight, targets, scale, stats, entropy)
     in_place = kept is not None and kept.dtype == stats.dtype
     step, rounded = chunk_rows(hidden, P, budget, entropy), None
-    if kept is not None and not in_place and not hidden.is_cuda:  # bf16 on a CPU: the product is stored rounded anyway, so
-        rounded = torch.mm(hidden, weight.T, out=kept[:, : len(weight)])  # store it where S will stand, and then take as
-        step = min(step, max(FLOOR, CPU_PIECE // (P * stats.itemsize)))  # many rows at a time as fit the cache
+    if (
+        kept is not None and not in_place and not hidden.is_cuda
+    ):  # bf16 on a CPU: the product is stored rounded anyway, so
+        rounded = torch.mm(
+            hidden, weight.T, out=kept[:, : len(weight)]
+        )  # store it where S will stand, and then take as
+        step = min(
+            step, max(FLOOR, CPU_PIECE // (P * stats.itemsize))
+        )  # many rows at a time as fit the cache
     room = None if in_place else stats.new_empty(step, P)
     for a, b in spans(n, step):
         z = kept[a:b] if in_place else room[: b - a]  # (rows, P)
         project_(z, hidden[a:b], weight, targets[a:b], None if rounded is None else rounded[a:b])
         unit = None if kept is None or entropy else kept[a:b]
         keep_logits = kept is not None and entropy
-        ops.statistics(z, targets[a:b], scale, stats[:, a:b], entropy=entropy, unit=unit, scratch=not keep_logits)
+        ops.statistics(
+            z,
+            targets[a:b],
+            scale,
+            stats[:, a:b],
+            entropy=entropy,
+            unit=unit,
+            scratch=not keep_logits,
+        )
 
 
 def unit_chunks(hidden, weight, targets, scale, budget, stats):
@@ -101,7 +153,9 @@ def unit_chunks(hidden, weight, targets, scale, budget, stats):
     the way. Each S is overwritten by the next."""
     n, V, P = len(hidden), len(weight), padded(len(weight))
     step = chunk_rows(hidden, P, budget)
-    if hidden.dtype != stats.dtype:  # room for S in bf16 beside a chunk of logits in fp32: take the rest of the budget
+    if (
+        hidden.dtype != stats.dtype
+    ):  # room for S in bf16 beside a chunk of logits in fp32: take the rest of the budget
         step = max(step, min(n, int(min(budget, 1 << 62) // 2 // (P * hidden.itemsize))))
     room = hidden.new_empty(step, P)
     for a, b in spans(n, step):
@@ -113,7 +167,10 @@ def unit_backward(hidden, weight, targets, unit, unit_hidden, needs, scale, g_lo
     """From S (n, V), or from S W (n, D): dlogits = ((g_lse - g_lp) S + g_lse onehot) / T.
     -> dX (n, D) in fp32 (fp64), dW (V, D)."""
     g = sum(sign * g for sign, g in ((-1, g_logprob), (1, g_lse)) if g is not None) * scale  # (n,)
-    g, g_lse = g[:, None], None if g_lse is None else (g_lse * scale)[:, None]  # (n, 1) fp32: scale first, then round
+    g, g_lse = (
+        g[:, None],
+        None if g_lse is None else (g_lse * scale)[:, None],
+    )  # (n, 1) fp32: scale first, then round
     d_hidden = d_weight = None
     if needs[0]:
         d_hidden = product(unit, weight).mul_(g) if unit_hidden is None else unit_hidden * g
@@ -136,14 +193,27 @@ def slices_backward(hidden, weight, targets, stats, kept, needs, scale, budget, 
     (n, D), V, m, ops = hidden.shape, len(weight), stats[1], row_ops(hidden)
     d_hidden = stats.new_zeros(n, D) if needs[0] else None
     d_weight = torch.empty_like(weight) if needs[1] else None
-    copies = 1 + (b is not None) + (hidden.dtype != stats.dtype) / 2  # of a slice that exist at once
-    step = pieces(V, n * stats.itemsize * copies, budget if kept is None else budget - kept.nbytes, hidden.device)
+    copies = (
+        1 + (b is not None) + (hidden.dtype != stats.dtype) / 2
+    )  # of a slice that exist at once
+    step = pieces(
+        V,
+        n * stats.itemsize * copies,
+        budget if kept is None else budget - kept.nbytes,
+        hidden.device,
+    )
     room = stats.new_empty(n, padded(step)) if kept is None else None
-    narrow = hidden.new_empty(n, padded(step)) if hidden.dtype != stats.dtype or kept is not None else None
+    narrow = (
+        hidden.new_empty(n, padded(step))
+        if hidden.dtype != stats.dtype or kept is not None
+        else None
+    )
     for start, stop in spans(V, step):
         column, w = targets - start, weight[start:stop]  # (n,), (columns, D)
         if kept is None:
-            z = project_(room[:, : padded(stop - start)], hidden, w, column)[:, : stop - start]  # (n, columns)
+            z = project_(room[:, : padded(stop - start)], hidden, w, column)[
+                :, : stop - start
+            ]  # (n, columns)
         else:
             z = kept[:, start:stop]
         dz = z if narrow is None else narrow[:, : stop - start]  # (n, columns)

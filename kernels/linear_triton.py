@@ -21,8 +21,16 @@ from .rows_triton import added, raised
 PROGRAMS = 528  # how many to aim for: four for each of an H100's multiprocessors. Fixed, so that the sums on every GPU
 # are taken in the same order
 WARPS, STAGES = 8, 4
-TILE = 128, 128, 64  # tokens, vocabulary, width. With 256 of the vocabulary the accumulator spills (tests/test_hopper.py)
-SMALL_TILE = 32, 32, 32  # fp32 and fp64, for which dispatch.py takes a library: they run, and fit a GPU's shared memory
+TILE = (
+    128,
+    128,
+    64,
+)  # tokens, vocabulary, width. With 256 of the vocabulary the accumulator spills (tests/test_hopper.py)
+SMALL_TILE = (
+    32,
+    32,
+    32,
+)  # fp32 and fp64, for which dispatch.py takes a library: they run, and fit a GPU's shared memory
 
 
 @triton.jit
@@ -47,8 +55,14 @@ def partial_kernel(
         z = tl.zeros((BN, BV), scale.dtype)
         for start in range(0, D, BD):
             k = start + d  # (BD,)
-            x = tl.load(hidden + k[None, :] * hidden_column, here[:, None] & (k < D)[None, :], other=0.0)  # (BN, BD)
-            w = tl.load(weight + k[:, None] * weight_column, (column < V)[None, :] & (k < D)[:, None], other=0.0)  # (BD, BV)
+            x = tl.load(
+                hidden + k[None, :] * hidden_column, here[:, None] & (k < D)[None, :], other=0.0
+            )  # (BN, BD)
+            w = tl.load(
+                weight + k[:, None] * weight_column,
+                (column < V)[None, :] & (k < D)[:, None],
+                other=0.0,
+            )  # (BD, BV)
             if UPCAST:  # the interpreter's tl.dot cannot read bf16
                 x, w = x.to(tl.float32), w.to(tl.float32)
             z = tl.dot(x, w, z, input_precision="ieee", out_dtype=scale.dtype)
@@ -68,7 +82,9 @@ def partial_kernel(
 
 
 @triton.jit
-def combine_kernel(parts_ptr, stats_ptr, splits, n, stats_stride, ENTROPY: tl.constexpr, B: tl.constexpr):
+def combine_kernel(
+    parts_ptr, stats_ptr, splits, n, stats_stride, ENTROPY: tl.constexpr, B: tl.constexpr
+):
     """parts (splits, 4, n) -> stats (4, n): log p_t, m, log s, H. Each part is one more block of the running sums."""
     i = tl.program_id(0) * B + tl.arange(0, B)  # (B,)
     here = i < n
@@ -97,8 +113,13 @@ def combine_kernel(parts_ptr, stats_ptr, splits, n, stats_stride, ENTROPY: tl.co
 
 def blocks(n, V, D, narrow=True):
     """narrow: inputs of two bytes. -> tile sizes (tokens, vocabulary, width), and how many tiles of the vocabulary a program takes."""
-    limits = TILE if narrow or interpreting() else SMALL_TILE  # interpreted, few large tiles are fastest
-    sizes = [min(most, max(16, triton.next_power_of_2(x))) for most, x in zip(limits, (n, V, D), strict=True)]
+    limits = (
+        TILE if narrow or interpreting() else SMALL_TILE
+    )  # interpreted, few large tiles are fastest
+    sizes = [
+        min(most, max(16, triton.next_power_of_2(x)))
+        for most, x in zip(limits, (n, V, D), strict=True)
+    ]
     vocabulary_tiles = triton.cdiv(V, sizes[1])
     splits = min(vocabulary_tiles, triton.cdiv(PROGRAMS, triton.cdiv(n, sizes[0])))
     return *sizes, triton.cdiv(vocabulary_tiles, splits)
@@ -118,4 +139,6 @@ def statistics(hidden, weight, targets, scale, stats, entropy):
             ENTROPY=entropy, UPCAST=interpreting() and hidden.dtype == torch.bfloat16, BN=BN, BV=BV, BD=BD,
             num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
-        combine_kernel[(triton.cdiv(n, 256),)](parts, stats, splits, n, stats.stride(0), ENTROPY=entropy, B=256, num_warps=4)
+        combine_kernel[(triton.cdiv(n, 256),)](
+            parts, stats, splits, n, stats.stride(0), ENTROPY=entropy, B=256, num_warps=4
+        )

@@ -61,7 +61,9 @@ def some(logits, index, a, b):
 def zero_ignored(grad, index):
     """grad (N, V): rows that are not supervised are set, not scaled, since they may hold anything."""
     if index is not None:
-        grad[torch.ones(len(grad), dtype=torch.bool, device=grad.device).index_fill_(0, index, False)] = 0
+        grad[
+            torch.ones(len(grad), dtype=torch.bool, device=grad.device).index_fill_(0, index, False)
+        ] = 0
 
 
 class LogprobRows(Function):
@@ -75,7 +77,9 @@ class LogprobRows(Function):
         stats = torch.empty(4, n, dtype=size, device=logits.device)
         for a, b in spans(n, row_step(ops, n, logits.shape[1] * size.itemsize)):
             z, rows = some(logits, index, a, b)
-            ops.statistics(z, targets[a:b], 1 / temperature, stats[:, a:b], rows=rows, entropy=entropy)
+            ops.statistics(
+                z, targets[a:b], 1 / temperature, stats[:, a:b], rows=rows, entropy=entropy
+            )
         ctx.save_for_backward(logits, targets, index, stats)
         ctx.scale, ctx.overwrite = 1 / temperature, overwrite
         ctx.set_materialize_grads(False)
@@ -92,11 +96,17 @@ class LogprobRows(Function):
         a, b, c = logprob_coefficients(stats, ctx.scale, g_logprob, g_lse, g_entropy)
         for i, j in spans(n, row_step(ops, n, logits.shape[1] * stats.itemsize)):
             z, rows = some(logits, index, i, j)
-            factors = dict(zip("abc", (None if x is None else x[i:j] for x in (a, b, c)), strict=True))
+            factors = dict(
+                zip("abc", (None if x is None else x[i:j] for x in (a, b, c)), strict=True)
+            )
             out = grad[i:j] if index is None else grad
-            ops.gradient(z, stats[1, i:j], ctx.scale, out, column=targets[i:j], rows=rows, **factors)
+            ops.gradient(
+                z, stats[1, i:j], ctx.scale, out, column=targets[i:j], rows=rows, **factors
+            )
         zero_ignored(grad, index)
-        if ctx.overwrite:  # whoever needs the logits after this (a second backward) is told that they are gone
+        if (
+            ctx.overwrite
+        ):  # whoever needs the logits after this (a second backward) is told that they are gone
             torch.autograd.graph.increment_version(logits)
         return grad, None, None, None, None, None
 
@@ -106,7 +116,11 @@ class KLRows(Function):
 
     @staticmethod
     def forward(ctx, logits, ref_logits, index, reverse, temperature):
-        n, size, ops = logits.shape[0] if index is None else index.numel(), wide(logits.dtype), row_ops(logits)
+        n, size, ops = (
+            logits.shape[0] if index is None else index.numel(),
+            wide(logits.dtype),
+            row_ops(logits),
+        )
         stats = torch.empty(5, n, dtype=size, device=logits.device)
         for a, b in spans(n, row_step(ops, n, logits.shape[1] * size.itemsize)):
             (z, rows), (ref, _) = some(logits, index, a, b), some(ref_logits, index, a, b)
@@ -124,9 +138,13 @@ class KLRows(Function):
         a, b, d = kl_coefficients(stats, ctx.scale, ctx.reverse, g)
         for i, j in spans(n, row_step(ops, n, logits.shape[1] * stats.itemsize)):
             (z, rows), (ref, _) = some(logits, index, i, j), some(ref_logits, index, i, j)
-            factors = dict(zip("abd", (None if x is None else x[i:j] for x in (a, b, d)), strict=True))
+            factors = dict(
+                zip("abd", (None if x is None else x[i:j] for x in (a, b, d)), strict=True)
+            )
             out = grad[i:j] if index is None else grad
-            ops.gradient(z, stats[1, i:j], ctx.scale, out, ref=ref, ref_m=stats[3, i:j], rows=rows, **factors)
+            ops.gradient(
+                z, stats[1, i:j], ctx.scale, out, ref=ref, ref_m=stats[3, i:j], rows=rows, **factors
+            )
         zero_ignored(grad, index)
         return grad, None, None, None, None
 
@@ -137,4 +155,8 @@ def logprob_rows(logits, targets, index, temperature, entropy, overwrite):
 
 
 def kl_rows(logits, ref_logits, index, reverse, temperature):
-    return scatter(KLRows.apply(logits, ref_logits.detach(), index, reverse, temperature), index, logits.shape[0])
+    return scatter(
+        KLRows.apply(logits, ref_logits.detach(), index, reverse, temperature),
+        index,
+        logits.shape[0],
+    )

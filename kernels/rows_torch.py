@@ -6,7 +6,9 @@ for the KL (two more than its inputs when the logits may not be overwritten)."""
 
 import torch
 
-COPIES = True  # these functions copy logits that they may not overwrite: call them for a piece at a time
+COPIES = (
+    True  # these functions copy logits that they may not overwrite: call them for a piece at a time
+)
 LOG_ZERO = -1e4  # exp(-1e4) is 0 in fp64 as well, so clamping u here changes no p and makes p * u = 0 instead of NaN
 
 
@@ -59,24 +61,45 @@ def kl_statistics(z, ref, scale, reverse, stats, *, rows=None, unit=None, scratc
         unit.copy_(p)
 
 
-def gradient(z, m, scale, out, *, a, b=None, c=None, d=None, column=None, ref=None, ref_m=None, rows=None, scratch=False):
+def gradient(
+    z,
+    m,
+    scale,
+    out,
+    *,
+    a,
+    b=None,
+    c=None,
+    d=None,
+    column=None,
+    ref=None,
+    ref_m=None,
+    rows=None,
+    scratch=False,
+):
     """out <- exp(u) [a + b (u - v)] + c onehot(column) - d exp(v), with u = scale z - m and v = scale ref - ref_m or 0.
     z, ref (n, V), or a vocabulary slice of them; m, ref_m, a, b, c, d (n,); column (n,) int64: where in the slice a
     row's target stands, outside [0, V) if it stands elsewhere. out (n, V), or (N, V) of which only `rows` are written;
     it may be z."""
     u = scaled(z, rows, scale, m.dtype, scratch).sub_(m[:, None])  # (n, V)
-    v = None if ref is None else scaled(ref, rows, scale, m.dtype, scratch).sub_(ref_m[:, None])  # (n, V)
+    v = (
+        None if ref is None else scaled(ref, rows, scale, m.dtype, scratch).sub_(ref_m[:, None])
+    )  # (n, V)
     if b is None:
         dz = u.exp_().mul_(a[:, None])
     else:
         factor = torch.sub(u, v, out=v) if v is not None else u.clone()
         dz = u.exp_()
-        dz.mul_(factor.mul_(b[:, None]).add_(a[:, None]).masked_fill_(dz == 0, 0))  # 0, not 0 * -inf
+        dz.mul_(
+            factor.mul_(b[:, None]).add_(a[:, None]).masked_fill_(dz == 0, 0)
+        )  # 0, not 0 * -inf
     if d is not None:
         dz.sub_(v.exp_().mul_(d[:, None]))
     if c is not None:
         inside = (column >= 0) & (column < dz.shape[1])  # (n,)
-        place = column.where(inside, 0)[:, None]  # (n, 1) a row whose target is elsewhere adds 0 to its column 0
+        place = column.where(inside, 0)[
+            :, None
+        ]  # (n, 1) a row whose target is elsewhere adds 0 to its column 0
         dz.scatter_add_(1, place, (c * inside)[:, None])
     if rows is not None:
         out[rows] = dz.to(out.dtype)

@@ -33,7 +33,9 @@ def raised(m, z):
 def added(s, h, drop, delta, e, difference):
     """s, h (R,) <- the sums over the blocks so far and one more, e = exp(u) and difference = u - v (R, B)."""
     alpha = tl.exp(drop)
-    h = tl.where(alpha > 0, alpha * (h + delta * s), 0.0) + tl.sum(tl.where(e == 0, 0.0, e * difference), 1)  # never 0 * inf
+    h = tl.where(alpha > 0, alpha * (h + delta * s), 0.0) + tl.sum(
+        tl.where(e == 0, 0.0, e * difference), 1
+    )  # never 0 * inf
     return alpha * s + tl.sum(e, 1), h
 
 
@@ -57,7 +59,9 @@ def statistics_kernel(
     row = tl.load(rows_ptr + i, here, other=0) if rows_ptr is not None else i
     row = row.to(tl.int64)
     scale = tl.load(scale_ptr)
-    if ref_ptr is None:  # read first: where unit is z, some warps may be overwriting the logits while others finish
+    if (
+        ref_ptr is None
+    ):  # read first: where unit is z, some warps may be overwriting the logits while others finish
         target = tl.load(targets_ptr + i, here, other=0)  # (R,)
         logit = tl.load(z_ptr + row * z_stride + target, here, other=0.0).to(scale.dtype) * scale
     m = tl.full((R,), -float("inf"), scale.dtype)
@@ -86,7 +90,9 @@ def statistics_kernel(
     mean = h / s  # E[u - v]
     if ref_ptr is not None:
         tl.store(out, mean - tl.log(s) + tl.log(ref_s), here)
-        first = 1 if REVERSE else 3  # where z's m and s go; the other two places are the reference's
+        first = (
+            1 if REVERSE else 3
+        )  # where z's m and s go; the other two places are the reference's
         tl.store(out + first * stats_stride, m, here)
         tl.store(out + (first + 1) * stats_stride, tl.log(s), here)
         tl.store(out + (4 - first) * stats_stride, ref_m, here)
@@ -135,18 +141,29 @@ def gradient_kernel(
             inside = here[:, None] & ((column < V)[None, :] if last else True)  # (R, B) or (R, 1)
             u = tile_of(z_ptr, row, z_stride, column, inside, scale) - m
             if ref_ptr is not None:
-                v = tile_of(ref_ptr, row, ref_stride, column, inside, scale) - tl.load(ref_m_ptr + i, here, other=0.0)[:, None]
+                v = (
+                    tile_of(ref_ptr, row, ref_stride, column, inside, scale)
+                    - tl.load(ref_m_ptr + i, here, other=0.0)[:, None]
+                )
             e = tl.exp(u)
             factor = a
             if b_ptr is not None:
-                factor += tl.load(b_ptr + i, here, other=0.0)[:, None] * (u - v if ref_ptr is not None else u)
+                factor += tl.load(b_ptr + i, here, other=0.0)[:, None] * (
+                    u - v if ref_ptr is not None else u
+                )
             dz = tl.where(e == 0, 0.0, e * factor)  # 0, not 0 * -inf; NaN stays NaN
             if d_ptr is not None:
                 dz -= tl.exp(v) * tl.load(d_ptr + i, here, other=0.0)[:, None]
             if c_ptr is not None:
                 target = tl.load(column_ptr + i, here, other=-1)[:, None]
-                dz += tl.where(column[None, :] == target, tl.load(c_ptr + i, here, other=0.0)[:, None], 0.0)
-            tl.store(out_ptr + row[:, None] * out_stride + column[None, :], dz.to(out_ptr.dtype.element_ty), inside)
+                dz += tl.where(
+                    column[None, :] == target, tl.load(c_ptr + i, here, other=0.0)[:, None], 0.0
+                )
+            tl.store(
+                out_ptr + row[:, None] * out_stride + column[None, :],
+                dz.to(out_ptr.dtype.element_ty),
+                inside,
+            )
 
 
 # ---- launchers: the interface of rows_torch.py. `scratch` is of no use here: nothing is ever copied ----
@@ -160,14 +177,28 @@ def tile(V):
 
 def side_by_side(*tensors):
     """The kernels step through a row by 1: other layouts (a transpose) are copied."""
-    return [x if x is None or x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous() for x in tensors]
+    return [
+        x if x is None or x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous() for x in tensors
+    ]
 
 
 def stride(x):
     return 0 if x is None else x.stride(0)
 
 
-def statistics(z, targets, scale, stats, *, rows=None, entropy=False, unit=None, scratch=False, ref=None, reverse=True):
+def statistics(
+    z,
+    targets,
+    scale,
+    stats,
+    *,
+    rows=None,
+    entropy=False,
+    unit=None,
+    scratch=False,
+    ref=None,
+    reverse=True,
+):
     """z (N, V), targets (n,) int64 -> stats (4, n): log p_t, m, s, H (when asked for); unit (n, V), which may be z: S."""
     n, (V, (z, ref)) = stats.shape[1], (z.shape[1], side_by_side(z, ref))
     if n == 0:
@@ -187,13 +218,30 @@ def kl_statistics(z, ref, scale, reverse, stats, *, rows=None, unit=None, scratc
     statistics(first, None, scale, stats, rows=rows, unit=unit, ref=second, reverse=reverse)
 
 
-def gradient(z, m, scale, out, *, a, b=None, c=None, d=None, column=None, ref=None, ref_m=None, rows=None, scratch=False):
+def gradient(
+    z,
+    m,
+    scale,
+    out,
+    *,
+    a,
+    b=None,
+    c=None,
+    d=None,
+    column=None,
+    ref=None,
+    ref_m=None,
+    rows=None,
+    scratch=False,
+):
     """See rows_torch.gradient. Everything (n,) may be strided as torch gave it: made dense here, it is small."""
     n, (V, (z, ref)) = len(m), (z.shape[1], side_by_side(z, ref))
     if n == 0 or V == 0:
         return
     R, B = tile(V)
-    column, m, ref_m, a, b, c, d = (None if x is None else x.contiguous() for x in (column, m, ref_m, a, b, c, d))
+    column, m, ref_m, a, b, c, d = (
+        None if x is None else x.contiguous() for x in (column, m, ref_m, a, b, c, d)
+    )
     with torch.cuda.device_of(out):
         gradient_kernel[(triton.cdiv(n, R), triton.cdiv(V, B))](
             z, ref, rows, column, m, ref_m, a, b, c, d, out, m.new_full((1,), scale), n, V, stride(z), stride(ref), stride(out),

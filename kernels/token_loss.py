@@ -21,10 +21,16 @@ def losses_of(token_loss, logprob, index, train):
         losses = token_loss(logprob.requires_grad_(train), index)  # (n,)
         if not isinstance(losses, torch.Tensor) or losses.shape != logprob.shape:
             got = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
-            raise ValueError(f"token_loss: returned {got}, expected one loss for each log-prob, {tuple(logprob.shape)}")
+            raise ValueError(
+                f"token_loss: returned {got}, expected one loss for each log-prob, {tuple(logprob.shape)}"
+            )
         if not train:
             return losses, None
-        slopes = torch.autograd.grad(losses.sum(), logprob)[0] if losses.requires_grad else torch.zeros_like(logprob)
+        slopes = (
+            torch.autograd.grad(losses.sum(), logprob)[0]
+            if losses.requires_grad
+            else torch.zeros_like(logprob)
+        )
         return losses.detach(), slopes
 
 
@@ -52,7 +58,9 @@ class LinearTokenLoss(Function):
                 if a == 0 and b == n:
                     d_weight = transposed_product(unit, scaled)  # one product, rounded once
                 elif a == 0:
-                    d_weight = product(unit.T, scaled)  # fp32 (fp64): chunks are added up without rounding
+                    d_weight = product(
+                        unit.T, scaled
+                    )  # fp32 (fp64): chunks are added up without rounding
                 else:
                     add_product_(d_weight, unit.T, scaled)
         ctx.grads, ctx.dtype = (d_hidden, d_weight), hidden.dtype
@@ -62,7 +70,9 @@ class LinearTokenLoss(Function):
     @once_differentiable
     def backward(ctx, g):
         if ctx.grads is None:
-            raise RuntimeError("linear_token_loss: backward a second time through a graph not kept with retain_graph=True")
+            raise RuntimeError(
+                "linear_token_loss: backward a second time through a graph not kept with retain_graph=True"
+            )
         if g.numel() == 0:
             scale = 1.0
         else:
@@ -81,7 +91,11 @@ class LinearTokenLoss(Function):
 
         def scaled(d):
             if d is None or d.dtype != ctx.dtype:  # a sum in fp32: scaled and rounded in one pass
-                return None if d is None else torch.mul(d, scale, out=torch.empty_like(d, dtype=ctx.dtype))
+                return (
+                    None
+                    if d is None
+                    else torch.mul(d, scale, out=torch.empty_like(d, dtype=ctx.dtype))
+                )
             return d * scale if again else d.mul_(scale)
 
         grads = [scaled(d) for d in ctx.grads]

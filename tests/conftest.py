@@ -58,8 +58,19 @@ def tiny():
 
     def build(arch="llama", head="lm", seed=0, **changes):
         kv_heads = 4 if arch == "gpt2" else 2
-        shape = dict(vocab_size=61, width=32, layers=2, heads=4, kv_heads=kv_heads, head_dim=8, mlp_width=48, context=64)
-        shape |= dict(arch=arch, head=head, init_std=0.3) | (dict(rope_theta=100.0) if arch == "llama" else {})
+        shape = dict(
+            vocab_size=61,
+            width=32,
+            layers=2,
+            heads=4,
+            kv_heads=kv_heads,
+            head_dim=8,
+            mlp_width=48,
+            context=64,
+        )
+        shape |= dict(arch=arch, head=head, init_std=0.3) | (
+            dict(rope_theta=100.0) if arch == "llama" else {}
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = GPT(Config(**(shape | changes)))
@@ -77,7 +88,9 @@ def world_model(tiny, world_encoding):
     """world_model(head, seed): a tiny random GPT over the world's vocabulary."""
 
     def build(head="lm", seed=0, arch="llama", **changes):
-        return tiny(arch, head, seed, **(dict(vocab_size=world_encoding.n_vocab, context=128) | changes))
+        return tiny(
+            arch, head, seed, **(dict(vocab_size=world_encoding.n_vocab, context=128) | changes)
+        )
 
     return build
 
@@ -105,10 +118,17 @@ def peak():
     between(): the times (ns) before and after which nothing counts, known once the function has run."""
 
     def measure(function, between=lambda: (0, math.inf)):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile:
             function()
-        events, (after, before) = sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()), between()
-        sizes = [e.nbytes() for e in events if e.name() == "[memory]" and after < e.start_ns() < before]
+        events, (after, before) = (
+            sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()),
+            between(),
+        )
+        sizes = [
+            e.nbytes() for e in events if e.name() == "[memory]" and after < e.start_ns() < before
+        ]
         return max(itertools.accumulate(sizes))
 
     return measure

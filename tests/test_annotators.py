@@ -15,14 +15,22 @@ def pairs():
     """Two attempts of limited care at each of the world's questions."""
     rng, found = random.Random(3), []
     for record in world.prompts(6000):
-        a, b = (world.attempt(rng, record.messages, world.solve(record.messages), 0.4, 0.4) for _ in range(2))
+        a, b = (
+            world.attempt(rng, record.messages, world.solve(record.messages), 0.4, 0.4)
+            for _ in range(2)
+        )
         if a != b:
             found.append((record.messages, ([], True, a), ([], True, b)))
     return found
 
 
 def agreed(rows, gaps):
-    votes = [choice == (gap > 0) for row, gap in zip(rows, gaps, strict=True) for choice in row if gap and choice is not None]
+    votes = [
+        choice == (gap > 0)
+        for row, gap in zip(rows, gaps, strict=True)
+        for choice in row
+        if gap and choice is not None
+    ]
     return sum(votes) / len(votes)
 
 
@@ -36,7 +44,9 @@ def test_a_bias_moves_choices_its_own_way_and_away_from_the_judge(pairs):
         """How often the chosen side is the one that this bias is for, and how often choices agree with the judge."""
         records, rows, gaps = annotators.compare(pairs, annotators.world_judge, 0.75, **dials)
         texts = [(r.chosen[0]["content"], r.rejected[0]["content"]) for r in records]
-        worth = (lambda t: len(t.split())) if kind == "length" else (lambda t: annotators.PRAISE in t)
+        worth = (
+            (lambda t: len(t.split())) if kind == "length" else (lambda t: annotators.PRAISE in t)
+        )
         sides = [worth(a) > worth(b) for a, b in texts if worth(a) != worth(b)]
         return sum(sides) / len(sides), agreed(rows, gaps)
 
@@ -46,9 +56,13 @@ def test_a_bias_moves_choices_its_own_way_and_away_from_the_judge(pairs):
 
 
 def test_position_bias_favours_neither_file_but_costs_agreement(pairs):
-    _, rows, gaps = annotators.compare(pairs, annotators.world_judge, 0.9, annotators=2, position_bias=0.5)
+    _, rows, gaps = annotators.compare(
+        pairs, annotators.world_judge, 0.9, annotators=2, position_bias=0.5
+    )
     assert agreed(rows, gaps) < 0.87
-    assert sum(row[0] for row in rows) / len(rows) == pytest.approx(0.5, abs=0.03)  # who is shown first is drawn for each annotator
+    assert sum(row[0] for row in rows) / len(rows) == pytest.approx(
+        0.5, abs=0.03
+    )  # who is shown first is drawn for each annotator
     equal = [row for row, gap in zip(rows, gaps, strict=True) if gap == 0]
     assert len({choice for row in equal for choice in row}) == 2
 
@@ -63,7 +77,9 @@ def test_annotators_abstain_on_close_pairs_only(pairs):
 
 
 def test_more_annotators_leave_the_first_one_s_choices_as_they_were(pairs):
-    one, three = (annotators.compare(pairs, annotators.world_judge, annotators=n)[1] for n in (1, 3))
+    one, three = (
+        annotators.compare(pairs, annotators.world_judge, annotators=n)[1] for n in (1, 3)
+    )
     assert [row[0] for row in one] == [row[0] for row in three]
 
 
@@ -80,14 +96,27 @@ def test_the_majority_chooses_and_its_share_is_the_label(pairs):
 def test_fleiss_kappa_is_the_published_example_s():
     """Fleiss 1971, table 1 as it is reprinted everywhere: ten subjects, fourteen raters, five categories."""
     table = """0 0 0 0 14; 0 2 6 4 2; 0 0 3 5 6; 0 3 9 2 0; 2 2 8 1 1; 7 7 0 0 0; 3 2 6 3 0; 2 5 3 2 2; 6 5 2 1 0; 0 2 2 3 7"""
-    rows = [[kind for kind, n in enumerate(map(int, line.split())) for _ in range(n)] for line in table.split(";")]
+    rows = [
+        [kind for kind, n in enumerate(map(int, line.split())) for _ in range(n)]
+        for line in table.split(";")
+    ]
     assert annotators.fleiss_kappa(rows) == pytest.approx(0.210, abs=0.0005)
 
 
 def test_fleiss_kappa_of_unanimity_is_1_and_of_coins_0():
     rng = random.Random(0)
-    assert annotators.fleiss_kappa([(1, 1), (0, 0)]) == 1 and annotators.fleiss_kappa([(1, 1), (1, 1)]) == 1
-    assert abs(annotators.fleiss_kappa([[rng.choice([0, 1, None]) for _ in range(3)] for _ in range(20000)])) < 0.01
+    assert (
+        annotators.fleiss_kappa([(1, 1), (0, 0)]) == 1
+        and annotators.fleiss_kappa([(1, 1), (1, 1)]) == 1
+    )
+    assert (
+        abs(
+            annotators.fleiss_kappa(
+                [[rng.choice([0, 1, None]) for _ in range(3)] for _ in range(20000)]
+            )
+        )
+        < 0.01
+    )
     with pytest.raises(ValueError, match="two of them"):
         annotators.fleiss_kappa([(1,), (0,)])
 
@@ -108,7 +137,9 @@ def test_ratings_follow_the_judge_in_every_dimension(pairs):
             assert list(r.ratings) == annotators.DIMENSIONS
             for side, mark in zip((r.chosen, r.rejected), r.ratings[name], strict=True):
                 assert 1 <= mark <= 5
-                marks.setdefault(world.judge(r.prompt, side[0]["content"])[name] == 1, []).append(mark)
+                marks.setdefault(world.judge(r.prompt, side[0]["content"])[name] == 1, []).append(
+                    mark
+                )
         good, bad = (sum(marks[kind]) / len(marks[kind]) for kind in (True, False))
         assert good > 4.4 and bad < 3 - (k > 0), name
 
@@ -126,7 +157,15 @@ def two_files(tmp_path, pairs):
     """The same questions, answered by two writers; every tenth alike."""
 
     def side(k):
-        return [{"messages": [*m, {"role": "assistant", "content": (a if k == 0 or i % 10 == 0 else b)[2]}]} for i, (m, a, b) in chosen]
+        return [
+            {
+                "messages": [
+                    *m,
+                    {"role": "assistant", "content": (a if k == 0 or i % 10 == 0 else b)[2]},
+                ]
+            }
+            for i, (m, a, b) in chosen
+        ]
 
     chosen = list(enumerate(pairs[:200]))
     return [write(tmp_path / f"{name}.jsonl", side(k)) for k, name in enumerate("ab")]
@@ -152,10 +191,25 @@ def test_a_reward_model_can_be_the_judge_of_any_text(tmp_path, world_model, worl
 
     world_model("score").save_pretrained(tmp_path / "rm")
     tokenizer.save(world_encoding, tmp_path / "rm")
-    files = [write(tmp_path / f"{n}.jsonl", [{"prompt": f"say {i}", "completion": f"{n} {i}"} for i in range(40)]) for n in "ab"]
+    files = [
+        write(
+            tmp_path / f"{n}.jsonl",
+            [{"prompt": f"say {i}", "completion": f"{n} {i}"} for i in range(40)],
+        )
+        for n in "ab"
+    ]
     with pytest.raises(ValueError, match="embedded world"):
         label("--data", *files, "--out", tmp_path / "no.jsonl", "--device", "cpu")
-    label("--data", *files, "--out", tmp_path / "p.jsonl", "--judge", tmp_path / "rm", "--device", "cpu")
+    label(
+        "--data",
+        *files,
+        "--out",
+        tmp_path / "p.jsonl",
+        "--judge",
+        tmp_path / "rm",
+        "--device",
+        "cpu",
+    )
     assert len(formats.read(tmp_path / "p.jsonl")) == 40
 
 
@@ -163,8 +217,20 @@ def test_a_reward_model_can_be_the_judge_of_any_text(tmp_path, world_model, worl
     "change, words",
     [
         (lambda a, b: [a], "two files"),
-        (lambda a, b: [a, write(b, [json.loads(line) for line in a.read_text().splitlines()][1:])], "different prompts"),
-        (lambda a, b: [a, write(b, [json.loads(line) for line in a.read_text().splitlines()][:-1])], "one file has 199"),
+        (
+            lambda a, b: [
+                a,
+                write(b, [json.loads(line) for line in a.read_text().splitlines()][1:]),
+            ],
+            "different prompts",
+        ),
+        (
+            lambda a, b: [
+                a,
+                write(b, [json.loads(line) for line in a.read_text().splitlines()][:-1]),
+            ],
+            "one file has 199",
+        ),
         (lambda a, b: [a, a], "nothing to compare"),
     ],
 )
@@ -176,7 +242,10 @@ def test_files_that_do_not_belong_together_are_refused(change, words, two_files,
 
 @pytest.mark.parametrize("ratings", [5, {"helpful": 4}, {"helpful": ["good", "bad"]}])
 def test_ratings_of_a_wrong_form_name_their_line(ratings, tmp_path):
-    file = write(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c", "ratings": ratings}])
+    file = write(
+        tmp_path / "pairs.jsonl",
+        [{"prompt": "a", "chosen": "b", "rejected": "c", "ratings": ratings}],
+    )
     with pytest.raises(ValueError, match="pairs.jsonl:1: the field ratings"):
         formats.read(file)
 

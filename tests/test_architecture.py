@@ -14,19 +14,33 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ["sft", "reward", "ppo", "dpo", "evaluate"]
-TOP = (
-    "README.md LICENSE requirements.txt model.py run.py sft.py reward.py ppo.py dpo.py evaluate.py kernels data tests ruff.toml pytest.ini"
+TOP = "README.md LICENSE requirements.txt model.py run.py sft.py reward.py ppo.py dpo.py evaluate.py kernels data tests ruff.toml pytest.ini"
+SOURCES = sorted(
+    path for path in [*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("data/*.py")]
 )
-SOURCES = sorted(path for path in [*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("data/*.py")])
 NAMES = [str(path.relative_to(ROOT)) for path in SOURCES]
 MODULES = [name.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for name in NAMES]
 OURS = {module.split(".")[0] for module in MODULES}
 
 # What each room may import of the project (DESIGN.md, "Rooms"); data's commands that need a model to write data import it as well.
 WRITERS = {"data.constitution", "data.annotators", "data.curate"}
-BELOW = {"kernels": {"kernels"}, "run": set(), "model": {"kernels"}, "data": {"data", "run", "kernels"}}
+BELOW = {
+    "kernels": {"kernels"},
+    "run": set(),
+    "model": {"kernels"},
+    "data": {"data", "run", "kernels"},
+}
 BELOW |= {stage: {"model", "run", "kernels", "data"} for stage in STAGES}
-THIRD_PARTY = {"torch", "triton", "numpy", "tiktoken", "safetensors", "tqdm", "matplotlib", "regex"}  # regex comes with tiktoken
+THIRD_PARTY = {
+    "torch",
+    "triton",
+    "numpy",
+    "tiktoken",
+    "safetensors",
+    "tqdm",
+    "matplotlib",
+    "regex",
+}  # regex comes with tiktoken
 
 
 def tree(name):
@@ -47,7 +61,9 @@ def imports(name):
 def files_under_git():
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         pytest.skip("this copy of the project is not a git checkout")
-    listed = subprocess.run(["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, text=True, check=True
+    )
     return [name for name in listed.stdout.split("\0") if name]
 
 
@@ -76,7 +92,9 @@ def test_only_the_rooms_stand_at_the_top():
 
 
 def test_no_output_cache_or_checkpoint_is_under_git():
-    unwanted = re.compile(r"(^|/)(out|__pycache__|\.pytest_cache|\.venv)/|\.(pyc|safetensors|pt|bin|tmp|log)$|\.partial/")
+    unwanted = re.compile(
+        r"(^|/)(out|__pycache__|\.pytest_cache|\.venv)/|\.(pyc|safetensors|pt|bin|tmp|log)$|\.partial/"
+    )
     assert not [name for name in files_under_git() if unwanted.search(name)]
 
 
@@ -89,14 +107,28 @@ def is_main_guard(node):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_module_s_top_level_only_names_things(name):
-    quiet = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.AugAssign)
+    quiet = (
+        ast.Import,
+        ast.ImportFrom,
+        ast.FunctionDef,
+        ast.ClassDef,
+        ast.Assign,
+        ast.AnnAssign,
+        ast.AugAssign,
+    )
     for node in tree(name).body:
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        fallback = isinstance(node, ast.Try) and all(isinstance(part, (ast.Import, ast.ImportFrom)) for part in node.body)
-        assert isinstance(node, quiet) or docstring or fallback or is_main_guard(node), f"{name}:{node.lineno} runs on import"
+        fallback = isinstance(node, ast.Try) and all(
+            isinstance(part, (ast.Import, ast.ImportFrom)) for part in node.body
+        )
+        assert isinstance(node, quiet) or docstring or fallback or is_main_guard(node), (
+            f"{name}:{node.lineno} runs on import"
+        )
 
 
-def test_importing_everything_prints_nothing_writes_nothing_reads_no_flags_and_leaves_random_state_alone(tmp_path):
+def test_importing_everything_prints_nothing_writes_nothing_reads_no_flags_and_leaves_random_state_alone(
+    tmp_path,
+):
     code = f"""
 import random, sys, torch
 random.seed(1); torch.manual_seed(1)
@@ -132,12 +164,16 @@ def attributes_read(name, owners=("config", "c")):
     for node in ast.walk(tree(name)):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
             owner = node.value
-            if (isinstance(owner, ast.Name) and owner.id in owners) or (isinstance(owner, ast.Attribute) and owner.attr == "config"):
+            if (isinstance(owner, ast.Name) and owner.id in owners) or (
+                isinstance(owner, ast.Attribute) and owner.attr == "config"
+            ):
                 found.add(node.attr)
     return found
 
 
-@pytest.mark.parametrize("name, node", [pytest.param(*pair, id=f"{pair[0]}:{pair[1].name}") for pair in configs()])
+@pytest.mark.parametrize(
+    "name, node", [pytest.param(*pair, id=f"{pair[0]}:{pair[1].name}") for pair in configs()]
+)
 def test_every_field_of_a_config_is_read_somewhere(name, node):
     fields = {item.target.id for item in node.body if isinstance(item, ast.AnnAssign)}
     assert fields
@@ -146,17 +182,30 @@ def test_every_field_of_a_config_is_read_somewhere(name, node):
     assert not dead, f"{name}: nobody reads {', '.join(sorted(dead))}"
 
 
-@pytest.mark.parametrize("name, node", [pytest.param(*pair, id=f"{pair[0]}:{pair[1].name}") for pair in configs() if pair[0] != "model.py"])
+@pytest.mark.parametrize(
+    "name, node",
+    [
+        pytest.param(*pair, id=f"{pair[0]}:{pair[1].name}")
+        for pair in configs()
+        if pair[0] != "model.py"
+    ],
+)
 def test_every_flag_is_flat_and_has_a_comment_that_becomes_its_help(name, node):
     lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
     for item in node.body:
         if isinstance(item, ast.AnnAssign):
-            assert re.search(r"  # \S", lines[item.lineno - 1]), f"{name}:{item.lineno} has no comment"
-            assert ast.unparse(item.annotation) in ("str", "int", "float", "bool", "list"), f"{name}:{item.lineno} is not flat"
+            assert re.search(r"  # \S", lines[item.lineno - 1]), (
+                f"{name}:{item.lineno} has no comment"
+            )
+            assert ast.unparse(item.annotation) in ("str", "int", "float", "bool", "list"), (
+                f"{name}:{item.lineno} is not flat"
+            )
 
 
 def test_the_shared_flags_are_called_the_same_in_every_stage():
-    shared = set("init tokenizer data out overwrite resume save_every steps batch_size lr seed device dtype".split())
+    shared = set(
+        "init tokenizer data out overwrite resume save_every steps batch_size lr seed device dtype".split()
+    )
     for name, node in configs():
         if name in ("sft.py", "reward.py", "ppo.py", "dpo.py"):
             fields = {item.target.id for item in node.body if isinstance(item, ast.AnnAssign)}
@@ -166,10 +215,14 @@ def test_the_shared_flags_are_called_the_same_in_every_stage():
 def test_model_imports_alone_with_nothing_but_kernels(tmp_path):
     """A single-file GPT that one can carry away."""
     shutil.copy(ROOT / "model.py", tmp_path)
-    shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__")
+    )
     code = "import json, torch, model; m = model.GPT.from_scratch('llama:1x32x16', 10); print(json.dumps(m.generate([[1]], 2, 0)))"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)[0]) == 2
 
@@ -185,18 +238,32 @@ VOCABULARY_ARITHMETIC = re.compile(
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("kernels/")])
 def test_log_probs_over_the_vocabulary_are_computed_in_kernels_only(name):
     lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
-    found = [f"{name}:{number}: {line.strip()}" for number, line in enumerate(lines, 1) if VOCABULARY_ARITHMETIC.search(line)]
+    found = [
+        f"{name}:{number}: {line.strip()}"
+        for number, line in enumerate(lines, 1)
+        if VOCABULARY_ARITHMETIC.search(line)
+    ]
     assert not found
 
 
 def test_the_search_for_vocabulary_arithmetic_finds_it_where_it_is():
-    assert any(VOCABULARY_ARITHMETIC.search((ROOT / name).read_text(encoding="utf-8")) for name in NAMES if name.startswith("kernels/"))
+    assert any(
+        VOCABULARY_ARITHMETIC.search((ROOT / name).read_text(encoding="utf-8"))
+        for name in NAMES
+        if name.startswith("kernels/")
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_losses_are_tensors_in_tensors_out(name):
     """A function called ..._loss never calls .item() and never asks for a device (DESIGN.md: no config, no model, no device)."""
     for node in ast.walk(tree(name)):
-        if isinstance(node, ast.FunctionDef) and node.name.endswith("_loss") and not {"model", "config"} & {a.arg for a in node.args.args}:
+        if (
+            isinstance(node, ast.FunctionDef)
+            and node.name.endswith("_loss")
+            and not {"model", "config"} & {a.arg for a in node.args.args}
+        ):
             used = {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)}
-            assert not used & {"item", "tolist", "cuda", "cpu", "numpy"}, f"{name}:{node.lineno} {node.name}"
+            assert not used & {"item", "tolist", "cuda", "cpu", "numpy"}, (
+                f"{name}:{node.lineno} {node.name}"
+            )

@@ -9,7 +9,9 @@ import tiktoken
 from data import chat, tokenizer
 
 SHARED = Path(__file__).parents[1].parent / "shared"
-CORPUS = ["user assistant system tool the cat sat on the mat\n\n\n  two  spaces  hello world hello\n world"] * 5
+CORPUS = [
+    "user assistant system tool the cat sat on the mat\n\n\n  two  spaces  hello world hello\n world"
+] * 5
 TALK = [
     {"role": "system", "content": "be kind"},
     {"role": "user", "content": "hello the cat"},
@@ -23,16 +25,22 @@ TALK = [
 def encoding(request) -> tiktoken.Encoding:
     """With the chat tokens as its last ids, without them, with them as its first ids, and the real thing (without them)."""
     if request.param == "trained":
-        return tokenizer.train(CORPUS, 330, ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"])
+        return tokenizer.train(
+            CORPUS, 330, ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
+        )
     if request.param == "bare":
         return tokenizer.train(CORPUS, 320)
     if not SHARED.exists():
         pytest.skip("the published vocabularies are not beside this checkout (../shared)")
-    return tokenizer.load(SHARED / ("hf/tok512" if request.param == "tok512" else "data/tokenizer/gpt2"))
+    return tokenizer.load(
+        SHARED / ("hf/tok512" if request.param == "tok512" else "data/tokenizer/gpt2")
+    )
 
 
 def text_of(messages: list[dict]) -> str:
-    return "".join(f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in messages)
+    return "".join(
+        f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in messages
+    )
 
 
 def end_of_turn(encoding: tiktoken.Encoding) -> int:
@@ -41,11 +49,32 @@ def end_of_turn(encoding: tiktoken.Encoding) -> int:
 
 def random_talk(rng: random.Random, tidy: bool) -> list[dict]:
     """A conversation of words and white space; tidy: no assistant content starts with white space."""
-    pieces = ["hello", " world", "the cat", " ", "  ", "\n", "\n\n", "\t", "1", "é", "🙂", "!", "'s", "<|im_end|", "user\n"]
+    pieces = [
+        "hello",
+        " world",
+        "the cat",
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+        "\t",
+        "1",
+        "é",
+        "🙂",
+        "!",
+        "'s",
+        "<|im_end|",
+        "user\n",
+    ]
     turns = []
     for i in range(rng.randint(1, 6)):
         content = "".join(rng.choices(pieces, k=rng.randint(0, 6)))
-        turns.append({"role": ["user", "assistant"][i % 2], "content": content.lstrip() if tidy and i % 2 else content})
+        turns.append(
+            {
+                "role": ["user", "assistant"][i % 2],
+                "content": content.lstrip() if tidy and i % 2 else content,
+            }
+        )
         if not turns[-1]["content"] and i % 2:
             turns[-1]["content"] = "ok"
     return [{"role": "system", "content": "be kind"}][: rng.randint(0, 1)] + turns
@@ -54,7 +83,11 @@ def random_talk(rng: random.Random, tidy: bool) -> list[dict]:
 def test_rendering_is_the_chatml_text_with_its_last_newline(encoding):
     ids, mask = chat.render(TALK, encoding)
     assert chat.extend(encoding).decode(ids) == text_of(TALK)
-    assert len(ids) == len(mask) and all(type(token) is int for token in ids) and all(type(flag) is bool for flag in mask)
+    assert (
+        len(ids) == len(mask)
+        and all(type(token) is int for token in ids)
+        and all(type(flag) is bool for flag in mask)
+    )
 
 
 def test_mask_is_true_exactly_on_assistant_tokens_and_their_end_token(encoding):
@@ -62,22 +95,31 @@ def test_mask_is_true_exactly_on_assistant_tokens_and_their_end_token(encoding):
     supervised = [token for token, flag in zip(ids, mask, strict=True) if flag]
     assert chat.extend(encoding).decode(supervised) == "hello world<|im_end|>the cat sat<|im_end|>"
     runs = sum(flag and not before for flag, before in zip(mask, [False, *mask], strict=False))
-    assert runs == 2 and supervised.count(end_of_turn(encoding)) == 2  # the end token is in the loss: the model learns to stop
+    assert (
+        runs == 2 and supervised.count(end_of_turn(encoding)) == 2
+    )  # the end token is in the loss: the model learns to stop
 
 
 def test_mask_covers_only_the_last_answer_on_request(encoding):
     ids, mask = chat.render(TALK, encoding, last_only=True)
     assert ids == chat.render(TALK, encoding)[0]
-    assert chat.extend(encoding).decode([token for token, flag in zip(ids, mask, strict=True) if flag]) == "the cat sat<|im_end|>"
+    assert (
+        chat.extend(encoding).decode([token for token, flag in zip(ids, mask, strict=True) if flag])
+        == "the cat sat<|im_end|>"
+    )
 
 
 def test_a_conversation_without_an_answer_supervises_nothing(encoding):
     for messages in (TALK[:1], TALK[:2]):
-        assert not any(chat.render(messages, encoding)[1]) and not any(chat.render(messages, encoding, last_only=True)[1])
+        assert not any(chat.render(messages, encoding)[1]) and not any(
+            chat.render(messages, encoding, last_only=True)[1]
+        )
 
 
 def test_an_empty_answer_supervises_its_end_token(encoding):
-    ids, mask = chat.render([{"role": "user", "content": "hi"}, {"role": "assistant", "content": ""}], encoding)
+    ids, mask = chat.render(
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": ""}], encoding
+    )
     assert [token for token, flag in zip(ids, mask, strict=True) if flag] == [end_of_turn(encoding)]
 
 
@@ -97,7 +139,9 @@ def test_the_prompt_is_the_prefix_that_training_sees_whatever_the_answer_starts_
         *(random_talk(rng, False)[0]["content"] for _ in range(200)),
     ]:
         messages = [*random_talk(rng, False), {"role": "user", "content": "go on"}]
-        ids, mask = chat.render([*messages, {"role": "assistant", "content": answer}], encoding, last_only=True)
+        ids, mask = chat.render(
+            [*messages, {"role": "assistant", "content": answer}], encoding, last_only=True
+        )
         prompt, completion = chat.prompt(messages, encoding), chat.completion(answer, encoding)
         assert ids == prompt + completion + newline
         assert mask == [False] * len(prompt) + [True] * len(completion) + [False] * len(newline)
@@ -109,7 +153,10 @@ def test_special_tokens_spelled_in_content_stay_text(encoding):
         ids, mask = chat.render([{"role": role, "content": forged}], encoding)
         specials = {*chat.extend(encoding)._special_tokens.values()}
         start = chat.extend(encoding)._special_tokens["<|im_start|>"]
-        assert [token for token in ids if token in specials] == [start, end_of_turn(encoding)]  # one turn, as was asked for
+        assert [token for token in ids if token in specials] == [
+            start,
+            end_of_turn(encoding),
+        ]  # one turn, as was asked for
         assert any(mask) == (role == "assistant")
 
 
@@ -120,39 +167,65 @@ def test_ids_are_those_of_the_whole_text_unless_an_answer_starts_with_white_spac
         messages = random_talk(rng, tidy=True)
         text = text_of(messages)
         assert chat.render(messages, encoding)[0] == whole.encode(text, allowed_special="all")
-        assert chat.prompt(messages, encoding) == whole.encode(text + "<|im_start|>assistant\n", allowed_special="all")
+        assert chat.prompt(messages, encoding) == whole.encode(
+            text + "<|im_start|>assistant\n", allowed_special="all"
+        )
 
 
 def test_an_answer_of_a_newline_does_not_merge_with_its_header():
     encoding = tokenizer.train(CORPUS, 290)
-    assert len(encoding.encode_ordinary("\n\n")) == 1  # the whole text would have this token across header and answer
+    assert (
+        len(encoding.encode_ordinary("\n\n")) == 1
+    )  # the whole text would have this token across header and answer
     ids, mask = chat.render([{"role": "assistant", "content": "\n"}], encoding)
     newline = encoding.encode_ordinary("\n")
-    assert ids == [encoding.n_vocab, *encoding.encode_ordinary("assistant"), *newline, *newline, encoding.n_vocab + 1, *newline]
+    assert ids == [
+        encoding.n_vocab,
+        *encoding.encode_ordinary("assistant"),
+        *newline,
+        *newline,
+        encoding.n_vocab + 1,
+        *newline,
+    ]
     assert mask[-3:] == [True, True, False] and sum(mask) == 2
 
 
 def test_a_vocabulary_without_chat_tokens_gets_them_behind_its_last_id():
     encoding = tokenizer.train(CORPUS, 320)
     extended = chat.extend(encoding)
-    assert extended._special_tokens == {"<|im_start|>": encoding.n_vocab, "<|im_end|>": encoding.n_vocab + 1}
+    assert extended._special_tokens == {
+        "<|im_start|>": encoding.n_vocab,
+        "<|im_end|>": encoding.n_vocab + 1,
+    }
     assert extended.n_vocab == encoding.n_vocab + 2
     assert extended.encode_ordinary("hello world") == encoding.encode_ordinary("hello world")
-    assert chat.render(TALK, extended) == chat.render(TALK, encoding) and chat.stop_ids(extended) == chat.stop_ids(encoding)
+    assert chat.render(TALK, extended) == chat.render(TALK, encoding) and chat.stop_ids(
+        extended
+    ) == chat.stop_ids(encoding)
 
 
 def test_a_vocabulary_with_one_chat_token_gets_the_other():
     for there, missing in (("<|im_end|>", "<|im_start|>"), ("<|im_start|>", "<|im_end|>")):
-        assert chat.extend(tokenizer.train(CORPUS, 290, [there]))._special_tokens == {there: 289, missing: 290}
+        assert chat.extend(tokenizer.train(CORPUS, 290, [there]))._special_tokens == {
+            there: 289,
+            missing: 290,
+        }
 
 
 def test_extending_twice_is_extending_once(encoding):
     extended = chat.extend(encoding)
-    assert chat.extend(extended) is extended and {"<|im_start|>", "<|im_end|>"} <= extended._special_tokens.keys()
+    assert (
+        chat.extend(extended) is extended
+        and {"<|im_start|>", "<|im_end|>"} <= extended._special_tokens.keys()
+    )
 
 
 def test_a_turn_stops_at_its_end_token_or_at_the_end_of_text(encoding):
-    end_of_text = [encoding._special_tokens[token] for token in ["<|endoftext|>"] if token in encoding._special_tokens]
+    end_of_text = [
+        encoding._special_tokens[token]
+        for token in ["<|endoftext|>"]
+        if token in encoding._special_tokens
+    ]
     assert chat.stop_ids(encoding) == [end_of_turn(encoding), *end_of_text]
 
 
@@ -160,10 +233,16 @@ def test_a_turn_stops_at_its_end_token_or_at_the_end_of_text(encoding):
     "messages, words",
     [
         ([], "at least one message"),
-        ([{"role": "bot", "content": "hi"}], "message 0 has the role 'bot', which is not one of system, user, assistant, tool"),
+        (
+            [{"role": "bot", "content": "hi"}],
+            "message 0 has the role 'bot', which is not one of system, user, assistant, tool",
+        ),
         ([{"role": "user"}], "message 0 should be an object with the fields role and content"),
         (["hi"], "message 0 should be an object"),
-        ([{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}], r"message 1 \(assistant\) should have a string"),
+        (
+            [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}],
+            r"message 1 \(assistant\) should have a string",
+        ),
         ([{"role": "user", "content": [{"type": "text"}]}], "should have a string as content"),
         ([{"role": ["user"], "content": "hi"}], "which is not one of"),
     ],
@@ -182,8 +261,13 @@ def test_transformers_renders_the_same_ids_from_the_template_that_we_save(encodi
     rng = random.Random(2)
     for messages in [TALK, *(random_talk(rng, tidy=True) for _ in range(100))]:
         assert peer.apply_chat_template(messages, tokenize=False) == text_of(messages)
-        assert peer.apply_chat_template(messages, return_dict=False) == chat.render(messages, encoding)[0]
-        assert peer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == chat.prompt(messages, encoding)
+        assert (
+            peer.apply_chat_template(messages, return_dict=False)
+            == chat.render(messages, encoding)[0]
+        )
+        assert peer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        ) == chat.prompt(messages, encoding)
 
 
 def test_template_renders_as_the_published_one():
@@ -192,13 +276,22 @@ def test_template_renders_as_the_published_one():
         pytest.skip("the published template is not beside this checkout (../shared)")
     published = (SHARED / "hf/tok512/chat_template.jinja").read_text()
     for prompted in (True, False):
-        ours, theirs = (jinja2.Template(t).render(messages=TALK, add_generation_prompt=prompted) for t in (chat.TEMPLATE, published))
+        ours, theirs = (
+            jinja2.Template(t).render(messages=TALK, add_generation_prompt=prompted)
+            for t in (chat.TEMPLATE, published)
+        )
         assert ours == theirs == text_of(TALK) + "<|im_start|>assistant\n" * prompted
 
 
 # ------------------------------------------------------------------------------------------------------------ other templates
 
-LLAMA3_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+LLAMA3_TOKENS = [
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+]
 # As published with Meta-Llama-3-8B-Instruct; SmolLM2's and Qwen2.5's are chatml with a system turn of their own where there is none.
 PUBLISHED_LLAMA3 = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}"
@@ -228,12 +321,21 @@ again
 
 
 def vocabulary(tokens=()):
-    return tokenizer.train(["user assistant system hello ### Instruction:\n\n Response hi again\n\n\n"] * 3, 300, tokens, tokenizer.CL100K)
+    return tokenizer.train(
+        ["user assistant system hello ### Instruction:\n\n Response hi again\n\n\n"] * 3,
+        300,
+        tokens,
+        tokenizer.CL100K,
+    )
 
 
 def test_alpaca_is_plain_text_between_answers_and_ends_them_with_the_end_of_text():
     encoding = chat.extend(vocabulary(), "alpaca")
-    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}, {"role": "user", "content": "again"}]
+    talk = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "hello"},
+        {"role": "user", "content": "again"},
+    ]
     assert encoding.decode(chat.prompt(talk, encoding)) == ALPACA_TEXT
     ids, mask = chat.render(talk[:2], encoding)
     assert encoding.decode([id for id, counts in zip(ids, mask) if counts]) == "hello<|endoftext|>"
@@ -249,7 +351,9 @@ def test_llama_3s_vocabulary_brings_its_template():
     text = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
     assert encoding.decode(ids) == text
     assert ids.count(encoding._special_tokens["<|begin_of_text|>"]) == 1
-    assert chat.stop_ids(encoding) == [encoding._special_tokens[token] for token in ("<|eot_id|>", "<|end_of_text|>")]
+    assert chat.stop_ids(encoding) == [
+        encoding._special_tokens[token] for token in ("<|eot_id|>", "<|end_of_text|>")
+    ]
 
 
 @pytest.mark.parametrize("name", chat.TEMPLATES)
@@ -258,10 +362,14 @@ def test_in_every_template_the_prompt_is_what_training_sees_and_only_answers_cou
     for _ in range(50):
         talk = [*random_talk(rng, tidy=True), {"role": "user", "content": "hi"}]
         answer = random_talk(rng, tidy=True)[0]["content"]
-        ids, mask = chat.render([*talk, {"role": "assistant", "content": answer}], encoding, last_only=True)
+        ids, mask = chat.render(
+            [*talk, {"role": "assistant", "content": answer}], encoding, last_only=True
+        )
         start, reply = chat.prompt(talk, encoding), chat.completion(answer, encoding)
         assert ids[: len(start) + len(reply)] == start + reply
-        assert mask == [False] * len(start) + [True] * len(reply) + [False] * (len(mask) - len(start) - len(reply))
+        assert mask == [False] * len(start) + [True] * len(reply) + [False] * (
+            len(mask) - len(start) - len(reply)
+        )
 
 
 @pytest.mark.parametrize("name", chat.TEMPLATES)
@@ -280,16 +388,26 @@ def test_transformers_renders_every_template_as_we_do(name, tmp_path):
     tokenizer.save(encoding, tmp_path)
     peer, rng = transformers.AutoTokenizer.from_pretrained(tmp_path), random.Random(2)
     for messages in [TALK, TALK[1:], *(random_talk(rng, tidy=True) for _ in range(100))]:
-        assert peer.apply_chat_template(messages, return_dict=False) == chat.render(messages, encoding)[0]
-        assert peer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == chat.prompt(messages, encoding)
+        assert (
+            peer.apply_chat_template(messages, return_dict=False)
+            == chat.render(messages, encoding)[0]
+        )
+        assert peer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        ) == chat.prompt(messages, encoding)
 
 
-@pytest.mark.parametrize("name, published", [("llama3", PUBLISHED_LLAMA3), ("chatml", PUBLISHED_CHATML)])
+@pytest.mark.parametrize(
+    "name, published", [("llama3", PUBLISHED_LLAMA3), ("chatml", PUBLISHED_CHATML)]
+)
 def test_templates_render_as_the_checkpoints_own(name, published):
     jinja2 = pytest.importorskip("jinja2")
     for prompted in (True, False):
         options = dict(messages=TALK, add_generation_prompt=prompted, bos_token="<|begin_of_text|>")
-        ours, theirs = (jinja2.Template(text).render(**options) for text in (chat.TEMPLATES[name].jinja, published))
+        ours, theirs = (
+            jinja2.Template(text).render(**options)
+            for text in (chat.TEMPLATES[name].jinja, published)
+        )
         assert ours == theirs
 
 
@@ -299,14 +417,30 @@ def test_an_unknown_template_is_refused():
 
 
 def test_what_counts_is_marked_and_the_rest_is_not(world_encoding):
-    messages = [{"role": "user", "content": "last : fox\ncat"}, {"role": "assistant", "content": " cat"}]
+    messages = [
+        {"role": "user", "content": "last : fox\ncat"},
+        {"role": "assistant", "content": " cat"},
+    ]
     ids, mask = chat.render(messages, world_encoding)
     plain = chat.painted(ids, mask, world_encoding, colour=False)
-    assert plain.endswith("assistant\\n« cat<|im_end|>»\\n") and "\n" not in plain and plain.count("«") == 1
-    weights = [float(counts) or 0.1 for counts in mask]  # pretraining's: the scene counts a little, and is not marked
+    assert (
+        plain.endswith("assistant\\n« cat<|im_end|>»\\n")
+        and "\n" not in plain
+        and plain.count("«") == 1
+    )
+    weights = [
+        float(counts) or 0.1 for counts in mask
+    ]  # pretraining's: the scene counts a little, and is not marked
     assert chat.painted(ids, weights, world_encoding, colour=False) == plain
-    assert chat.painted(ids, mask, world_encoding, colour=True) == plain.replace("«", "\033[32m").replace("»", "\033[0m")
+    assert chat.painted(ids, mask, world_encoding, colour=True) == plain.replace(
+        "«", "\033[32m"
+    ).replace("»", "\033[0m")
     reply = ids[mask.index(True) : -1]
-    assert chat.painted_reply(ids[: mask.index(True)], reply, world_encoding, colour=False) == plain.removesuffix("\\n")
+    assert chat.painted_reply(
+        ids[: mask.index(True)], reply, world_encoding, colour=False
+    ) == plain.removesuffix("\\n")
     long = chat.painted([ids[0]] * 500 + ids, [False] * 500 + mask, world_encoding, colour=False)
-    assert len(long) < len(plain) + 60 * len(world_encoding.decode(ids[:1])) and "« cat<|im_end|>»" in long
+    assert (
+        len(long) < len(plain) + 60 * len(world_encoding.decode(ids[:1]))
+        and "« cat<|im_end|>»" in long
+    )

@@ -39,7 +39,10 @@ def test_a_base_model_answers_badly_and_sft_teaches_it_to_answer(board):
 
 def test_annotators_agree_with_the_truth_as_often_as_dialled(seed_dir):
     pairs = formats.read(seed_dir / "pairs.jsonl", "preference")
-    golds = [[world.judge(r.prompt, side[0]["content"])["gold"] for side in (r.chosen, r.rejected)] for r in pairs]
+    golds = [
+        [world.judge(r.prompt, side[0]["content"])["gold"] for side in (r.chosen, r.rejected)]
+        for r in pairs
+    ]
     agreed = [chosen > rejected for chosen, rejected in golds if chosen != rejected]
     assert 0.70 <= sum(agreed) / len(agreed) <= 0.76
     assert annotators.Config.agreement == 0.75
@@ -71,11 +74,15 @@ def methods(root):
 
 def ahead(methods, a, b):
     """By how much a's gold is above b's: mean over seeds, and half-width of its 95 % interval."""
-    cell = evaluate.spread([board[a]["gold"] - board[b]["gold"] for board in methods["boards"].values()])
+    cell = evaluate.spread(
+        [board[a]["gold"] - board[b]["gold"] for board in methods["boards"].values()]
+    )
     return cell["mean"], cell["half_width"]
 
 
-@pytest.mark.parametrize("name", ["dpo", "cdpo", "robust", "ipo", "hinge", "simpo", "online", "iterative", "online-rm"])
+@pytest.mark.parametrize(
+    "name", ["dpo", "cdpo", "robust", "ipo", "hinge", "simpo", "online", "iterative", "online-rm"]
+)
 def test_every_paired_method_improves_on_sft(methods, name):
     gain, half_width = ahead(methods, name, "sft")
     assert gain >= 0.08 and gain > half_width
@@ -84,7 +91,9 @@ def test_every_paired_method_improves_on_sft(methods, name):
 @pytest.mark.parametrize("name", ["online", "iterative"])
 def test_fresh_labels_beat_as_many_old_ones(methods, name):
     gains = [board[name]["gold"] - board["dpo"]["gold"] for board in methods["boards"].values()]
-    assert min(gains) > 0 and evaluate.mean(gains) >= 0.01  # on every seed; three are too few for an interval beyond 0
+    assert (
+        min(gains) > 0 and evaluate.mean(gains) >= 0.01
+    )  # on every seed; three are too few for an interval beyond 0
 
 
 def test_a_reward_model_as_judge_does_not_fall_below_the_labels_it_learnt_from(methods):
@@ -100,7 +109,9 @@ def test_thumbs_are_nearly_as_good_as_comparisons(methods):
 
 def test_orpo_does_both_stages_in_one_when_it_is_told_of_wrong_labels(methods):
     gain, half_width = ahead(methods, "robust-orpo", "sft")
-    assert gain >= 0.05 and gain > half_width  # without being told: .023 +- .030 (README, "What did not work")
+    assert (
+        gain >= 0.05 and gain > half_width
+    )  # without being told: .023 +- .030 (README, "What did not work")
 
 
 @pytest.mark.parametrize(("after", "before"), [("spin-1", "careful"), ("spin-2", "spin-1")])
@@ -121,8 +132,21 @@ def test_a_group_is_as_good_as_a_critic(methods, name):
 def gold_after_sft(records, seed, base, out):
     """Mean gold on held-out questions after 100 steps of SFT on these conversations."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "data.jsonl").write_text("".join(json.dumps({"messages": record.messages}) + "\n" for record in records))
-    flags = ["--init", str(base), "--data", str(out / "data.jsonl"), "--out", str(out / "sft"), "--steps", "100", "--seed", str(seed)]
+    (out / "data.jsonl").write_text(
+        "".join(json.dumps({"messages": record.messages}) + "\n" for record in records)
+    )
+    flags = [
+        "--init",
+        str(base),
+        "--data",
+        str(out / "data.jsonl"),
+        "--out",
+        str(out / "sft"),
+        "--steps",
+        "100",
+        "--seed",
+        str(seed),
+    ]
     sft.main(run.parse(sft.Config, [*flags, "--overwrite"]))
     row, *_ = evaluate.measure(*evaluate.open_run(out / "sft"), world.prompts(650, 0, held=True))
     return row["gold"]
@@ -131,7 +155,12 @@ def gold_after_sft(records, seed, base, out):
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_300_careful_demonstrations_beat_3000_sloppy_ones(seed, out, tmp_path):
     base = out / f"seed-{seed}/base"
-    careful = gold_after_sft(world.demonstrations(300, seed, wrong=0, misjudged=0, padded=0), seed, base, tmp_path / "careful")
+    careful = gold_after_sft(
+        world.demonstrations(300, seed, wrong=0, misjudged=0, padded=0),
+        seed,
+        base,
+        tmp_path / "careful",
+    )
     sloppy = gold_after_sft(world.demonstrations(3000, seed + 100), seed, base, tmp_path / "sloppy")
     print(f"seed {seed}: 300 careful {careful:.3f}, 3000 sloppy {sloppy:.3f}")
     assert careful > sloppy + 0.05
@@ -139,8 +168,16 @@ def test_300_careful_demonstrations_beat_3000_sloppy_ones(seed, out, tmp_path):
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_the_better_half_of_a_pool_by_the_reward_model_beats_the_pool(seed, out, tmp_path):
-    base, pool = out / f"seed-{seed}/base", world.demonstrations(3000, seed + 100, wrong=0.3, misjudged=0.4, padded=0.4)
-    best, _ = curate.curate(pool, curate.Config(near=0, reward=str(out / f"seed-{seed}/reward"), top=1500))
-    half, whole = (gold_after_sft(records, seed, base, tmp_path / name) for name, records in (("half", best), ("whole", pool)))
+    base, pool = (
+        out / f"seed-{seed}/base",
+        world.demonstrations(3000, seed + 100, wrong=0.3, misjudged=0.4, padded=0.4),
+    )
+    best, _ = curate.curate(
+        pool, curate.Config(near=0, reward=str(out / f"seed-{seed}/reward"), top=1500)
+    )
+    half, whole = (
+        gold_after_sft(records, seed, base, tmp_path / name)
+        for name, records in (("half", best), ("whole", pool))
+    )
     print(f"seed {seed}: half of the pool {half:.3f}, the pool {whole:.3f}")
     assert half > whole + 0.03

@@ -35,7 +35,11 @@ def chain(root, seed):
 @pytest.fixture(scope="module")
 def made(root, seed, stage):
     """made(name, *command): a stage of one seed in out/rewards."""
-    return lambda name, *command: stage(root / f"out/rewards/seed-{seed}" / name, None if command[0] == "evaluate.py" else seed, *command)
+    return lambda name, *command: stage(
+        root / f"out/rewards/seed-{seed}" / name,
+        None if command[0] == "evaluate.py" else seed,
+        *command,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- reward models
@@ -46,10 +50,29 @@ def board(chain, made):
     runs = []
     for labels, agreement in LABELS:
         name = f"{labels}-{agreement:.0%}".replace("%", "")
-        pairs = ["--init", chain / "sft", "--prompts", round(1.64 * labels), "--agreement", agreement]  # four in ten get two equal replies
+        pairs = [
+            "--init",
+            chain / "sft",
+            "--prompts",
+            round(1.64 * labels),
+            "--agreement",
+            agreement,
+        ]  # four in ten get two equal replies
         file = made(f"pairs-{name}.jsonl", "-m", "data.annotators", *pairs)
         runs.append(made(f"rm-{name}", "reward.py", "--init", chain / "sft", "--data", file))
-    told = made("report", "evaluate.py", "reward", "--runs", *runs, "--sft", chain / "sft", "--agreement", 0.72, "--prompts", 20000)
+    told = made(
+        "report",
+        "evaluate.py",
+        "reward",
+        "--runs",
+        *runs,
+        "--sft",
+        chain / "sft",
+        "--agreement",
+        0.72,
+        "--prompts",
+        20000,
+    )
     return json.loads((told / "reward.json").read_text())["board"]
 
 
@@ -61,7 +84,9 @@ def test_accuracy_rises_with_agreement_and_with_labels(board):
 
 def test_8000_labels_of_72_percent_come_near_the_ceiling_and_are_calibrated(board):
     row = board["rm-8000-72"]
-    assert row["of_ceiling"] + row["label_ci"] / row["ceiling"] >= 0.92  # within its interval on each seed, and over all of them below
+    assert (
+        row["of_ceiling"] + row["label_ci"] / row["ceiling"] >= 0.92
+    )  # within its interval on each seed, and over all of them below
     assert row["ece"] <= 0.05
 
 
@@ -71,15 +96,35 @@ def test_8000_labels_of_72_percent_come_near_the_ceiling_and_are_calibrated(boar
 @pytest.fixture(scope="module")
 def sums(chain, made):
     few = ["--documents", 1, "--demonstrations", 1, "--prompts", 1, "--held-out", 1]
-    data = made("world", "-m", "data.world", *few, "--long-demonstrations", 12000) / "long_demonstrations.jsonl"
+    data = (
+        made("world", "-m", "data.world", *few, "--long-demonstrations", 12000)
+        / "long_demonstrations.jsonl"
+    )
     return made("sums", "sft.py", "--init", chain / "base", "--data", data, "--steps", 600)
 
 
 @pytest.fixture(scope="module")
 def best(sums, made):
     learn = ["reward.py", "--process", "--init", sums, "--prompts", 4000]
-    models = ["--reward", made("outcome", *learn, "--step-labels", "outcome"), "--process", made("process", *learn)]
-    told = made("best-of-n", "evaluate.py", "best-of-n", "--policy", sums, *models, "--long-sums", "--n", 64, "--prompts", 250)
+    models = [
+        "--reward",
+        made("outcome", *learn, "--step-labels", "outcome"),
+        "--process",
+        made("process", *learn),
+    ]
+    told = made(
+        "best-of-n",
+        "evaluate.py",
+        "best-of-n",
+        "--policy",
+        sums,
+        *models,
+        "--long-sums",
+        "--n",
+        64,
+        "--prompts",
+        250,
+    )
     return json.loads((told / "best-of-n.json").read_text())
 
 
@@ -88,12 +133,16 @@ def test_process_beats_outcome_and_the_vote_by_more_than_the_intervals(best):
         for other in ("outcome", "majority"):
             gap = best["differences"][f"{how} - {other}"]
             assert gap["difference"] > gap["half_width"] > 0
-    assert best["gold"]["n=16"]["majority"] < best["gold"]["n=1"]["majority"]  # the mistakes are systematic: a vote errs more than one
+    assert (
+        best["gold"]["n=16"]["majority"] < best["gold"]["n=1"]["majority"]
+    )  # the mistakes are systematic: a vote errs more than one
 
 
 def test_monte_carlo_step_labels_agree_with_the_exact_ones(sums, made):
     labelled = ["--process", "--step-labels", "monte-carlo", "--prompts", 200, "--steps", 1]
-    facts = json.loads((made("monte-carlo", "reward.py", "--init", sums, *labelled) / "run.json").read_text())
+    facts = json.loads(
+        (made("monte-carlo", "reward.py", "--init", sums, *labelled) / "run.json").read_text()
+    )
     assert facts["monte_carlo_agreement"] >= 0.90
 
 
@@ -138,10 +187,22 @@ def test_the_detector_warns_of_hacking_in_time_and_of_nothing_else(hacking):
 def test_every_seed_in_one_table(root):
     """Runs last, for the reader (-s): the tables of the README, a column per seed."""
     places = {str(seed): root / "out/rewards" / f"seed-{seed}" for seed in SEEDS}
-    reports = {seed: json.loads((place / "report/reward.json").read_text())["board"] for seed, place in places.items()}
-    best = {seed: json.loads((place / "best-of-n/best-of-n.json").read_text()) for seed, place in places.items()}
-    hacks = {seed: json.loads((place / "over-optimisation/hacking.json").read_text()) for seed, place in places.items()}
-    carlo = {seed: json.loads((place / "monte-carlo/run.json").read_text())["monte_carlo_agreement"] for seed, place in places.items()}
+    reports = {
+        seed: json.loads((place / "report/reward.json").read_text())["board"]
+        for seed, place in places.items()
+    }
+    best = {
+        seed: json.loads((place / "best-of-n/best-of-n.json").read_text())
+        for seed, place in places.items()
+    }
+    hacks = {
+        seed: json.loads((place / "over-optimisation/hacking.json").read_text())
+        for seed, place in places.items()
+    }
+    carlo = {
+        seed: json.loads((place / "monte-carlo/run.json").read_text())["monte_carlo_agreement"]
+        for seed, place in places.items()
+    }
 
     assert sum(board["rm-8000-72"]["of_ceiling"] for board in reports.values()) / len(SEEDS) >= 0.92
 
@@ -151,15 +212,48 @@ def test_every_seed_in_one_table(root):
     print("\naccuracy against the truth / share of the ceiling / calibration error")
     shown = ("accuracy", "of_ceiling", "ece")
     names = list(reports[str(SEEDS[0])])
-    print(evaluate.table(by_seed(names, lambda name, seed: " / ".join(f"{reports[seed][name][key]:.3f}" for key in shown))))
+    print(
+        evaluate.table(
+            by_seed(
+                names,
+                lambda name, seed: " / ".join(f"{reports[seed][name][key]:.3f}" for key in shown),
+            )
+        )
+    )
     print("\nshare of right solutions: one sample, best of 16")
-    rows = by_seed(["majority", "outcome", "last", "min", "product", "judge"], lambda how, seed: best[seed]["gold"]["n=16"][how])
-    print(evaluate.table({"one sample": {f"seed {seed}": best[seed]["gold"]["n=1"]["judge"] for seed in places}} | rows))
+    rows = by_seed(
+        ["majority", "outcome", "last", "min", "product", "judge"],
+        lambda how, seed: best[seed]["gold"]["n=16"][how],
+    )
+    print(
+        evaluate.table(
+            {"one sample": {f"seed {seed}": best[seed]["gold"]["n=1"]["judge"] for seed in places}}
+            | rows
+        )
+    )
     print("\nbest of 16, difference by question and half-width of its interval")
     gaps = list(best[str(SEEDS[0])]["differences"])
     cells = ("difference", "half_width")
-    print(evaluate.table(by_seed(gaps, lambda gap, seed: "{:+.3f} +-{:.3f}".format(*(best[seed]["differences"][gap][c] for c in cells)))))
-    print("\n" + evaluate.table({"Monte-Carlo agreement": {f"seed {seed}": share for seed, share in carlo.items()}}))
+    print(
+        evaluate.table(
+            by_seed(
+                gaps,
+                lambda gap, seed: "{:+.3f} +-{:.3f}".format(
+                    *(best[seed]["differences"][gap][c] for c in cells)
+                ),
+            )
+        )
+    )
+    print(
+        "\n"
+        + evaluate.table(
+            {"Monte-Carlo agreement": {f"seed {seed}": share for seed, share in carlo.items()}}
+        )
+    )
     print("\nevery PPO run")
-    rows = {f"{seed} {name.rsplit('/', 1)[1]}": row for seed, own in hacks.items() for name, row in own.items()}
+    rows = {
+        f"{seed} {name.rsplit('/', 1)[1]}": row
+        for seed, own in hacks.items()
+        for name, row in own.items()
+    }
     print(evaluate.table(rows))

@@ -16,7 +16,9 @@ WORDS = [f"w{i}" for i in range(500)]
 
 
 def talk(question, answer="fine", where="x"):
-    return Conversation([{"role": "user", "content": question}, {"role": "assistant", "content": answer}], where)
+    return Conversation(
+        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], where
+    )
 
 
 def text(rng, n):
@@ -35,7 +37,10 @@ def call(*argv):
 def test_minhash_estimates_jaccard():
     rng = random.Random(1)
     for shared in (0, 50, 150):
-        a, b, both = (set(rng.sample(range(start, start + 10000), n)) for start, n in ((0, 150), (20000, 150), (40000, shared)))
+        a, b, both = (
+            set(rng.sample(range(start, start + 10000), n))
+            for start, n in ((0, 150), (20000, 150), (40000, shared))
+        )
         a, b = a | both, b | both
         estimate = np.mean(curate.signature(a) == curate.signature(b))
         assert abs(estimate - len(a & b) / len(a | b)) < 0.2  # 64 draws: three standard deviations
@@ -56,7 +61,9 @@ def test_duplicates_are_those_that_a_comparison_of_all_pairs_finds():
         words = curate.words_of(record)
         mine = curate.triples(words)
         near = any(len(mine & other) >= 0.8 * len(mine | other) for other in kept)
-        expected.append("exact duplicate" if tuple(words) in seen else "near-duplicate" if near else None)
+        expected.append(
+            "exact duplicate" if tuple(words) in seen else "near-duplicate" if near else None
+        )
         seen.add(tuple(words))
         kept += [] if expected[-1] else [mine]
     assert {reason: expected.count(reason) > 20 for reason in set(expected)} == dict.fromkeys(
@@ -71,7 +78,11 @@ def test_near_duplicates_are_found_at_every_threshold(near):
     """Pairs that share little more than the threshold: what the bands miss of them is a matter of chance, 2 of 1000 at most."""
     rng, records = random.Random(7), []
     while len(records) < 400:
-        first, second, shared = text(rng, 100).split(), text(rng, 100).split(), near + rng.uniform(0, 0.05)
+        first, second, shared = (
+            text(rng, 100).split(),
+            text(rng, 100).split(),
+            near + rng.uniform(0, 0.05),
+        )
         cut = round(200 * shared / (1 + shared))  # shared = cut / (200 - cut)
         pair = [talk(" ".join(first)), talk(" ".join(first[:cut] + second[cut:]))]
         a, b = (curate.triples(curate.words_of(record)) for record in pair)
@@ -85,13 +96,21 @@ def test_a_record_that_is_dropped_takes_no_duplicate_with_it(tmp_path):
     bad, good = talk(question, "as an ai , i say yes"), talk(question, "as an old hand , i say yes")
     assert "near-duplicate" in curate.duplicates([bad, good], 0.8)
     kept, dropped = curate.curate([bad, good, bad, good], curate.Config())
-    assert kept == [good] and dropped == {"speaks of being a language model": 2, "exact duplicate": 1}
+    assert kept == [good] and dropped == {
+        "speaks of being a language model": 2,
+        "exact duplicate": 1,
+    }
 
 
 def test_case_and_white_space_do_not_make_a_difference_but_roles_and_order_do():
     again = talk("  Hello\n THERE", "Fine ")
     turned = Conversation(talk("hello there").messages[::-1], "x")
-    assert curate.duplicates([talk("hello there"), again, turned, talk("there hello")], 0.8) == [None, "exact duplicate", None, None]
+    assert curate.duplicates([talk("hello there"), again, turned, talk("there hello")], 0.8) == [
+        None,
+        "exact duplicate",
+        None,
+        None,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -111,25 +130,46 @@ def test_case_and_white_space_do_not_make_a_difference_but_roles_and_order_do():
     ],
 )
 def test_every_filter_drops_what_it_names(question, answer, reason):
-    assert curate.flaw(talk(question, answer), curate.Config(max_words=60 if "no no" in answer else 4 if "five" in answer else 0)) == reason
+    assert (
+        curate.flaw(
+            talk(question, answer),
+            curate.Config(max_words=60 if "no no" in answer else 4 if "five" in answer else 0),
+        )
+        == reason
+    )
 
 
 def test_every_heuristic_has_an_example_above():
-    marks = [mark for mark in test_every_filter_drops_what_it_names.pytestmark if mark.name == "parametrize"]
+    marks = [
+        mark
+        for mark in test_every_filter_drops_what_it_names.pytestmark
+        if mark.name == "parametrize"
+    ]
     assert {reason for _, _, reason in marks[0].args[1]} >= set(curate.HEURISTICS)
 
 
 def test_the_command_keeps_the_order_and_counts_what_it_dropped(tmp_path, capsys):
     rng = random.Random(3)
     good = [talk(text(rng, 12), text(rng, 5)) for _ in range(5)]
-    file = write(tmp_path / "pool.jsonl", good[0], good[1], good[1], good[2], talk("hi", "as an ai, no"), good[3], good[4])
+    file = write(
+        tmp_path / "pool.jsonl",
+        good[0],
+        good[1],
+        good[1],
+        good[2],
+        talk("hi", "as an ai, no"),
+        good[3],
+        good[4],
+    )
     call("--data", file, "--out", tmp_path / "clean.jsonl")
     kept = formats.read(tmp_path / "clean.jsonl", "conversation")
     assert [record.messages for record in kept] == [record.messages for record in good]
     lines = [line.split(None, 1) for line in capsys.readouterr().out.splitlines()]
     assert ["1", "exact duplicate"] in lines and ["1", "speaks of being a language model"] in lines
     assert lines[-1] == ["5", f"of 7 kept, written to {tmp_path / 'clean.jsonl'}"]
-    assert json.loads((tmp_path / "clean.jsonl").read_text().splitlines()[0])["where"].endswith("pool.jsonl:1")
+    assert json.loads((tmp_path / "clean.jsonl").read_text().splitlines()[0])["where"].endswith(
+        "pool.jsonl:1"
+    )
 
 
 @torch.no_grad()
@@ -137,10 +177,30 @@ def test_the_top_is_the_reward_models(tmp_path, world_model, world_encoding, cap
     judge = world_model("score").eval()
     judge.save_pretrained(tmp_path / "reward")
     tokenizer.save(world_encoding, tmp_path / "reward")
-    records = [talk(f"add {i} and {j}", f" {i + j}") for i in range(4) for j in range(4)] + [talk("add 1 and " + "2 " * 200, " 3")]
+    records = [talk(f"add {i} and {j}", f" {i + j}") for i in range(4) for j in range(4)] + [
+        talk("add 1 and " + "2 " * 200, " 3")
+    ]
     file = write(tmp_path / "pool.jsonl", *records)
-    call("--data", file, "--out", tmp_path / "top.jsonl", "--near", 0, "--reward", tmp_path / "reward", "--top", 5, "--device", "cpu")
-    found = [score(judge, [curate.chat.example(r.messages[:1], r.messages[1:], world_encoding)[0]]).item() for r in records[:-1]]
+    call(
+        "--data",
+        file,
+        "--out",
+        tmp_path / "top.jsonl",
+        "--near",
+        0,
+        "--reward",
+        tmp_path / "reward",
+        "--top",
+        5,
+        "--device",
+        "cpu",
+    )
+    found = [
+        score(
+            judge, [curate.chat.example(r.messages[:1], r.messages[1:], world_encoding)[0]]
+        ).item()
+        for r in records[:-1]
+    ]
     best = sorted(sorted(range(16), key=lambda i: -found[i])[:5])
     kept = formats.read(tmp_path / "top.jsonl", "conversation")
     assert [record.messages for record in kept] == [records[i].messages for i in best]
@@ -157,7 +217,10 @@ def test_the_top_is_the_reward_models(tmp_path, world_model, world_encoding, cap
         (["--data", "pool.jsonl", "--out", "x.jsonl", "--top", "5"], "--top N and --reward DIR"),
         (["--data", "pool.jsonl", "--out", "x.jsonl", "--near", "2"], "--near must lie in"),
         (["--data", "pool.jsonl", "--out", "x.jsonl", "--near", ".05"], "--near must lie in"),
-        (["--data", "pool.jsonl", "--out", "x.jsonl", "--min-words", "99"], "nothing is left of 1 records"),
+        (
+            ["--data", "pool.jsonl", "--out", "x.jsonl", "--min-words", "99"],
+            "nothing is left of 1 records",
+        ),
         (["--data", "none.jsonl", "--out", "x.jsonl"], "no such file"),
     ],
 )

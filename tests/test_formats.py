@@ -13,7 +13,9 @@ from data import formats
 from data.formats import Conversation, Document, Preference, Process, Prompt, Unpaired
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the sample files {SHARED} are not on this machine")
+needs_shared = pytest.mark.skipif(
+    not SHARED.is_dir(), reason=f"the sample files {SHARED} are not on this machine"
+)
 
 
 TURNS_IN = ("messages", "prompt", "chosen", "rejected", "completion")
@@ -37,7 +39,10 @@ def jsonl(tmp_path):
 
     def write(*records, name="file.jsonl"):
         path = tmp_path / name
-        path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+        path.write_text(
+            "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records),
+            encoding="utf-8",
+        )
         return path
 
     return write
@@ -60,7 +65,12 @@ def refusal(path, kind=None):
     with pytest.raises(ValueError) as caught:
         formats.read(path, kind)
     sentence = str(caught.value)
-    assert type(caught.value) is ValueError and sentence.startswith(str(path)) and "\n" not in sentence and "; " in sentence
+    assert (
+        type(caught.value) is ValueError
+        and sentence.startswith(str(path))
+        and "\n" not in sentence
+        and "; " in sentence
+    )
     return sentence
 
 
@@ -78,7 +88,12 @@ SAMPLES = [  # file, kind, records in it, dropped by reason
     ("instruct/gpteacher_roleplay.json", Conversation, 300, {}),
     ("instruct/dolly_templated.jsonl", Conversation, 110, {}),
     ("instruct/seed_tasks.jsonl", Conversation, 175, {}),
-    ("instruct/super_ni/task142_odd-man-out_classification_no_category.json", Conversation, 6500, {}),
+    (
+        "instruct/super_ni/task142_odd-man-out_classification_no_category.json",
+        Conversation,
+        6500,
+        {},
+    ),
     ("instruct/super_ni/task156_codah_classification_adversarial.json", Conversation, 2771, {}),
     ("instruct/t0_templates/paws_labeled_final_paraphrase_task.jsonl", Conversation, 91, {}),
     *((f"instruct/t0_templates/{name}.jsonl", Conversation, 200, {}) for name in T0),
@@ -91,11 +106,26 @@ SAMPLES = [  # file, kind, records in it, dropped by reason
     ("process/prm800k_samples.jsonl", Process, 4, {}),
     ("process/math-shepherd_samples.jsonl", Process, 5, {}),
     ("prompts/mt_bench_question.jsonl", Prompt, 80, {}),
-    ("preference/hh-rlhf/harmless-base.test.jsonl.gz", Preference, 1800, {"empty chosen": 4, "prompts of the two sides differ": 2}),
+    (
+        "preference/hh-rlhf/harmless-base.test.jsonl.gz",
+        Preference,
+        1800,
+        {"empty chosen": 4, "prompts of the two sides differ": 2},
+    ),
     ("preference/hhh_438_evaluations.jsonl", Preference, 300, {}),
-    ("preference/rasbt_instruction-data-with-preference.json", Preference, 880, {"chosen equals rejected": 6}),
+    (
+        "preference/rasbt_instruction-data-with-preference.json",
+        Preference,
+        880,
+        {"chosen equals rejected": 6},
+    ),
     # 57 pairs have equal scores; the equal pair (306) is one of them, the empty one (478) is not
-    ("preference/ultrafeedback_train_clean.jsonl", Preference, 500, {"tie": 57, "empty rejected": 1}),
+    (
+        "preference/ultrafeedback_train_clean.jsonl",
+        Preference,
+        500,
+        {"tie": 57, "empty rejected": 1},
+    ),
     ("preference/alpaca_eval_alpaca-7b_annotations.json", Preference, 473, {"tie": 7}),
     ("preference/dpo_en_demo.json", Preference, 200, {}),
     ("preference/kto_en_demo.json", Unpaired, 200, {}),
@@ -108,20 +138,37 @@ SAMPLES = [  # file, kind, records in it, dropped by reason
     ("corpus/c4_demo.jsonl", Document, 250, {}),
     ("corpus/wiki_demo.txt", Document, 24, {}),  # one article a line
     ("corpus/tinyshakespeare.txt", Document, 7222, {}),  # speeches, between blank lines
-    ("corpus/wikitext-2.test.txt", Document, 1320, {}),  # paragraphs and titles, between lines of one space
+    (
+        "corpus/wikitext-2.test.txt",
+        Document,
+        1320,
+        {},
+    ),  # paragraphs and titles, between lines of one space
 ]
 
 
 @needs_shared
-@pytest.mark.parametrize(("name", "kind", "count", "drops"), SAMPLES, ids=[sample[0] for sample in SAMPLES])
-def test_sample_file_gives_its_documented_count_minus_its_documented_drops(name, kind, count, drops, caplog):
+@pytest.mark.parametrize(
+    ("name", "kind", "count", "drops"), SAMPLES, ids=[sample[0] for sample in SAMPLES]
+)
+def test_sample_file_gives_its_documented_count_minus_its_documented_drops(
+    name, kind, count, drops, caplog
+):
     records = formats.read(SHARED / name)
     assert {type(record) for record in records} == {kind}
     assert len(records) == count - sum(drops.values())
     assert all(record.where.startswith(str(SHARED / name)) for record in records)
-    lines = [record.getMessage() for record in caplog.records if record.name == "data" and "dropped" in record.getMessage()]
+    lines = [
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "data" and "dropped" in record.getMessage()
+    ]
     reasons = ", ".join(f"{n} {reason}" for reason, n in drops.items())
-    assert lines == ([f"{Path(name).name}: {sum(drops.values())} of {count} records dropped ({reasons})"] if drops else [])
+    assert lines == (
+        [f"{Path(name).name}: {sum(drops.values())} of {count} records dropped ({reasons})"]
+        if drops
+        else []
+    )
 
 
 @needs_shared
@@ -134,17 +181,29 @@ def test_every_sample_file_is_either_tested_or_refused():
     }  # fmt: skip
     sentences = {name: refusal(SHARED / name) for name in refused}
     assert "is empty" in sentences["instruct/t0_templates/trec_fine_grained_ABBR.jsonl"]
-    assert all("constitution, its principles" in sentence for name, sentence in sentences.items() if name.startswith("constitution"))
+    assert all(
+        "constitution, its principles" in sentence
+        for name, sentence in sentences.items()
+        if name.startswith("constitution")
+    )
 
 
 @needs_shared
 @pytest.mark.parametrize(
     ("name", "kind", "count"),
     [
-        ("chat/oasst_en_100_tree.jsonl", "preference", 146),  # prompter nodes with two or more ranked replies
+        (
+            "chat/oasst_en_100_tree.jsonl",
+            "preference",
+            146,
+        ),  # prompter nodes with two or more ranked replies
         ("chat/oasst_en_100_tree.jsonl", "unpaired", 292),
         ("chat/oasst_en_100_tree.jsonl", "prompt", 70),
-        ("preference/hh-rlhf/harmless-base.test.jsonl.gz", "prompt", 1798),  # an empty answer leaves its prompt, differing prompts do not
+        (
+            "preference/hh-rlhf/harmless-base.test.jsonl.gz",
+            "prompt",
+            1798,
+        ),  # an empty answer leaves its prompt, differing prompts do not
         ("preference/hh-rlhf/harmless-base.test.jsonl.gz", "unpaired", 2 * 1794),
         ("preference/rasbt_instruction-data-with-preference.json", "conversation", 874),
         ("preference/kto_en_demo.json", "prompt", 200),
@@ -160,8 +219,14 @@ def test_sample_file_gives_its_other_readings(name, kind, count):
 @pytest.mark.parametrize(
     ("name", "places"),
     [
-        ("preference/hh-rlhf/harmless-base.test.jsonl.gz", [f":{n + 1}" for n in (86, 516, 925, 1103, 1254, 1688)]),
-        ("preference/rasbt_instruction-data-with-preference.json", [f": record {n}" for n in (122, 226, 400, 566, 628, 676)]),
+        (
+            "preference/hh-rlhf/harmless-base.test.jsonl.gz",
+            [f":{n + 1}" for n in (86, 516, 925, 1103, 1254, 1688)],
+        ),
+        (
+            "preference/rasbt_instruction-data-with-preference.json",
+            [f": record {n}" for n in (122, 226, 400, 566, 628, 676)],
+        ),
         ("preference/ultrafeedback_train_clean.jsonl", [":307", ":479"]),
     ],
 )
@@ -175,35 +240,66 @@ def test_no_sample_text_ends_in_an_end_marker_or_in_a_turn_mark():
     for name in (sample[0] for sample in SAMPLES if sample[0].split("/")[0] != "corpus"):
         for record in formats.read(SHARED / name):
             for one in (one for field in TURNS_IN for one in getattr(record, field, [])):
-                assert set(one) == {"role", "content"} and one["role"] in ("system", "user", "assistant", "tool")
-                assert not one["content"].rstrip().endswith(("<|endoftext|>", "###eos_token###", "\n\nHuman:", "\n\nAssistant:")), (
-                    record.where
+                assert set(one) == {"role", "content"} and one["role"] in (
+                    "system",
+                    "user",
+                    "assistant",
+                    "tool",
                 )
+                assert (
+                    not one["content"]
+                    .rstrip()
+                    .endswith(("<|endoftext|>", "###eos_token###", "\n\nHuman:", "\n\nAssistant:"))
+                ), record.where
 
 
 @needs_shared
 def test_prm800k_samples_hold_one_path_each_and_keep_the_other_candidates_apart():
     records = formats.read(SHARED / "process/prm800k_samples.jsonl")
     assert [record.labels for record in records] == [
-        [1, None, 1, 1, 1, 1],  # step 1 was written by the labeller, since all five candidates were bad
-        [1, 0, 1, 1, 1, 1, -1],  # nothing was chosen at the last step: the model's own step, a mistake, ends the path
+        [
+            1,
+            None,
+            1,
+            1,
+            1,
+            1,
+        ],  # step 1 was written by the labeller, since all five candidates were bad
+        [
+            1,
+            0,
+            1,
+            1,
+            1,
+            1,
+            -1,
+        ],  # nothing was chosen at the last step: the model's own step, a mistake, ends the path
         [1] * 5,
         [1] * 7,
     ]
     assert [len(record.alternatives) for record in records] == [5 + 4, 3, 6, 6]
-    assert records[0].alternatives[0] == (1, "The first equation is 3p + e = 124, and the second equation is 5p + e = 182.", -1)
+    assert records[0].alternatives[0] == (
+        1,
+        "The first equation is 3p + e = 124, and the second equation is 5p + e = 182.",
+        -1,
+    )
     assert records[0].steps[1] == "We have $3p+e=1.24$ and $5p+e=1.82$."
 
 
 @needs_shared
 def test_gsm8k_record_with_an_escaped_line_separator_is_whole():
     record = formats.read(SHARED / "process/gsm8k/train.jsonl")[2381]
-    assert record.where.endswith("train.jsonl:2382") and "\u2028" in "".join(one["content"] for one in record.messages)
+    assert record.where.endswith("train.jsonl:2382") and "\u2028" in "".join(
+        one["content"] for one in record.messages
+    )
 
 
 @needs_shared
 def test_glaive_calls_are_the_assistants_and_observations_are_the_tools():
-    roles = [[one["role"] for one in record.messages] for record in formats.read(SHARED / "chat/glaive_toolcall_en_demo.json")]
+    roles = [
+        [one["role"] for one in record.messages]
+        for record in formats.read(SHARED / "chat/glaive_toolcall_en_demo.json")
+    ]
     assert sum(role == "tool" for row in roles for role in row) == 137
     assert sum(row[0] == "system" for row in roles) == 200 - 81  # "tools" is "[]" in 81 records
 
@@ -216,12 +312,29 @@ FORMATS = [  # one record, what it reads to (without where)
         {"messages": [system("be kind"), user("hi"), assistant("hello")]},
         Conversation([system("be kind"), user("hi"), assistant("hello")], ""),
     ),
-    ({"instruction": "Sort.", "input": "2 1", "output": "1 2"}, Conversation([user("Sort.\n\n2 1"), assistant("1 2")], "")),
-    ({"instruction": "Say hi.", "input": "", "output": "hi"}, Conversation([user("Say hi."), assistant("hi")], "")),
-    ({"instruction": "Say hi.", "input": "<noinput>", "output": "hi"}, Conversation([user("Say hi."), assistant("hi")], "")),
-    ({"instruction": "Say hi.", "output": "hi", "system": "s"}, Conversation([system("s"), user("Say hi."), assistant("hi")], "")),
     (
-        {"instruction": "Who?", "context": "It was me.", "response": "Me.", "category": "closed_qa"},
+        {"instruction": "Sort.", "input": "2 1", "output": "1 2"},
+        Conversation([user("Sort.\n\n2 1"), assistant("1 2")], ""),
+    ),
+    (
+        {"instruction": "Say hi.", "input": "", "output": "hi"},
+        Conversation([user("Say hi."), assistant("hi")], ""),
+    ),
+    (
+        {"instruction": "Say hi.", "input": "<noinput>", "output": "hi"},
+        Conversation([user("Say hi."), assistant("hi")], ""),
+    ),
+    (
+        {"instruction": "Say hi.", "output": "hi", "system": "s"},
+        Conversation([system("s"), user("Say hi."), assistant("hi")], ""),
+    ),
+    (
+        {
+            "instruction": "Who?",
+            "context": "It was me.",
+            "response": "Me.",
+            "category": "closed_qa",
+        },
         Conversation([user("Who?\n\nIt was me."), assistant("Me.")], ""),
     ),
     (
@@ -232,11 +345,26 @@ FORMATS = [  # one record, what it reads to (without where)
         },
         Conversation([user("Who?\n\nIt was me."), assistant("Me.")], ""),
     ),
-    ({"prompt": "2 + 2?\n", "completion": "4<|endoftext|>"}, Conversation([user("2 + 2?\n"), assistant("4")], "")),
-    ({"prompt": [user("2 + 2?")], "completion": [assistant("4")]}, Conversation([user("2 + 2?"), assistant("4")], "")),
-    ({"inputs": "2 + 2?", "targets": "4", "task": "sum"}, Conversation([user("2 + 2?"), assistant("4")], "")),
     (
-        {"id": "t", "name": "n", "instruction": "Sort.", "instances": [{"input": "2 1", "output": "1 2"}], "is_classification": False},
+        {"prompt": "2 + 2?\n", "completion": "4<|endoftext|>"},
+        Conversation([user("2 + 2?\n"), assistant("4")], ""),
+    ),
+    (
+        {"prompt": [user("2 + 2?")], "completion": [assistant("4")]},
+        Conversation([user("2 + 2?"), assistant("4")], ""),
+    ),
+    (
+        {"inputs": "2 + 2?", "targets": "4", "task": "sum"},
+        Conversation([user("2 + 2?"), assistant("4")], ""),
+    ),
+    (
+        {
+            "id": "t",
+            "name": "n",
+            "instruction": "Sort.",
+            "instances": [{"input": "2 1", "output": "1 2"}],
+            "is_classification": False,
+        },
         Conversation([user("Sort.\n\n2 1"), assistant("1 2")], ""),
     ),
     (
@@ -254,19 +382,40 @@ FORMATS = [  # one record, what it reads to (without where)
             ],
             "tools": "[]",
         },
-        Conversation([system("s"), user("rain?"), assistant("rain()"), {"role": "tool", "content": "no"}, assistant("No.")], ""),
+        Conversation(
+            [
+                system("s"),
+                user("rain?"),
+                assistant("rain()"),
+                {"role": "tool", "content": "no"},
+                assistant("No."),
+            ],
+            "",
+        ),
     ),
     (
         {"conversations": [user("hi"), assistant("yo")], "tools": '["rain"]'},
         Conversation([system('["rain"]'), user("hi"), assistant("yo")], ""),
     ),
-    ({"question": "2 + 2?", "answer": "<<2+2=4>>4\n#### 4"}, Conversation([user("2 + 2?"), assistant("<<2+2=4>>4\n#### 4")], "")),
-    ({"problem": "2 + 2?", "solution": "\\boxed{4}", "answer": "4"}, Conversation([user("2 + 2?"), assistant("\\boxed{4}")], "")),
     (
-        {"rl_prompt": "\n\nHuman: hi\n\nAssistant:", "cst": [{"revision": {"sample": " one"}}, {"revision": {"sample": " two"}}]},
+        {"question": "2 + 2?", "answer": "<<2+2=4>>4\n#### 4"},
+        Conversation([user("2 + 2?"), assistant("<<2+2=4>>4\n#### 4")], ""),
+    ),
+    (
+        {"problem": "2 + 2?", "solution": "\\boxed{4}", "answer": "4"},
+        Conversation([user("2 + 2?"), assistant("\\boxed{4}")], ""),
+    ),
+    (
+        {
+            "rl_prompt": "\n\nHuman: hi\n\nAssistant:",
+            "cst": [{"revision": {"sample": " one"}}, {"revision": {"sample": " two"}}],
+        },
         Conversation([user("hi"), assistant("two")], ""),
     ),
-    ({"prompt": "2?", "chosen": "yes", "rejected": "no"}, Preference([user("2?")], [assistant("yes")], [assistant("no")], "")),
+    (
+        {"prompt": "2?", "chosen": "yes", "rejected": "no"},
+        Preference([user("2?")], [assistant("yes")], [assistant("no")], ""),
+    ),
     (
         {"prompt": "2?", "chosen": "yes", "rejected": "no", "label": 0.7, "margin": 2},
         Preference([user("2?")], [assistant("yes")], [assistant("no")], "", 0.7, 2.0),
@@ -286,7 +435,11 @@ FORMATS = [  # one record, what it reads to (without where)
         Preference([user("2?")], [assistant("yes")], [assistant("no")], ""),
     ),
     (
-        {"prompt": [system("s"), user("2?")], "chosen": [assistant("yes")], "rejected": [assistant("no")]},
+        {
+            "prompt": [system("s"), user("2?")],
+            "chosen": [assistant("yes")],
+            "rejected": [assistant("no")],
+        },
         Preference([system("s"), user("2?")], [assistant("yes")], [assistant("no")], ""),
     ),
     (
@@ -313,7 +466,11 @@ FORMATS = [  # one record, what it reads to (without where)
         Preference([user("a")], [assistant("b")], [assistant("c")], ""),
     ),
     (
-        {"prompt": "(A) or (B)?", "text_correct": "\n\nHuman: a\n\nAssistant: b", "text_incorrect": "\n\nHuman: a\n\nAssistant: c"},
+        {
+            "prompt": "(A) or (B)?",
+            "text_correct": "\n\nHuman: a\n\nAssistant: b",
+            "text_incorrect": "\n\nHuman: a\n\nAssistant: c",
+        },
         Preference([user("a")], [assistant("b")], [assistant("c")], ""),
     ),
     (
@@ -328,7 +485,10 @@ FORMATS = [  # one record, what it reads to (without where)
         {"instruction": "a", "output_1": "b", "output_2": "c", "preference": 1.25},
         Preference([user("a")], [assistant("b")], [assistant("c")], "", 0.75),
     ),
-    ({"input": "a", "output_1": "b", "output_2": "c", "label": 1}, Preference([user("a")], [assistant("b")], [assistant("c")], "")),
+    (
+        {"input": "a", "output_1": "b", "output_2": "c", "label": 1},
+        Preference([user("a")], [assistant("b")], [assistant("c")], ""),
+    ),
     (
         {
             "source": "s",
@@ -356,25 +516,40 @@ FORMATS = [  # one record, what it reads to (without where)
         {"messages": [user("a"), assistant("b"), user("c"), assistant("d")], "label": True},
         Unpaired([user("a"), assistant("b"), user("c")], [assistant("d")], True, ""),
     ),
-    ({"prompt": "a", "completion": "b", "label": False}, Unpaired([user("a")], [assistant("b")], False, "")),
-    ({"prompt": "a", "completion": [assistant("b")], "label": 1}, Unpaired([user("a")], [assistant("b")], True, "")),
+    (
+        {"prompt": "a", "completion": "b", "label": False},
+        Unpaired([user("a")], [assistant("b")], False, ""),
+    ),
+    (
+        {"prompt": "a", "completion": [assistant("b")], "label": 1},
+        Unpaired([user("a")], [assistant("b")], True, ""),
+    ),
     (
         {"prompt": "a", "completions": ["b", "c", "d"], "labels": [True, False, None]},
         Process([user("a")], ["b", "c", "d"], [1, -1, None], ""),
     ),
     (
-        {"input": "a Step 1: a? Step 1: b ки\nStep 2: c ки", "label": "a Step 1: a? Step 1: b +\nStep 2: c -", "task": "GSM8K"},
+        {
+            "input": "a Step 1: a? Step 1: b ки\nStep 2: c ки",
+            "label": "a Step 1: a? Step 1: b +\nStep 2: c -",
+            "task": "GSM8K",
+        },
         Process([user("a Step 1: a?")], ["Step 1: b", "Step 2: c"], [1, -1], ""),
     ),
     ({"turns": ["a", "b"], "question_id": 1}, Prompt([user("a")], "")),
     ({"prompt": "a"}, Prompt([user("a")], "")),
     ({"prompt": [system("s"), user("a")]}, Prompt([system("s"), user("a")], "")),
-    ({"prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"}, Prompt([user("a"), assistant("b"), user("c")], "")),
+    (
+        {"prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"},
+        Prompt([user("a"), assistant("b"), user("c")], ""),
+    ),
     ({"text": "once upon a time", "url": "x"}, Document("once upon a time", "")),
 ]
 
 
-@pytest.mark.parametrize(("record", "expected"), FORMATS, ids=["+".join(record) for record, _ in FORMATS])
+@pytest.mark.parametrize(
+    ("record", "expected"), FORMATS, ids=["+".join(record) for record, _ in FORMATS]
+)
 def test_each_format_reads_to_the_record_that_a_person_would_write(record, expected, jsonl):
     path = jsonl(record)
     (got,) = formats.read(path)
@@ -383,9 +558,16 @@ def test_each_format_reads_to_the_record_that_a_person_would_write(record, expec
 
 
 def test_every_row_of_the_table_is_read_by_a_test_here():
-    small = [{**record, "message_tree_id": 0} for record, _ in FORMATS] + [record for record, _ in FORMATS]
-    tested = {formats.shape_of(record, "", kind)[1] for record in small for kind in (None, "preference")}
-    later = {("labeler", "question", "label"), ("Definition", "Instances")}  # nested: tests of their own below
+    small = [{**record, "message_tree_id": 0} for record, _ in FORMATS] + [
+        record for record, _ in FORMATS
+    ]
+    tested = {
+        formats.shape_of(record, "", kind)[1] for record in small for kind in (None, "preference")
+    }
+    later = {
+        ("labeler", "question", "label"),
+        ("Definition", "Instances"),
+    }  # nested: tests of their own below
     assert tested | later == {row[1] for row in formats.SHAPES}
 
 
@@ -411,19 +593,36 @@ TREE = {
 def test_openassistant_tree_gives_its_best_ranked_path_or_best_against_worst_siblings(jsonl):
     (path,) = formats.read(jsonl(TREE))
     assert path.messages == [user("q"), assistant("best"), user("more"), assistant("only")]
-    (pair,) = formats.read(jsonl(TREE), "preference")  # the second user turn has one ranked reply only: an unranked sibling is not worse
-    assert (pair.prompt, pair.chosen, pair.rejected) == ([user("q")], [assistant("best")], [assistant("worst")])
-    assert "; use it as conversation or preference or unpaired or prompt" in refusal(jsonl(TREE), "process")
+    (pair,) = formats.read(
+        jsonl(TREE), "preference"
+    )  # the second user turn has one ranked reply only: an unranked sibling is not worse
+    assert (pair.prompt, pair.chosen, pair.rejected) == (
+        [user("q")],
+        [assistant("best")],
+        [assistant("worst")],
+    )
+    assert "; use it as conversation or preference or unpaired or prompt" in refusal(
+        jsonl(TREE), "process"
+    )
 
 
 def test_openassistant_siblings_of_equal_rank_are_a_tie(jsonl, caplog):
-    tie = {"role": "prompter", "text": "q", "replies": [{"role": "assistant", "text": text, "rank": 0, "replies": []} for text in "ab"]}
-    assert len(formats.read(jsonl(TREE, {"message_tree_id": "u", "prompt": tie}), "preference")) == 1
+    tie = {
+        "role": "prompter",
+        "text": "q",
+        "replies": [{"role": "assistant", "text": text, "rank": 0, "replies": []} for text in "ab"],
+    }
+    assert (
+        len(formats.read(jsonl(TREE, {"message_tree_id": "u", "prompt": tie}), "preference")) == 1
+    )
     assert caplog.messages == ["file.jsonl: 1 of 2 records dropped (1 tie)"]
 
 
 def test_super_natural_instructions_gives_one_conversation_per_instance(raw):
-    task = {"Definition": ["Find the odd one."], "Instances": [{"input": "a a b", "output": ["b", "c"]}, {"input": "a c c", "output": "a"}]}
+    task = {
+        "Definition": ["Find the odd one."],
+        "Instances": [{"input": "a a b", "output": ["b", "c"]}, {"input": "a c c", "output": "a"}],
+    }
     path = raw(json.dumps(task, indent=4), "task.json")
     first, second = formats.read(path)
     assert first.messages == [user("Find the odd one.\n\na a b"), assistant("b")]
@@ -434,10 +633,23 @@ def test_super_natural_instructions_gives_one_conversation_per_instance(raw):
 def test_prm800k_takes_the_chosen_candidate_then_the_labellers_own_step_then_stops(jsonl):
     def step(*rated, chosen=None, human=None):
         candidates = [{"text": text, "rating": rating} for text, rating in rated]
-        return {"completions": candidates, "chosen_completion": chosen, "human_completion": human and {"text": human, "rating": None}}
+        return {
+            "completions": candidates,
+            "chosen_completion": chosen,
+            "human_completion": human and {"text": human, "rating": None},
+        }
 
-    steps = [step(("a", -1), ("b", 0), chosen=1), step(("c", -1), human="d"), step(("e", -1), ("f", 1)), step(("g", 1), chosen=0)]
-    record = {"labeler": "x", "question": {"problem": "q"}, "label": {"steps": steps, "finish_reason": "found_error"}}
+    steps = [
+        step(("a", -1), ("b", 0), chosen=1),
+        step(("c", -1), human="d"),
+        step(("e", -1), ("f", 1)),
+        step(("g", 1), chosen=0),
+    ]
+    record = {
+        "labeler": "x",
+        "question": {"problem": "q"},
+        "label": {"steps": steps, "finish_reason": "found_error"},
+    }
     (got,) = formats.read(jsonl(record))
     assert (got.prompt, got.steps, got.labels) == ([user("q")], ["b", "d", "e"], [0, None, -1])
     assert got.alternatives == ((0, "a", -1), (1, "c", -1), (2, "f", 1))
@@ -450,11 +662,26 @@ def test_jsonl_json_array_and_gzip_of_either_give_the_same_records_whatever_thei
     records = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(3)]
     lines, array = "\n".join(map(json.dumps, records)), json.dumps(records, indent=1)
     want = [[user(f"q{i}"), assistant(f"a{i}")] for i in range(3)]
-    for content in (lines, lines + "\n\n", lines.replace("\n", "\r\n"), "\ufeff" + lines, array, "\ufeff" + array, " \n" + array):
+    for content in (
+        lines,
+        lines + "\n\n",
+        lines.replace("\n", "\r\n"),
+        "\ufeff" + lines,
+        array,
+        "\ufeff" + array,
+        " \n" + array,
+    ):
         for name in ("a.jsonl", "a.json", "a.txt", "a"):
             assert [record.messages for record in formats.read(raw(content, name))] == want
-            assert [record.messages for record in formats.read(raw(gzip.compress(content.encode()), name))] == want  # .gz by its bytes
-    assert [record.where[-9:] for record in formats.read(raw(array))] == [" record 0", " record 1", " record 2"]
+            assert [
+                record.messages
+                for record in formats.read(raw(gzip.compress(content.encode()), name))
+            ] == want  # .gz by its bytes
+    assert [record.where[-9:] for record in formats.read(raw(array))] == [
+        " record 0",
+        " record 1",
+        " record 2",
+    ]
 
 
 def test_read_takes_a_string_as_path(jsonl):
@@ -463,16 +690,27 @@ def test_read_takes_a_string_as_path(jsonl):
 
 def test_line_separators_inside_a_json_string_do_not_end_a_line(jsonl):
     odd = "a\u2028b\u2029c\x85d\x0be"
-    assert [record.text for record in formats.read(jsonl({"text": odd}, {"text": "next"}))] == [odd, "next"]
+    assert [record.text for record in formats.read(jsonl({"text": odd}, {"text": "next"}))] == [
+        odd,
+        "next",
+    ]
 
 
 def test_plain_text_gives_its_paragraphs(raw):
     path = raw("\none\ntwo\r\n \r\nthree\n\n\n\nfour", "book.txt")
-    assert formats.read(path) == [Document("one\ntwo", f"{path}:2"), Document("three", f"{path}:5"), Document("four", f"{path}:9")]
+    assert formats.read(path) == [
+        Document("one\ntwo", f"{path}:2"),
+        Document("three", f"{path}:5"),
+        Document("four", f"{path}:9"),
+    ]
 
 
 def test_plain_text_without_blank_lines_gives_its_lines(raw):
-    assert [record.text for record in formats.read(raw("[Scene]\ntwo\n{three}\n", "book.txt"))] == ["[Scene]", "two", "{three}"]
+    assert [record.text for record in formats.read(raw("[Scene]\ntwo\n{three}\n", "book.txt"))] == [
+        "[Scene]",
+        "two",
+        "{three}",
+    ]
 
 
 def test_inline_human_is_no_turn_mark(jsonl):
@@ -482,9 +720,15 @@ def test_inline_human_is_no_turn_mark(jsonl):
 
 
 def test_texts_stay_as_published_apart_from_end_markers_behind_an_answer(jsonl):
-    record = {"prompt": " <|endoftext|> what?<|endoftext|>", "completion": "  a <|endoftext|> b\r\ufeff <|im_end|>\n<|endoftext|> \n"}
+    record = {
+        "prompt": " <|endoftext|> what?<|endoftext|>",
+        "completion": "  a <|endoftext|> b\r\ufeff <|im_end|>\n<|endoftext|> \n",
+    }
     (got,) = formats.read(jsonl(record))
-    assert got.messages == [user(" <|endoftext|> what?<|endoftext|>"), assistant("  a <|endoftext|> b\r\ufeff")]
+    assert got.messages == [
+        user(" <|endoftext|> what?<|endoftext|>"),
+        assistant("  a <|endoftext|> b\r\ufeff"),
+    ]
 
 
 def test_a_million_spaces_cost_no_more_than_a_million_letters(jsonl):
@@ -496,26 +740,58 @@ def test_a_million_spaces_cost_no_more_than_a_million_letters(jsonl):
 
 
 def test_a_pair_reads_as_its_chosen_side_as_two_thumbs_and_as_a_prompt(jsonl):
-    path = jsonl({"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "d", "chosen": "e", "rejected": "f", "label": 0.2})
-    assert [record.messages for record in formats.read(path, "conversation")] == [[user("a"), assistant("b")], [user("d"), assistant("e")]]
-    thumbs = [(record.prompt[0]["content"], record.completion[0]["content"], record.desirable) for record in formats.read(path, "unpaired")]
-    assert thumbs == [("a", "b", True), ("a", "c", False), ("d", "e", False), ("d", "f", True)]  # label .2: rejected is the better one
-    assert [record.messages for record in formats.read(path, "prompt")] == [[user("a")], [user("d")]]
+    path = jsonl(
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"prompt": "d", "chosen": "e", "rejected": "f", "label": 0.2},
+    )
+    assert [record.messages for record in formats.read(path, "conversation")] == [
+        [user("a"), assistant("b")],
+        [user("d"), assistant("e")],
+    ]
+    thumbs = [
+        (record.prompt[0]["content"], record.completion[0]["content"], record.desirable)
+        for record in formats.read(path, "unpaired")
+    ]
+    assert thumbs == [
+        ("a", "b", True),
+        ("a", "c", False),
+        ("d", "e", False),
+        ("d", "f", True),
+    ]  # label .2: rejected is the better one
+    assert [record.messages for record in formats.read(path, "prompt")] == [
+        [user("a")],
+        [user("d")],
+    ]
 
 
 def test_any_chat_reads_as_prompt_and_needs_no_answer_for_it(jsonl):
-    path = jsonl({"messages": [user("a"), assistant("b"), user("c"), assistant("d")]}, {"messages": [user("e")]})
-    assert [record.messages for record in formats.read(path, "prompt")] == [[user("a"), assistant("b"), user("c")], [user("e")]]
+    path = jsonl(
+        {"messages": [user("a"), assistant("b"), user("c"), assistant("d")]},
+        {"messages": [user("e")]},
+    )
+    assert [record.messages for record in formats.read(path, "prompt")] == [
+        [user("a"), assistant("b"), user("c")],
+        [user("e")],
+    ]
     path = jsonl({"prompt": "a", "chosen": "", "rejected": "c"})
     assert [record.messages for record in formats.read(path, "prompt")] == [[user("a")]]
 
 
 CANNOT = {
     "document": ({"text": "a"}, "conversation preference unpaired process prompt"),
-    "conversation": ({"messages": [user("a"), assistant("b")]}, "document preference unpaired process"),
+    "conversation": (
+        {"messages": [user("a"), assistant("b")]},
+        "document preference unpaired process",
+    ),
     "preference": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "document process"),
-    "unpaired": ({"prompt": "a", "completion": "b", "label": True}, "document conversation preference process"),
-    "process": ({"prompt": "a", "completions": ["b"], "labels": [True]}, "document conversation preference unpaired"),
+    "unpaired": (
+        {"prompt": "a", "completion": "b", "label": True},
+        "document conversation preference process",
+    ),
+    "process": (
+        {"prompt": "a", "completions": ["b"], "labels": [True]},
+        "document conversation preference unpaired",
+    ),
     "prompt": ({"prompt": "a"}, "document conversation preference unpaired process"),
 }
 
@@ -526,7 +802,9 @@ def test_a_reading_that_the_records_cannot_give_is_refused_with_what_they_are(ow
     path = jsonl(record)
     for kind in kinds.split():
         sentence = refusal(path, kind)
-        assert f"holds {own} records" in sentence and f"cannot be read as {kind} records" in sentence
+        assert (
+            f"holds {own} records" in sentence and f"cannot be read as {kind} records" in sentence
+        )
     assert set(kinds.split()) | set(formats.GIVES[own]) == set(formats.GIVES)
 
 
@@ -543,24 +821,56 @@ DROPS = [
     (GOOD, GOOD | {"chosen": None}, "empty chosen"),
     (GOOD, GOOD | {"chosen": []}, "empty chosen"),
     (GOOD, GOOD | {"rejected": " \n"}, "empty rejected"),
-    (GOOD, GOOD | {"rejected": [user("a"), assistant("b"), user("c")], "chosen": [user("a"), assistant("b"), user("d")]}, "empty chosen"),
+    (
+        GOOD,
+        GOOD
+        | {
+            "rejected": [user("a"), assistant("b"), user("c")],
+            "chosen": [user("a"), assistant("b"), user("d")],
+        },
+        "empty chosen",
+    ),
     (GOOD, GOOD | {"chosen": "c "}, "chosen equals rejected"),
     (GOOD, GOOD | {"chosen": "c<|endoftext|>"}, "chosen equals rejected"),
     (GOOD, GOOD | {"prompt": ""}, "empty prompt"),
-    (GOOD, GOOD | {"chosen": [user("a"), assistant("b")], "rejected": [user("x"), assistant("c")]}, "prompts of the two sides differ"),
+    (
+        GOOD,
+        GOOD | {"chosen": [user("a"), assistant("b")], "rejected": [user("x"), assistant("c")]},
+        "prompts of the two sides differ",
+    ),
     (GOOD, GOOD | {"metadata": {"score_chosen": 7.5, "score_rejected": 7.5}}, "tie"),
-    ({"input": "a", "output_1": "b", "output_2": "c", "label": 1}, {"input": "a", "output_1": "b", "output_2": "c", "label": 0}, "tie"),
+    (
+        {"input": "a", "output_1": "b", "output_2": "c", "label": 1},
+        {"input": "a", "output_1": "b", "output_2": "c", "label": 0},
+        "tie",
+    ),
     ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}, "empty answer"),
-    ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "<|endoftext|>"}, "empty answer"),
+    (
+        {"prompt": "a", "completion": "b"},
+        {"prompt": "a", "completion": "<|endoftext|>"},
+        "empty answer",
+    ),
     ({"prompt": "a", "completion": "b"}, {"prompt": None, "completion": "b"}, "empty prompt"),
-    ({"prompt": "a", "completion": "b", "label": True}, {"prompt": "a", "completion": "", "label": True}, "empty completion"),
+    (
+        {"prompt": "a", "completion": "b", "label": True},
+        {"prompt": "a", "completion": "", "label": True},
+        "empty completion",
+    ),
     (TURNS, {"messages": [user("a")]}, "no assistant turn"),
     (TURNS, {"messages": []}, "no assistant turn"),
     (TURNS, {"messages": [user("a"), assistant(""), user("c"), assistant("d")]}, "empty answer"),
-    (TURNS, {"messages": [user("a"), {"role": "assistant", "content": None, "tool_calls": []}]}, "empty answer"),
+    (
+        TURNS,
+        {"messages": [user("a"), {"role": "assistant", "content": None, "tool_calls": []}]},
+        "empty answer",
+    ),
     ({"prompt": "a"}, {"prompt": " "}, "empty prompt"),
     ({"text": "a"}, {"text": None}, "empty text"),
-    ({"prompt": "a", "completions": ["b"], "labels": [True]}, {"prompt": "a", "completions": ["b"], "labels": [None]}, "no rated step"),
+    (
+        {"prompt": "a", "completions": ["b"], "labels": [True]},
+        {"prompt": "a", "completions": ["b"], "labels": [None]},
+        "no rated step",
+    ),
     (
         {"prompt": "a", "completions": ["b"], "labels": [True]},
         {"prompt": "a", "completions": ["b", " "], "labels": [True, False]},
@@ -570,12 +880,16 @@ DROPS = [
 
 
 @pytest.mark.parametrize(("good", "bad", "reason"), DROPS)
-def test_a_useless_record_is_dropped_counted_and_an_error_when_nothing_is_left(good, bad, reason, jsonl, caplog):
+def test_a_useless_record_is_dropped_counted_and_an_error_when_nothing_is_left(
+    good, bad, reason, jsonl, caplog
+):
     caplog.set_level(logging.WARNING, "data")
     path = jsonl(good, bad, good, bad)
     assert [record.where[-2:] for record in formats.read(path)] == [":1", ":3"]
     assert caplog.messages == [f"file.jsonl: 2 of 4 records dropped (2 {reason})"]
-    assert f"nothing is left of 2 records (2 {reason})" in refusal(jsonl(bad, bad, name="bad.jsonl"))
+    assert f"nothing is left of 2 records (2 {reason})" in refusal(
+        jsonl(bad, bad, name="bad.jsonl")
+    )
 
 
 def test_a_clean_file_is_read_without_a_word(jsonl, caplog):
@@ -585,11 +899,16 @@ def test_a_clean_file_is_read_without_a_word(jsonl, caplog):
 
 def test_several_reasons_share_one_line(jsonl, caplog):
     formats.read(jsonl(GOOD, GOOD | {"chosen": ""}, GOOD | {"chosen": "c"}, GOOD | {"chosen": "c"}))
-    assert caplog.messages == ["file.jsonl: 3 of 4 records dropped (2 chosen equals rejected, 1 empty chosen)"]
+    assert caplog.messages == [
+        "file.jsonl: 3 of 4 records dropped (2 chosen equals rejected, 1 empty chosen)"
+    ]
 
 
 def test_a_conversation_that_ends_on_the_user_loses_that_turn(jsonl, caplog):
-    path = jsonl({"messages": [user("a"), assistant("b"), user("c"), {"role": "tool", "content": "d"}]}, TURNS)
+    path = jsonl(
+        {"messages": [user("a"), assistant("b"), user("c"), {"role": "tool", "content": "d"}]},
+        TURNS,
+    )
     assert [record.messages for record in formats.read(path)] == [[user("a"), assistant("b")]] * 2
     assert caplog.messages == ["file.jsonl: 1 of 2 records cut behind the last assistant turn"]
 
@@ -600,7 +919,9 @@ def test_a_conversation_that_ends_on_the_user_loses_that_turn(jsonl, caplog):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         formats.read(tmp_path / "nowhere.jsonl")
-    assert str(caught.value) == f"{tmp_path / 'nowhere.jsonl'}: there is no such file; check the path"
+    assert (
+        str(caught.value) == f"{tmp_path / 'nowhere.jsonl'}: there is no such file; check the path"
+    )
 
 
 def test_a_directory_is_refused(tmp_path):
@@ -639,7 +960,10 @@ def test_malformed_json_is_refused_with_its_line(content, line, raw):
 
 def test_bytes_that_are_not_utf8_are_refused_with_line_and_byte(raw):
     path = raw(b'{"text": "a"}\n{"text": "caf\xe9"}\n')
-    assert refusal(path) == f"{path}:2: is not UTF-8 (at byte 27 of the file); convert the file to UTF-8"
+    assert (
+        refusal(path)
+        == f"{path}:2: is not UTF-8 (at byte 27 of the file); convert the file to UTF-8"
+    )
     assert "is not UTF-8" in refusal(raw('{"text": "a"}'.encode("utf-16")))
 
 
@@ -651,7 +975,10 @@ def test_a_damaged_gzip_file_is_refused(raw):
 
 def test_unknown_fields_are_listed_beside_the_known_ones(jsonl):
     sentence = refusal(jsonl({"foo": 1, "bar": 2}))
-    assert "file.jsonl:1: has the unknown fields foo, bar; known are messages, " in sentence and "prompt + chosen + rejected" in sentence
+    assert (
+        "file.jsonl:1: has the unknown fields foo, bar; known are messages, " in sentence
+        and "prompt + chosen + rejected" in sentence
+    )
     assert "f7, ..." in refusal(jsonl({f"f{i}": i for i in range(50_000)}))
     assert "the unknown fields (none)" in refusal(jsonl({}))
 
@@ -667,36 +994,68 @@ def test_a_record_of_another_format_further_down_is_refused_with_its_line(jsonl)
 WRONG = [  # record, words of the sentence
     ({"prompt": "a", "completion": 4}, "the field completion holds a number where text belongs"),
     ({"prompt": ["a"], "completion": "b"}, "a turn holds text where role and content"),
-    ({"instruction": "a", "input": ["b"], "output": "c"}, "the field input holds a list where text belongs"),
+    (
+        {"instruction": "a", "input": ["b"], "output": "c"},
+        "the field input holds a list where text belongs",
+    ),
     ({"text": {"a": 1}}, "the field text holds an object where text belongs"),
     ({"messages": "a"}, "the field messages holds text where a list of turns belongs"),
-    ({"messages": [user(4), assistant("b")]}, "the field content holds a number where text belongs"),
+    (
+        {"messages": [user(4), assistant("b")]},
+        "the field content holds a number where text belongs",
+    ),
     ({"messages": [{"role": "user"}]}, "a turn holds role where role and content"),
     ({"messages": [{"role": "robot", "content": "a"}]}, "the unknown role 'robot'"),
     ({"messages": [{"role": None, "content": "a"}]}, "the unknown role None"),
-    ({"conversations": [{"from": "human", "value": True}]}, "the field value holds a boolean where text belongs"),
+    (
+        {"conversations": [{"from": "human", "value": True}]},
+        "the field value holds a boolean where text belongs",
+    ),
     (GOOD | {"label": 1.5}, "the label 1.5 of a pair is no number in [0, 1]"),
     (GOOD | {"label": "good"}, "the label 'good' of a pair is no number in [0, 1]"),
     (GOOD | {"margin": float("inf")}, "the margin inf of a pair is no finite number"),
-    ({"prompt": "a", "completion": "b", "label": "good"}, "the field label holds 'good' where true or false"),
-    ({"input": "a", "output_1": "b", "output_2": "c", "label": 3}, "the field label holds 3 where 1 or 2"),
-    ({"input": "a Step 1: b", "label": "a Step 1: b", "task": "t"}, "does not end with the step tag"),
-    ({"input": "a Step 1: b ки", "label": "a Step 1: b", "task": "t"}, "does not repeat input with + or -"),
-    ({"prompt": "a", "completions": ["b"], "labels": [1]}, "does not hold true, false or null for each"),
+    (
+        {"prompt": "a", "completion": "b", "label": "good"},
+        "the field label holds 'good' where true or false",
+    ),
+    (
+        {"input": "a", "output_1": "b", "output_2": "c", "label": 3},
+        "the field label holds 3 where 1 or 2",
+    ),
+    (
+        {"input": "a Step 1: b", "label": "a Step 1: b", "task": "t"},
+        "does not end with the step tag",
+    ),
+    (
+        {"input": "a Step 1: b ки", "label": "a Step 1: b", "task": "t"},
+        "does not repeat input with + or -",
+    ),
+    (
+        {"prompt": "a", "completions": ["b"], "labels": [1]},
+        "does not hold true, false or null for each",
+    ),
     ({"labeler": "x", "question": {"problem": "q"}, "label": 1}, "is not built like PRM800K"),
     (
         {
             "labeler": "x",
             "question": {"problem": "q"},
-            "label": {"steps": [{"completions": [{"text": "a", "rating": 2}], "chosen_completion": 0}]},
+            "label": {
+                "steps": [{"completions": [{"text": "a", "rating": 2}], "chosen_completion": 0}]
+            },
         },
         "step 0 has the ratings [2] where -1, 0, 1 or null belong",
     ),
-    ({"Definition": "a", "Instances": [{"input": "b"}]}, "is not built like Super-NaturalInstructions (KeyError: 'output')"),
+    (
+        {"Definition": "a", "Instances": [{"input": "b"}]},
+        "is not built like Super-NaturalInstructions (KeyError: 'output')",
+    ),
     ({"message_tree_id": "t", "prompt": {"text": "q"}}, "is not built like OpenAssistant"),
     ("a bare string", "holds text where a record"),
     (["a list"], "holds a list where a record"),
-    ({"harmful0": {"prompt": ["Critique"], "edit_request": "Rewrite"}}, "holds the principles of a constitution"),
+    (
+        {"harmful0": {"prompt": ["Critique"], "edit_request": "Rewrite"}},
+        "holds the principles of a constitution",
+    ),
 ]
 
 

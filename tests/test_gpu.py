@@ -18,15 +18,22 @@ def on_the_gpu():
 
 def test_row_ops_address_more_than_2_31_logits_and_more_than_65535_rows():
     N, V = 70_000, 32_768  # 2.3e9 logits, 4.6 GB in bf16
-    logits, targets = torch.randn(N, V, dtype=torch.bfloat16).requires_grad_(), torch.randint(V, (N,))
+    logits, targets = (
+        torch.randn(N, V, dtype=torch.bfloat16).requires_grad_(),
+        torch.randint(V, (N,)),
+    )
     out = kernels.logprob_rows(logits, targets, entropy=True)
     last = slice(N - 8, N)
-    exact = reference.logprob_rows(logits[last].detach().double().requires_grad_(), targets[last], entropy=True)
+    exact = reference.logprob_rows(
+        logits[last].detach().double().requires_grad_(), targets[last], entropy=True
+    )
     for ours, twin in zip(out, exact, strict=True):
         torch.testing.assert_close(ours[last].double(), twin.detach(), rtol=1e-5, atol=1e-5)
     (grad,) = torch.autograd.grad(out.logprob.sum(), logits)
     probabilities = torch.softmax(logits[last].detach().double(), 1)
-    expected = -probabilities.scatter_add(1, targets[last, None], torch.full((8, 1), -1.0, dtype=torch.float64))
+    expected = -probabilities.scatter_add(
+        1, targets[last, None], torch.full((8, 1), -1.0, dtype=torch.float64)
+    )
     assert (grad[last].double() - expected).norm() <= 4e-3 * expected.norm()
     del grad, out
     kl = kernels.kl_rows(logits, logits)
@@ -35,15 +42,23 @@ def test_row_ops_address_more_than_2_31_logits_and_more_than_65535_rows():
 
 def test_linear_ops_on_more_than_65535_tokens_and_2_31_logits():
     N, V, D = 70_000, 32_768, 64
-    hidden, weight = torch.randn(N, D).bfloat16().requires_grad_(), torch.randn(V, D).mul(0.2).bfloat16().requires_grad_()
+    hidden, weight = (
+        torch.randn(N, D).bfloat16().requires_grad_(),
+        torch.randn(V, D).mul(0.2).bfloat16().requires_grad_(),
+    )
     targets, last = torch.randint(V, (N,)), slice(N - 8, N)
-    exact = reference.linear_logprob(hidden[last].detach().double(), weight.detach().double(), targets[last])[0]
+    exact = reference.linear_logprob(
+        hidden[last].detach().double(), weight.detach().double(), targets[last]
+    )[0]
     token = kernels.linear_token_loss(hidden, weight, targets, lambda logprob, index: -logprob)
     for budget in (1 << 30, 16 << 30):  # recomputed; kept
         logprob = kernels.linear_logprob(hidden, weight, targets, logits_budget=budget).logprob
         torch.testing.assert_close(logprob[last].double(), exact, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(logprob, -token, rtol=1e-4, atol=1e-4)
-        ours, formed = (torch.autograd.grad(x.sum(), [hidden, weight], retain_graph=True) for x in (-logprob, token))
+        ours, formed = (
+            torch.autograd.grad(x.sum(), [hidden, weight], retain_graph=True)
+            for x in (-logprob, token)
+        )
         for a, b in zip(ours, formed, strict=True):
             assert (a - b).norm() <= 1e-2 * b.norm()
     with torch.no_grad():  # the fused forward
@@ -54,25 +69,53 @@ def test_linear_ops_on_more_than_65535_tokens_and_2_31_logits():
 @pytest.mark.parametrize("D", [256, 2048])
 def test_peak_memory_stays_under_the_budget_whatever_v_times_n(D):
     N, V, budget = 16_384, 128_256, 1 << 30  # the logits: 8.4 GB in fp32
-    hidden, weight = torch.randn(N, D).bfloat16().requires_grad_(), torch.randn(V, D).mul(D**-0.5).bfloat16().requires_grad_()
+    hidden, weight = (
+        torch.randn(N, D).bfloat16().requires_grad_(),
+        torch.randn(V, D).mul(D**-0.5).bfloat16().requires_grad_(),
+    )
     targets, ref_hidden, ref_weight = torch.randint(V, (N,)), hidden.detach() * 0.9, weight.detach()
-    sums = 2 * V * D * 4  # dW of a loss known token by token is added up in fp32; some versions of torch take a copy
+    sums = (
+        2 * V * D * 4
+    )  # dW of a loss known token by token is added up in fp32; some versions of torch take a copy
     for name, op, beside in (
-        ("logprob", lambda: kernels.linear_logprob(hidden, weight, targets, logits_budget=budget).logprob.mean(), 0),
-        ("token loss", lambda: kernels.linear_cross_entropy(hidden, weight, targets, logits_budget=budget), sums),
-        ("kl", lambda: kernels.linear_kl(hidden, weight, ref_hidden, ref_weight, logits_budget=budget).mean(), 0),
+        (
+            "logprob",
+            lambda: kernels.linear_logprob(
+                hidden, weight, targets, logits_budget=budget
+            ).logprob.mean(),
+            0,
+        ),
+        (
+            "token loss",
+            lambda: kernels.linear_cross_entropy(hidden, weight, targets, logits_budget=budget),
+            sums,
+        ),
+        (
+            "kl",
+            lambda: kernels.linear_kl(
+                hidden, weight, ref_hidden, ref_weight, logits_budget=budget
+            ).mean(),
+            0,
+        ),
     ):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         grads = torch.autograd.grad(op(), [hidden, weight])
         peak = torch.cuda.max_memory_allocated() - before - sum(g.nbytes for g in grads) - beside
         del grads
-        assert peak <= budget + 3 * hidden.numel() * 4, (name, peak)  # a few arrays (N, D) in fp32 beside the logits
+        assert peak <= budget + 3 * hidden.numel() * 4, (
+            name,
+            peak,
+        )  # a few arrays (N, D) in fp32 beside the logits
 
 
 def test_scoring_with_a_narrow_head_allocates_no_logits():
     N, V, D = 8192, 50257, 768
-    hidden, weight, targets = torch.randn(N, D).bfloat16(), torch.randn(V, D).mul(0.1).bfloat16(), torch.randint(V, (N,))
+    hidden, weight, targets = (
+        torch.randn(N, D).bfloat16(),
+        torch.randn(V, D).mul(0.1).bfloat16(),
+        torch.randint(V, (N,)),
+    )
     with torch.no_grad():
         kernels.linear_logprob(hidden, weight, targets)
         torch.cuda.reset_peak_memory_stats()

@@ -20,14 +20,21 @@ def test_best_of_n_is_the_mean_over_all_subsets(n):
     generator = torch.Generator().manual_seed(0)
     golds, scores = torch.rand(4, 5, generator=generator), torch.randn(4, 5, generator=generator)
     for row, (gold, own) in enumerate(zip(golds, scores)):
-        picks = [gold[max(subset, key=lambda i: own[i])].item() for subset in itertools.combinations(range(5), n)]
-        assert evaluate.best_of(golds, scores, n)[row].item() == pytest.approx(sum(picks) / len(picks), abs=1e-6)
+        picks = [
+            gold[max(subset, key=lambda i: own[i])].item()
+            for subset in itertools.combinations(range(5), n)
+        ]
+        assert evaluate.best_of(golds, scores, n)[row].item() == pytest.approx(
+            sum(picks) / len(picks), abs=1e-6
+        )
 
 
 def test_best_of_all_is_the_maximum_and_of_one_the_mean():
     golds = torch.rand(6, 8)
     torch.testing.assert_close(evaluate.best_of(golds, golds, 8), golds.double().amax(1))
-    torch.testing.assert_close(evaluate.best_of(golds, torch.randn(6, 8), 1), golds.double().mean(1))
+    torch.testing.assert_close(
+        evaluate.best_of(golds, torch.randn(6, 8), 1), golds.double().mean(1)
+    )
     with pytest.raises(ValueError, match="1 to 8"):
         evaluate.best_of(golds, golds, 9)
 
@@ -54,7 +61,9 @@ def test_solutions_are_scored_by_min_product_or_last_step():
     steps = torch.tensor([2.0, -1.0, 0.5])
     p = steps.sigmoid()
     for how, expected in (("min", p.min()), ("product", p.prod()), ("last", p[-1])):
-        assert evaluate.aggregated(steps, how).exp().item() == pytest.approx(expected.item(), rel=1e-5)
+        assert evaluate.aggregated(steps, how).exp().item() == pytest.approx(
+            expected.item(), rel=1e-5
+        )
 
 
 @pytest.fixture
@@ -70,7 +79,18 @@ def models(tmp_path, world_model, world_encoding, monkeypatch):
 @pytest.mark.parametrize("sums", [False, True])
 def test_best_of_n_command_ranks_by_every_judge_it_was_given(sums, models, capsys):
     more = ["--long-sums", "--process", str(models / "other")] if sums else []
-    flags = ["--policy", str(models / "sft"), "--reward", str(models / "reward"), "--n", "4", "--prompts", "13", "--device", "cpu"]
+    flags = [
+        "--policy",
+        str(models / "sft"),
+        "--reward",
+        str(models / "reward"),
+        "--n",
+        "4",
+        "--prompts",
+        "13",
+        "--device",
+        "cpu",
+    ]
     evaluate.best_of_n_main(run.parse(evaluate.BestOfN, flags + more))
     found = json.loads((models / "out/best-of-n.json").read_text())
     assert list(found["gold"]) == ["n=1", "n=2", "n=4"] and (models / "out/best-of-n.png").exists()
@@ -85,7 +105,11 @@ def test_process_models_are_for_sums():
         flags = ["--policy", "x", "--process", "y"]
         config = run.parse(evaluate.BestOfN, flags)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(evaluate, "open_run", lambda *a: (type("M", (), {"config": type("C", (), {"head": "lm"})}), None, True))
+            patch.setattr(
+                evaluate,
+                "open_run",
+                lambda *a: (type("M", (), {"config": type("C", (), {"head": "lm"})}), None, True),
+            )
             evaluate.best_of_n_main(config)
 
 
@@ -99,33 +123,55 @@ def test_a_planted_form_is_found_again(form):
     shape = (lambda x: math.log(max(x, 1e-3))) if "log" in form else (lambda x: x)
     gold = [0.3 + x * (0.8 - 0.25 * shape(x)) for x in d]
     a, b, r2 = evaluate.fit_form(kl, gold, form)
-    assert (a, b, r2) == (pytest.approx(0.8, abs=1e-6), pytest.approx(0.25, abs=1e-6), pytest.approx(1, abs=1e-9))
+    assert (a, b, r2) == (
+        pytest.approx(0.8, abs=1e-6),
+        pytest.approx(0.25, abs=1e-6),
+        pytest.approx(1, abs=1e-9),
+    )
 
 
 def run_of(golds, warned=None):
-    rows = [{"gold": gold, "score": i / 10, "kl": i / 10, "hacking": 0} for i, gold in enumerate(golds)]
+    rows = [
+        {"gold": gold, "score": i / 10, "kl": i / 10, "hacking": 0} for i, gold in enumerate(golds)
+    ]
     if warned is not None:
         rows[warned]["hacking"] = 1
     return rows
 
 
 def test_a_run_s_rise_fall_and_warning_are_read_off_its_metrics():
-    row = evaluate.hacking_row(run_of([0.5, 0.6, 0.8, 0.8, 0.8, 0.8, 0.8, 0.7, 0.5, 0.4, 0.4, 0.4], warned=7))
-    assert row["peak"] == pytest.approx(0.8) and row["fall"] == pytest.approx(0.4) and row["warned"] == 8
-    assert row["lost"] == pytest.approx(0.8 - 3.2 / 5) and row["proxy"] == pytest.approx(0.9)  # means of five
+    row = evaluate.hacking_row(
+        run_of([0.5, 0.6, 0.8, 0.8, 0.8, 0.8, 0.8, 0.7, 0.5, 0.4, 0.4, 0.4], warned=7)
+    )
+    assert (
+        row["peak"] == pytest.approx(0.8)
+        and row["fall"] == pytest.approx(0.4)
+        and row["warned"] == 8
+    )
+    assert row["lost"] == pytest.approx(0.8 - 3.2 / 5) and row["proxy"] == pytest.approx(
+        0.9
+    )  # means of five
     assert "warned" not in evaluate.hacking_row(run_of([0.5, 0.6, 0.7]))
 
 
 def test_the_command_counts_hits_and_false_alarms(tmp_path, capsys):
-    runs = {"hacked": run_of([0.8] * 5 + [0.7, 0.5, 0.3], 2), "missed": run_of([0.8] * 5 + [0.5] * 4), "well": run_of([0.6, 0.7, 0.8])}
+    runs = {
+        "hacked": run_of([0.8] * 5 + [0.7, 0.5, 0.3], 2),
+        "missed": run_of([0.8] * 5 + [0.5] * 4),
+        "well": run_of([0.6, 0.7, 0.8]),
+    }
     for name, rows in runs.items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / name / "metrics.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
     names = [str(tmp_path / name) for name in runs]
     evaluate.hacking_main(evaluate.Hacking(names, str(tmp_path)))
     said = capsys.readouterr().out
     assert "of 3 runs, 2 were hacked" in said and "precision 1.00  recall 0.50" in said
-    assert (tmp_path / "hacking.png").exists() and set(json.loads((tmp_path / "hacking.json").read_text())) == set(names)
+    assert (tmp_path / "hacking.png").exists() and set(
+        json.loads((tmp_path / "hacking.json").read_text())
+    ) == set(names)
 
 
 # --------------------------------------------------------------------------------------------------------------- detector
@@ -139,8 +185,16 @@ def test_repetition_is_the_share_of_pairs_said_before():
 def test_traces_of_a_batch_by_hand():
     scores, lengths = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([2, 4, 1])
     others = [torch.tensor([0.0, 1.0, 1.0]), torch.zeros(3)]
-    found = ppo.traces([[1, 2], [1, 2, 1, 2], [3]], [" I can't say", " cat dog", " i do not know"], scores, lengths, others)
-    assert found["length"].tolist() == [2, 4, 1] and found["repetition"].tolist() == pytest.approx([0, 1 / 3, 0])
+    found = ppo.traces(
+        [[1, 2], [1, 2, 1, 2], [3]],
+        [" I can't say", " cat dog", " i do not know"],
+        scores,
+        lengths,
+        others,
+    )
+    assert found["length"].tolist() == [2, 4, 1] and found["repetition"].tolist() == pytest.approx(
+        [0, 1 / 3, 0]
+    )
     assert found["refusals"].tolist() == [1, 0, 1] and found["disbelief"].tolist() == [0, 0.5, 1.5]
     assert "disbelief" not in ppo.traces([[1]] * 3, ["", "", ""], scores, lengths, [])
     assert ppo.correlation(scores, torch.tensor([3.0, 2.0, 1.0])) == pytest.approx(-1)
@@ -153,16 +207,24 @@ def test_drift_is_the_difference_of_the_two_means_from_one_policy_s_samples():
     f, log_ratio = torch.tensor([1.0, 5.0, 2.0, 9.0]), (p / q).log()
     exact = (p * f).sum() - (q * f).sum()
     for start in (0.0, 4.0, 100.0):  # whatever the start: it only lowers the variance
-        assert (p * (1 - (-log_ratio).exp()) * (f - start)).sum().item() == pytest.approx(exact.item(), abs=1e-4)
+        assert (p * (1 - (-log_ratio).exp()) * (f - start)).sum().item() == pytest.approx(
+            exact.item(), abs=1e-4
+        )
     drawn = torch.multinomial(p, 40000, replacement=True, generator=generator)
     moved, error = ppo.drift(f[drawn], log_ratio[drawn], 4.0)
     assert moved == pytest.approx(exact.item(), abs=3 * error) and error < 0.05
-    assert ppo.drift(f, torch.zeros(4), 0.0) == (0, 0)  # a policy that has not moved has not moved, whatever it was asked
+    assert ppo.drift(f, torch.zeros(4), 0.0) == (
+        0,
+        0,
+    )  # a policy that has not moved has not moved, whatever it was asked
 
 
 def test_leaning_towards_a_score_moves_length_by_their_covariance():
     p = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
-    scores, lengths = torch.tensor([0.3, -1.0, 2.0, 0.5]).double(), torch.tensor([3.0, 1.0, 9.0, 4.0]).double()
+    scores, lengths = (
+        torch.tensor([0.3, -1.0, 2.0, 0.5]).double(),
+        torch.tensor([3.0, 1.0, 9.0, 4.0]).double(),
+    )
     eps = 1e-6
     leaning = p * (eps * scores).exp()
     moved = (leaning / leaning.sum() * lengths).sum() - (p * lengths).sum()
@@ -170,7 +232,9 @@ def test_leaning_towards_a_score_moves_length_by_their_covariance():
     assert (moved / eps).item() == pytest.approx(covariance.item(), rel=1e-4)
 
 
-STILL = {name: (0.0, 0.01) for name in ("length", "repetition", "refusals", "disbelief")}  # drifts and their standard errors
+STILL = {
+    name: (0.0, 0.01) for name in ("length", "repetition", "refusals", "disbelief")
+}  # drifts and their standard errors
 
 
 @pytest.mark.parametrize(
@@ -184,9 +248,19 @@ STILL = {name: (0.0, 0.01) for name in ("length", "repetition", "refusals", "dis
         ({"refusals": (0.2, 0.02)}, 0.0, 0.1, "refusals"),
         ({"disbelief": (0.5, 0.02)}, 0.0, 0.1, "ensemble"),
         ({}, 0.4, 0.1, None),
-        ({"length": (-0.8, 0.1), "refusals": (0.04, 0.02)}, 0.4, 1.0, None),  # what a healthy run may do
+        (
+            {"length": (-0.8, 0.1), "refusals": (0.04, 0.02)},
+            0.4,
+            1.0,
+            None,
+        ),  # what a healthy run may do
         ({"length": (1.0, 0.1)}, -0.3, 0.1, None),  # longer, and not because it pays
-        ({"length": (1.0, 0.5), "refusals": (0.2, 0.1), "disbelief": (0.5, 0.2)}, 0.4, 0.1, None),  # perhaps no more than luck
+        (
+            {"length": (1.0, 0.5), "refusals": (0.2, 0.1), "disbelief": (0.5, 0.2)},
+            0.4,
+            0.1,
+            None,
+        ),  # perhaps no more than luck
     ],
 )
 def test_each_sign_has_a_trace_of_its_own(drifts, paid, kl, sign):
@@ -195,11 +269,22 @@ def test_each_sign_has_a_trace_of_its_own(drifts, paid, kl, sign):
 
 def test_without_other_models_and_without_a_budget_the_other_signs_are_left():
     alone = {name: value for name, value in STILL.items() if name != "disbelief"}
-    assert not ppo.signs(alone, 6.0, 0.0, 100.0, 0) and set(ppo.signs(alone, 6.0, 0.0, 100.0, 2.5)) == {"kl"}
+    assert not ppo.signs(alone, 6.0, 0.0, 100.0, 0) and set(
+        ppo.signs(alone, 6.0, 0.0, 100.0, 2.5)
+    ) == {"kl"}
 
 
 def optimise(models, *more):
-    common = ["--init", models / "sft", "--reward", models / "reward", "--ensemble", models / "other", "--device", "cpu"]
+    common = [
+        "--init",
+        models / "sft",
+        "--reward",
+        models / "reward",
+        "--ensemble",
+        models / "other",
+        "--device",
+        "cpu",
+    ]
     common += [
         "--batch-size",
         "16",
@@ -214,16 +299,29 @@ def optimise(models, *more):
         models / "ppo",
     ]
     ppo.main(run.parse(ppo.Config, list(map(str, [*common, *more]))))
-    return [json.loads(line) for line in (models / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (models / "ppo" / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def test_a_sign_is_said_marked_and_can_end_the_run(models, capsys):
     rows = optimise(models, "--lr", "0.05", "--kl-budget", "0.001", "--beta", "0")
     said = capsys.readouterr().err
-    assert len(rows) == 4 and rows[0]["hacking"] == 0 and rows[1]["hacking"] > 0 and "disbelief_drift" in rows[0]
+    assert (
+        len(rows) == 4
+        and rows[0]["hacking"] == 0
+        and rows[1]["hacking"] > 0
+        and "disbelief_drift" in rows[0]
+    )
     assert said.count("over its budget") == 1 and "step 2: this looks like reward hacking" in said
-    stopped = optimise(models, "--lr", "0.05", "--kl-budget", "0.001", "--beta", "0", "--stop-on-hacking")
-    assert len(stopped) == 2 and stopped == rows[:2] and (models / "ppo" / "model.safetensors").exists()
+    stopped = optimise(
+        models, "--lr", "0.05", "--kl-budget", "0.001", "--beta", "0", "--stop-on-hacking"
+    )
+    assert (
+        len(stopped) == 2
+        and stopped == rows[:2]
+        and (models / "ppo" / "model.safetensors").exists()
+    )
 
 
 def test_watching_changes_nothing(models):

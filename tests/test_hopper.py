@@ -32,10 +32,19 @@ def resources(kernel, arguments, num_warps, num_stages=3, tmp_path=None):
             if not value.startswith("odd"):
                 attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=num_warps, num_stages=num_stages))
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", 90, 32),
+        options=dict(num_warps=num_warps, num_stages=num_stages),
+    )
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
-    text = subprocess.run([BIN / "cuobjdump", "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        [BIN / "cuobjdump", "--dump-resource-usage", cubin],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return usage | {"SHARED": compiled.metadata.shared}, compiled.asm
 
@@ -43,49 +52,147 @@ def resources(kernel, arguments, num_warps, num_stages=3, tmp_path=None):
 V, N, D = 50304, 8192, 768  # GPT-2's vocabulary as it is padded
 R, B = rows_triton.tile(V)
 SHORT_R, SHORT_B = rows_triton.tile(512)  # a toy vocabulary: many rows in a tile
-ROW = dict(rows_ptr=None, scale_ptr="fp32", n="i32", V="i32", z_stride="i32", ref_stride="i32", R=R, B=B)
-STATS = ROW | dict(ref_ptr=None, targets_ptr="i64", stats_ptr="fp32", unit_ptr=None, stats_stride="i32", unit_stride="i32")
+ROW = dict(
+    rows_ptr=None, scale_ptr="fp32", n="i32", V="i32", z_stride="i32", ref_stride="i32", R=R, B=B
+)
+STATS = ROW | dict(
+    ref_ptr=None,
+    targets_ptr="i64",
+    stats_ptr="fp32",
+    unit_ptr=None,
+    stats_stride="i32",
+    unit_stride="i32",
+)
 STATS |= dict(ENTROPY=False, REVERSE=True)
-GRADIENT = ROW | dict(ref_ptr=None, column_ptr=None, m_ptr="fp32", ref_m_ptr=None, a_ptr="fp32", b_ptr=None, c_ptr=None, d_ptr=None)
+GRADIENT = ROW | dict(
+    ref_ptr=None,
+    column_ptr=None,
+    m_ptr="fp32",
+    ref_m_ptr=None,
+    a_ptr="fp32",
+    b_ptr=None,
+    c_ptr=None,
+    d_ptr=None,
+)
 GRADIENT |= dict(out_ptr="bf16", out_stride="i32")
 TARGET = dict(column_ptr="i64", c_ptr="fp32")
 REFERENCE = dict(ref_ptr="bf16", ref_m_ptr="fp32")
 ROW_CASES = {
     "statistics of bf16 logits": (rows_triton.statistics_kernel, STATS | dict(z_ptr="bf16")),
-    "statistics of bf16 logits, V odd": (rows_triton.statistics_kernel, STATS | dict(z_ptr="bf16", V="odd i32")),
-    "statistics of chosen rows": (rows_triton.statistics_kernel, STATS | dict(z_ptr="bf16", rows_ptr="i64")),
-    "statistics, short rows": (rows_triton.statistics_kernel, STATS | dict(z_ptr="bf16", R=SHORT_R, B=SHORT_B)),
+    "statistics of bf16 logits, V odd": (
+        rows_triton.statistics_kernel,
+        STATS | dict(z_ptr="bf16", V="odd i32"),
+    ),
+    "statistics of chosen rows": (
+        rows_triton.statistics_kernel,
+        STATS | dict(z_ptr="bf16", rows_ptr="i64"),
+    ),
+    "statistics, short rows": (
+        rows_triton.statistics_kernel,
+        STATS | dict(z_ptr="bf16", R=SHORT_R, B=SHORT_B),
+    ),
     # Triton compiles an argument that equals 1 as a constant
-    "statistics of one row": (rows_triton.statistics_kernel, STATS | dict(z_ptr="bf16", n=1, stats_stride=1)),
-    "gradient of one row": (rows_triton.gradient_kernel, GRADIENT | TARGET | dict(z_ptr="fp32", n=1)),
-    "statistics of a vocabulary of one": (rows_triton.statistics_kernel, STATS | dict(z_ptr="fp32", V=1, z_stride=1, R=512, B=16)),
-    "statistics with entropy": (rows_triton.statistics_kernel, STATS | dict(z_ptr="fp32", ENTROPY=True)),
+    "statistics of one row": (
+        rows_triton.statistics_kernel,
+        STATS | dict(z_ptr="bf16", n=1, stats_stride=1),
+    ),
+    "gradient of one row": (
+        rows_triton.gradient_kernel,
+        GRADIENT | TARGET | dict(z_ptr="fp32", n=1),
+    ),
+    "statistics of a vocabulary of one": (
+        rows_triton.statistics_kernel,
+        STATS | dict(z_ptr="fp32", V=1, z_stride=1, R=512, B=16),
+    ),
+    "statistics with entropy": (
+        rows_triton.statistics_kernel,
+        STATS | dict(z_ptr="fp32", ENTROPY=True),
+    ),
     "unit gradient": (rows_triton.statistics_kernel, STATS | dict(z_ptr="fp32", unit_ptr="bf16")),
-    "unit gradient in place": (rows_triton.statistics_kernel, STATS | dict(z_ptr="fp32", unit_ptr="fp32")),
-    "KL of bf16 logits": (rows_triton.statistics_kernel, STATS | dict(z_ptr="bf16", ref_ptr="bf16", targets_ptr=None)),
+    "unit gradient in place": (
+        rows_triton.statistics_kernel,
+        STATS | dict(z_ptr="fp32", unit_ptr="fp32"),
+    ),
+    "KL of bf16 logits": (
+        rows_triton.statistics_kernel,
+        STATS | dict(z_ptr="bf16", ref_ptr="bf16", targets_ptr=None),
+    ),
     "unit gradient of the reverse KL": (
         rows_triton.statistics_kernel,
         STATS | dict(z_ptr="fp32", ref_ptr="fp32", targets_ptr=None, unit_ptr="bf16"),
     ),
     "unit gradient of the forward KL": (
         rows_triton.statistics_kernel,
-        STATS | dict(z_ptr="fp32", ref_ptr="fp32", targets_ptr=None, unit_ptr="bf16", REVERSE=False),
+        STATS
+        | dict(z_ptr="fp32", ref_ptr="fp32", targets_ptr=None, unit_ptr="bf16", REVERSE=False),
     ),
     "gradient of log-probs": (rows_triton.gradient_kernel, GRADIENT | TARGET | dict(z_ptr="bf16")),
-    "gradient of bf16 logits, V odd": (rows_triton.gradient_kernel, GRADIENT | TARGET | dict(z_ptr="bf16", V="odd i32")),
-    "gradient of log-probs, fp32 logits": (rows_triton.gradient_kernel, GRADIENT | TARGET | dict(z_ptr="fp32")),
-    "gradient with entropy": (rows_triton.gradient_kernel, GRADIENT | TARGET | dict(z_ptr="fp32", b_ptr="fp32")),
-    "gradient of the reverse KL": (rows_triton.gradient_kernel, GRADIENT | REFERENCE | dict(z_ptr="bf16", b_ptr="fp32")),
-    "gradient of the forward KL": (rows_triton.gradient_kernel, GRADIENT | REFERENCE | dict(z_ptr="bf16", d_ptr="fp32")),
+    "gradient of bf16 logits, V odd": (
+        rows_triton.gradient_kernel,
+        GRADIENT | TARGET | dict(z_ptr="bf16", V="odd i32"),
+    ),
+    "gradient of log-probs, fp32 logits": (
+        rows_triton.gradient_kernel,
+        GRADIENT | TARGET | dict(z_ptr="fp32"),
+    ),
+    "gradient with entropy": (
+        rows_triton.gradient_kernel,
+        GRADIENT | TARGET | dict(z_ptr="fp32", b_ptr="fp32"),
+    ),
+    "gradient of the reverse KL": (
+        rows_triton.gradient_kernel,
+        GRADIENT | REFERENCE | dict(z_ptr="bf16", b_ptr="fp32"),
+    ),
+    "gradient of the forward KL": (
+        rows_triton.gradient_kernel,
+        GRADIENT | REFERENCE | dict(z_ptr="bf16", d_ptr="fp32"),
+    ),
 }
 BN, BV, BD, _ = linear_triton.blocks(N, V, D)
-PARTIAL = dict(hidden_ptr="bf16", weight_ptr="bf16", targets_ptr="i64", parts_ptr="fp32", scale_ptr="fp32", n="i32", V="i32", D="i32")
-PARTIAL |= dict(hidden_row="i32", hidden_column=1, weight_row="i32", weight_column=1, tiles="i32", UPCAST=False, BN=BN, BV=BV, BD=BD)
+PARTIAL = dict(
+    hidden_ptr="bf16",
+    weight_ptr="bf16",
+    targets_ptr="i64",
+    parts_ptr="fp32",
+    scale_ptr="fp32",
+    n="i32",
+    V="i32",
+    D="i32",
+)
+PARTIAL |= dict(
+    hidden_row="i32",
+    hidden_column=1,
+    weight_row="i32",
+    weight_column=1,
+    tiles="i32",
+    UPCAST=False,
+    BN=BN,
+    BV=BV,
+    BD=BD,
+)
 WIDE = dict(zip(("BN", "BV", "BD"), linear_triton.blocks(N, V, D, narrow=False)))
-COMBINE = dict(parts_ptr="fp32", stats_ptr="fp32", splits="i32", n="i32", stats_stride="i32", ENTROPY=True, B=256)
+COMBINE = dict(
+    parts_ptr="fp32",
+    stats_ptr="fp32",
+    splits="i32",
+    n="i32",
+    stats_stride="i32",
+    ENTROPY=True,
+    B=256,
+)
 LINEAR_CASES = {
-    "fused linear": (linear_triton.partial_kernel, PARTIAL | dict(ENTROPY=False), linear_triton.WARPS, linear_triton.STAGES),
-    "fused linear, entropy": (linear_triton.partial_kernel, PARTIAL | dict(ENTROPY=True), linear_triton.WARPS, linear_triton.STAGES),
+    "fused linear": (
+        linear_triton.partial_kernel,
+        PARTIAL | dict(ENTROPY=False),
+        linear_triton.WARPS,
+        linear_triton.STAGES,
+    ),
+    "fused linear, entropy": (
+        linear_triton.partial_kernel,
+        PARTIAL | dict(ENTROPY=True),
+        linear_triton.WARPS,
+        linear_triton.STAGES,
+    ),
     "fused linear, one token": (
         linear_triton.partial_kernel,
         PARTIAL | dict(ENTROPY=True, n=1, tiles=1, BN=16),
@@ -95,40 +202,66 @@ LINEAR_CASES = {
     **{
         f"fused linear, {dtype}": (
             linear_triton.partial_kernel,
-            PARTIAL | WIDE | dict(ENTROPY=True, hidden_ptr=dtype, weight_ptr=dtype, parts_ptr=dtype, scale_ptr=dtype),
+            PARTIAL
+            | WIDE
+            | dict(
+                ENTROPY=True, hidden_ptr=dtype, weight_ptr=dtype, parts_ptr=dtype, scale_ptr=dtype
+            ),
             linear_triton.WARPS,
             linear_triton.STAGES,
         )
         for dtype in ("fp32", "fp64")
     },
-    "combine, one token": (linear_triton.combine_kernel, COMBINE | dict(n=1, splits=1, stats_stride=1), 4, 3),
+    "combine, one token": (
+        linear_triton.combine_kernel,
+        COMBINE | dict(n=1, splits=1, stats_stride=1),
+        4,
+        3,
+    ),
     "combine": (linear_triton.combine_kernel, COMBINE, 4, 3),
 }
 CASES = {name: (*case, rows_triton.WARPS, 3) for name, case in ROW_CASES.items()} | LINEAR_CASES
 
 
-@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # a default that Triton is about to change; either will do
+@pytest.mark.filterwarnings(
+    "ignore:TRITON_DEFAULT_FP_FUSION"
+)  # a default that Triton is about to change; either will do
 @pytest.mark.parametrize("name", CASES)
-def test_kernel_compiles_for_hopper_without_spills_and_within_shared_memory(name, tmp_path, record_property):
+def test_kernel_compiles_for_hopper_without_spills_and_within_shared_memory(
+    name, tmp_path, record_property
+):
     if dispatch.interpreting():
         pytest.skip("TRITON_INTERPRET=1: the kernels are Python functions here, nothing to compile")
     if not (BIN / "cuobjdump").exists() or not (BIN / "ptxas").exists():
-        pytest.skip(f"{BIN}: this Triton wheel has no ptxas or no cuobjdump, the resources cannot be read")
+        pytest.skip(
+            f"{BIN}: this Triton wheel has no ptxas or no cuobjdump, the resources cannot be read"
+        )
     usage, asm = resources(*CASES[name], tmp_path=tmp_path)
     print(f"{name}: {usage}")
     record_property("resources", str(usage))
     assert usage["STACK"] == usage["LOCAL"] == 0, f"{name} spills: {usage}"
     assert usage["SHARED"] <= SHARED_LIMIT and usage["REG"] <= 255, usage
     if CASES[name][1].get("z_stride") == "i32":
-        assert re.search(r"arith\.muli .*: (i64|tensor<\d+x1xi64>)", asm["ttir"]), "row x stride is not computed in 64 bits"
+        assert re.search(r"arith\.muli .*: (i64|tensor<\d+x1xi64>)", asm["ttir"]), (
+            "row x stride is not computed in 64 bits"
+        )
     if name in ("fused linear", "fused linear, entropy"):
         assert "wgmma" in asm["ptx"], "the product does not run on Hopper's own matrix instructions"
     if "bf16 logits" in name:
-        assert re.search(r"ld\.global[.\w]*\.v4\.b32", asm["ptx"]), "bf16 logits are not read 16 bytes at a time"
+        assert re.search(r"ld\.global[.\w]*\.v4\.b32", asm["ptx"]), (
+            "bf16 logits are not read 16 bytes at a time"
+        )
     if "gradient of bf16" in name:
-        assert re.search(r"st\.global[.\w]*\.v4\.b32", asm["ptx"]), "their gradient is not written 16 bytes at a time"
+        assert re.search(r"st\.global[.\w]*\.v4\.b32", asm["ptx"]), (
+            "their gradient is not written 16 bytes at a time"
+        )
 
 
 def test_every_kernel_is_covered():
-    kernels = {value for module in (rows_triton, linear_triton) for name, value in vars(module).items() if name.endswith("_kernel")}
+    kernels = {
+        value
+        for module in (rows_triton, linear_triton)
+        for name, value in vars(module).items()
+        if name.endswith("_kernel")
+    }
     assert len(kernels) == 4 and kernels == {case[0] for case in CASES.values()}

@@ -16,7 +16,17 @@ import ppo
 import reward
 import sft
 from data import chat, formats, tokenizer, world
-from data.collate import IGNORE, collate, encode_pairs, epochs, fork, joined_length, pad, score, score_pairs
+from data.collate import (
+    IGNORE,
+    collate,
+    encode_pairs,
+    epochs,
+    fork,
+    joined_length,
+    pad,
+    score,
+    score_pairs,
+)
 from data.formats import Preference
 from model import GPT
 
@@ -97,7 +107,9 @@ def jsonl(tmp_path):
 # ------------------------------------------------------------------------------------------------------ what is supervised
 
 
-def test_after_the_shift_every_assistant_token_and_its_end_is_a_target_and_nothing_else(chats, world_encoding):
+def test_after_the_shift_every_assistant_token_and_its_end_is_a_target_and_nothing_else(
+    chats, world_encoding
+):
     end = world_encoding._special_tokens["<|im_end|>"]
     batch = collate([chat.render(messages, world_encoding) for messages in chats])
     assert len(set(batch.lengths.tolist())) > 5  # padding of many sizes
@@ -115,7 +127,11 @@ def test_each_reply_is_predicted_from_its_header_on_up_to_its_end_token(world_en
     header = chat.prompt(TALK[:2], world_encoding)[-3:]
     assert world_encoding.decode(header) == "<|im_start|>assistant\n"
     batch = collate([chat.render(TALK, world_encoding), chat.render(TALK[:3], world_encoding)])
-    mask, inputs, targets = batch.mask[0].tolist(), batch.inputs[0].tolist(), batch.targets[0].tolist()
+    mask, inputs, targets = (
+        batch.mask[0].tolist(),
+        batch.inputs[0].tolist(),
+        batch.targets[0].tolist(),
+    )
     starts = [t for t in range(len(mask)) if mask[t] and (t == 0 or not mask[t - 1])]
     stops = [t for t in range(len(mask)) if mask[t] and not mask[t + 1]]
     assert len(starts) == len(stops) == 3
@@ -128,24 +144,47 @@ def test_each_reply_is_predicted_from_its_header_on_up_to_its_end_token(world_en
 def test_inputs_targets_mask_and_weights_agree_and_padding_is_outside_of_all(chats, world_encoding):
     examples = [chat.render(messages, world_encoding) for messages in chats]
     batch = collate(examples)
-    assert batch.inputs.dtype == batch.targets.dtype == torch.int64 and batch.mask.dtype == torch.bool
+    assert (
+        batch.inputs.dtype == batch.targets.dtype == torch.int64 and batch.mask.dtype == torch.bool
+    )
     assert torch.equal(batch.weights, batch.mask.float()) and batch.weights.dtype == torch.float32
-    assert batch.inputs.shape == batch.targets.shape == batch.mask.shape == (len(chats), max(batch.lengths))
+    assert (
+        batch.inputs.shape
+        == batch.targets.shape
+        == batch.mask.shape
+        == (len(chats), max(batch.lengths))
+    )
     for row, (ids, mask) in enumerate(examples):
         n = int(batch.lengths[row])
-        assert n == len(ids) - 1 and batch.inputs[row, :n].tolist() == ids[:-1] and batch.mask[row, :n].tolist() == mask[1:]
+        assert (
+            n == len(ids) - 1
+            and batch.inputs[row, :n].tolist() == ids[:-1]
+            and batch.mask[row, :n].tolist() == mask[1:]
+        )
         assert not batch.mask[row, n:].any() and (batch.inputs[row, n:] == 0).all()
 
 
 def test_a_token_counts_by_its_position_even_if_its_id_is_the_padding_s():
-    batch = collate([([5, 0, 0], [False, True, True]), ([5, 6, 7, 8, 0], [False, True, False, False, True])])
+    batch = collate(
+        [([5, 0, 0], [False, True, True]), ([5, 6, 7, 8, 0], [False, True, False, False, True])]
+    )
     assert batch.targets.tolist() == [[0, 0, IGNORE, IGNORE], [6, IGNORE, IGNORE, 0]]
     assert batch.mask.tolist() == [[True, True, False, False], [True, False, False, True]]
 
 
-def test_sft_examples_are_the_rendered_chats_and_pretraining_weighs_every_token(jsonl, chats, world_encoding):
+def test_sft_examples_are_the_rendered_chats_and_pretraining_weighs_every_token(
+    jsonl, chats, world_encoding
+):
     path = jsonl([{"messages": messages} for messages in chats])
-    config = SimpleNamespace(data=[path], pretrain=False, steps=1, batch_size=1, seed=0, prompt_weight=0.1, last_only=False)
+    config = SimpleNamespace(
+        data=[path],
+        pretrain=False,
+        steps=1,
+        batch_size=1,
+        seed=0,
+        prompt_weight=0.1,
+        last_only=False,
+    )
     examples, *_ = sft.load_examples(config, world_encoding, 128)
     assert examples == [chat.render(messages, world_encoding) for messages in chats]
     config.pretrain, config.data = True, []
@@ -153,7 +192,12 @@ def test_sft_examples_are_the_rendered_chats_and_pretraining_weighs_every_token(
     end = world_encoding._special_tokens["<|endoftext|>"]
     assert len(examples) > 100
     for ids, weights in examples:
-        assert ids[-1] == end and weights[-1] == 1.0 and set(weights) <= {0.1, 1.0} and len(ids) == len(weights)
+        assert (
+            ids[-1] == end
+            and weights[-1] == 1.0
+            and set(weights) <= {0.1, 1.0}
+            and len(ids) == len(weights)
+        )
 
 
 def test_the_end_token_s_gradient_reaches_the_model(world_model, world_encoding):
@@ -166,8 +210,14 @@ def test_the_end_token_s_gradient_reaches_the_model(world_model, world_encoding)
     # raising an end token's logit pays at the four places where it is the target: its row must be pulled towards their hidden states
     hidden = model(batch.inputs)
     probabilities = model.logits(hidden).softmax(-1)[..., end]
-    wanted = ((probabilities - (batch.targets == end).float()) * batch.mask)[..., None] * hidden / batch.mask.sum()
-    torch.testing.assert_close(model.lm_head.weight.grad[end], wanted.sum((0, 1)), rtol=1e-4, atol=1e-6)
+    wanted = (
+        ((probabilities - (batch.targets == end).float()) * batch.mask)[..., None]
+        * hidden
+        / batch.mask.sum()
+    )
+    torch.testing.assert_close(
+        model.lm_head.weight.grad[end], wanted.sum((0, 1)), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_every_stage_trains_on_the_same_tokens_of_a_reply(preferences, world_encoding):
@@ -176,8 +226,13 @@ def test_every_stage_trains_on_the_same_tokens_of_a_reply(preferences, world_enc
     assert kept == preferences
     for record, pair in zip(preferences, pairs, strict=True):
         for reply, (ids, mask) in zip((record.chosen, record.rejected), pair, strict=True):
-            prompt, completion = chat.prompt(record.prompt, world_encoding), chat.completion(reply[0]["content"], world_encoding)
-            assert ids == prompt + completion and mask == [False] * len(prompt) + [True] * len(completion)
+            prompt, completion = (
+                chat.prompt(record.prompt, world_encoding),
+                chat.completion(reply[0]["content"], world_encoding),
+            )
+            assert ids == prompt + completion and mask == [False] * len(prompt) + [True] * len(
+                completion
+            )
 
 
 def test_pairs_that_teach_nothing_are_dropped_and_counted(preferences, world_encoding):
@@ -197,10 +252,18 @@ def test_an_epoch_shows_every_example_once_in_an_order_of_its_own():
     order = epochs(lengths, 10, seed=1)
     first, second = ([next(order) for _ in range(101)] for _ in range(2))
     for epoch in (first, second):
-        assert sorted(i for batch in epoch for i in batch) == list(range(1003)) and max(map(len, epoch)) == 10
+        assert (
+            sorted(i for batch in epoch for i in batch) == list(range(1003))
+            and max(map(len, epoch)) == 10
+        )
     again, other = epochs(lengths, 10, seed=1), epochs(lengths, 10, seed=2)
-    assert first != second and [next(again) for _ in range(101)] == first != [next(other) for _ in range(101)]
-    spread = sum(max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in first) / 101
+    assert first != second and [next(again) for _ in range(101)] == first != [
+        next(other) for _ in range(101)
+    ]
+    spread = (
+        sum(max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in first)
+        / 101
+    )
     assert spread < 10  # of 89: rows of a batch are of similar length
 
 
@@ -234,33 +297,61 @@ def test_the_sft_loss_is_the_slow_loop_and_1_x_8_is_8_x_1(world_model, world_enc
     for size in (8, 1, 3):
         losses = []
         for start in range(0, 8, size):
-            losses.append(sft.batch_loss(model, collate(examples[start : start + size]), sum(supervised)))
+            losses.append(
+                sft.batch_loss(model, collate(examples[start : start + size]), sum(supervised))
+            )
             losses[-1].backward()
         grads = gradients(model)
         for name, grad in expected.items():
             scale = float(grad.abs().max())
-            torch.testing.assert_close(grads[name], grad, rtol=1e-6, atol=1e-6 * scale, msg=f"{name}, micro-batches of {size}")
-        assert float(sum(losses).detach()) == pytest.approx(float(slow_sft_loss(model, examples).detach()), rel=1e-6)
+            torch.testing.assert_close(
+                grads[name],
+                grad,
+                rtol=1e-6,
+                atol=1e-6 * scale,
+                msg=f"{name}, micro-batches of {size}",
+            )
+        assert float(sum(losses).detach()) == pytest.approx(
+            float(slow_sft_loss(model, examples).detach()), rel=1e-6
+        )
 
 
-def test_three_steps_of_sft_end_in_the_same_weights_whatever_the_micro_batch(run_stage, jsonl, checkpoint, chats):
-    flags = dict(init=checkpoint(), data=[jsonl([{"messages": messages} for messages in chats])], steps=3, batch_size=8, lr=1e-3)
+def test_three_steps_of_sft_end_in_the_same_weights_whatever_the_micro_batch(
+    run_stage, jsonl, checkpoint, chats
+):
+    flags = dict(
+        init=checkpoint(),
+        data=[jsonl([{"messages": messages} for messages in chats])],
+        steps=3,
+        batch_size=8,
+        lr=1e-3,
+    )
     whole, metrics = run_stage(sft, **flags)
     parts, micro_metrics = run_stage(sft, micro_batch_size=1, **flags)
     for a, b in zip(metrics, micro_metrics, strict=True):
         assert a.keys() == b.keys()
         for name, value in a.items():
             assert b[name] == pytest.approx(value, rel=1e-5), name
-    ours, theirs, before = (GPT.from_pretrained(directory).state_dict() for directory in (whole, parts, flags["init"]))
+    ours, theirs, before = (
+        GPT.from_pretrained(directory).state_dict() for directory in (whole, parts, flags["init"])
+    )
     moved = max(float((ours[name] - before[name]).abs().max()) for name in before)
     assert moved > 1e-3  # three steps of Adam: about 3 lr
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0.01 * moved, msg=name)
 
 
-def test_sft_reports_the_loss_and_the_supervised_tokens_of_its_whole_step(run_stage, jsonl, checkpoint, world_encoding, chats):
+def test_sft_reports_the_loss_and_the_supervised_tokens_of_its_whole_step(
+    run_stage, jsonl, checkpoint, world_encoding, chats
+):
     init, four = checkpoint(), chats[-4:]  # too few for a held-out tenth: one batch holds them all
-    _, metrics = run_stage(sft, init=init, data=[jsonl([{"messages": messages} for messages in four])], steps=1, batch_size=4)
+    _, metrics = run_stage(
+        sft,
+        init=init,
+        data=[jsonl([{"messages": messages} for messages in four])],
+        steps=1,
+        batch_size=4,
+    )
     examples = [chat.render(messages, world_encoding) for messages in four]
     expected = slow_sft_loss(GPT.from_pretrained(init), examples)
     assert metrics[0]["loss"] == pytest.approx(float(expected.detach()), rel=1e-5)
@@ -274,37 +365,59 @@ def test_sft_reports_the_loss_and_the_supervised_tokens_of_its_whole_step(run_st
 def test_the_first_dpo_loss_is_ln_2(world_model, world_encoding, preferences, arch):
     policy = world_model(arch=arch)
     pairs, _, _ = encode_pairs(preferences, world_encoding, 128)
-    ref_logps = dpo.all_logps(policy, pairs, size=7)  # in other batches, with other padding, than training will use
+    ref_logps = dpo.all_logps(
+        policy, pairs, size=7
+    )  # in other batches, with other padding, than training will use
     for rows in ([3], [0, 9, 4, 17], list(range(24))):
         chosen, rejected = dpo.pair_logps(policy, [pairs[i] for i in rows]).unbind(1)
         losses = dpo.dpo_loss(chosen, rejected, *ref_logps[rows].unbind(1), beta=0.1)
         assert losses.shape == (len(rows),)
         assert float((losses.detach() - math.log(2)).abs().max()) < 1e-6
-        assert torch.isfinite(chosen).all() and float(chosen.detach().min()) < -1 and not torch.equal(chosen, rejected)
+        assert (
+            torch.isfinite(chosen).all()
+            and float(chosen.detach().min()) < -1
+            and not torch.equal(chosen, rejected)
+        )
 
 
 @pytest.fixture(scope="module")
 def forking(world_encoding, preferences):
     """Pairs that part early, late and never: preferences, nothing in common, one side going on, too long together for the context."""
     pairs, _, _ = encode_pairs(preferences, world_encoding, 128)
-    rows = [([3, 4, 5], [6, 7]), ([3, 4, 5, 6], [3, 4, 5, 6, 7, 8]), ([3, 4, 5, 6], [3, 4]), ([5] * 20 + [6] * 100, [5] * 20 + [7] * 107)]
+    rows = [
+        ([3, 4, 5], [6, 7]),
+        ([3, 4, 5, 6], [3, 4, 5, 6, 7, 8]),
+        ([3, 4, 5, 6], [3, 4]),
+        ([5] * 20 + [6] * 100, [5] * 20 + [7] * 107),
+    ]
     return pairs + [tuple((ids, [False] + [True] * (len(ids) - 1)) for ids in row) for row in rows]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_what_a_pair_begins_with_is_read_once_and_each_side_as_if_it_stood_alone(world_model, forking, arch):
+def test_what_a_pair_begins_with_is_read_once_and_each_side_as_if_it_stood_alone(
+    world_model, forking, arch
+):
     policy, scorer = world_model(arch=arch).double(), world_model("score", arch=arch).double()
-    alone = torch.stack([torch.stack([dpo.sequence_logps(policy, [side])[0] for side in pair]) for pair in forking])  # (N, 2)
+    alone = torch.stack(
+        [torch.stack([dpo.sequence_logps(policy, [side])[0] for side in pair]) for pair in forking]
+    )  # (N, 2)
     together = dpo.pair_logps(policy, forking)  # (N, 2)
     torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(dpo.pair_logps(policy, forking, apart=True), alone, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        dpo.pair_logps(policy, forking, apart=True), alone, rtol=1e-10, atol=1e-10
+    )
     weights = torch.randn(alone.shape, generator=torch.Generator().manual_seed(0))
-    found, expected = (torch.autograd.grad((logps * weights).sum(), list(policy.parameters())) for logps in (together, alone))
+    found, expected = (
+        torch.autograd.grad((logps * weights).sum(), list(policy.parameters()))
+        for logps in (together, alone)
+    )
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8 * float(other.abs().max()))
     with torch.no_grad():
         scores = torch.stack(score_pairs(scorer, forking), dim=1)  # (N, 2), fp32
-        expected = torch.stack([torch.cat([score(scorer, [ids]) for ids, _ in pair]) for pair in forking])
+        expected = torch.stack(
+            [torch.cat([score(scorer, [ids]) for ids, _ in pair]) for pair in forking]
+        )
     torch.testing.assert_close(scores, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -312,45 +425,95 @@ def test_a_fork_holds_every_token_once_and_the_ledger_knows_its_length(forking):
     ids, lengths = pad([ids for pair in forking for ids, _ in pair])
     forks = fork(ids, lengths)
     for row, pair in enumerate(forking):
-        sides = [[forks.places[2 * row + side, t] for t in range(len(one))] for side, (one, _) in enumerate(pair)]
+        sides = [
+            [forks.places[2 * row + side, t] for t in range(len(one))]
+            for side, (one, _) in enumerate(pair)
+        ]
         for places, (one, _) in zip(sides, pair, strict=True):
-            assert forks.ids[row, places].tolist() == one and forks.positions[row, places].tolist() == list(range(len(one)))
+            assert forks.ids[row, places].tolist() == one and forks.positions[
+                row, places
+            ].tolist() == list(range(len(one)))
         assert len({int(place) for side in sides for place in side}) == joined_length(pair)
     assert forks.ids.shape[1] == max(map(joined_length, forking)) > 128  # their context
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_reference_and_policy_are_read_at_the_same_precision(jsonl, checkpoint, preferences, tmp_path, dtype):
+def test_reference_and_policy_are_read_at_the_same_precision(
+    jsonl, checkpoint, preferences, tmp_path, dtype
+):
     """The first loss is ln 2 and the first ratio 1 in bfloat16, too, up to what the company in a batch makes of a rounding."""
-    path = jsonl([{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in preferences])
+    path = jsonl(
+        [{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in preferences]
+    )
     flags = dict(device="cpu", dtype=dtype, steps=1)
-    dpo.main(dpo.Config(init=checkpoint(), data=[path], out=str(tmp_path / "dpo"), batch_size=24, **flags))
-    ppo.main(ppo.Config(init=checkpoint(), reward=checkpoint("score"), out=str(tmp_path / "ppo"), batch_size=16, max_new_tokens=8, **flags))
-    first = {name: json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0]) for name in ("dpo", "ppo")}
+    dpo.main(
+        dpo.Config(
+            init=checkpoint(), data=[path], out=str(tmp_path / "dpo"), batch_size=24, **flags
+        )
+    )
+    ppo.main(
+        ppo.Config(
+            init=checkpoint(),
+            reward=checkpoint("score"),
+            out=str(tmp_path / "ppo"),
+            batch_size=16,
+            max_new_tokens=8,
+            **flags,
+        )
+    )
+    first = {
+        name: json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])
+        for name in ("dpo", "ppo")
+    }
     tolerance = 1e-5 if dtype == "float32" else 1e-2
     assert first["dpo"]["loss"] == pytest.approx(math.log(2), abs=tolerance)
-    assert first["ppo"]["ratio_first"] == pytest.approx(1, abs=tolerance if dtype == "float32" else 0.1)
+    assert first["ppo"]["ratio_first"] == pytest.approx(
+        1, abs=tolerance if dtype == "float32" else 0.1
+    )
 
 
 @pytest.mark.parametrize("loss", dpo.LOSSES)
-def test_every_preference_loss_is_lowered_by_its_own_run(run_stage, jsonl, checkpoint, preferences, loss):
-    path = jsonl([{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in preferences])
-    _, metrics = run_stage(dpo, init=checkpoint(), data=[path], steps=8, batch_size=48, lr=1e-3, loss=loss)
+def test_every_preference_loss_is_lowered_by_its_own_run(
+    run_stage, jsonl, checkpoint, preferences, loss
+):
+    path = jsonl(
+        [{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in preferences]
+    )
+    _, metrics = run_stage(
+        dpo, init=checkpoint(), data=[path], steps=8, batch_size=48, lr=1e-3, loss=loss
+    )
     assert metrics[-1]["loss"] < metrics[0]["loss"]
-    assert metrics[-1]["margin"] > metrics[0]["margin"] and metrics[-1]["held_out_loss"] == metrics[-1]["held_out_loss"]
-    assert {"accuracy", "chosen_rewards", "rejected_rewards", "chosen_logps", "rejected_logps"} <= set(metrics[0])
+    assert (
+        metrics[-1]["margin"] > metrics[0]["margin"]
+        and metrics[-1]["held_out_loss"] == metrics[-1]["held_out_loss"]
+    )
+    assert {
+        "accuracy",
+        "chosen_rewards",
+        "rejected_rewards",
+        "chosen_logps",
+        "rejected_logps",
+    } <= set(metrics[0])
 
 
 def test_soft_labels_below_a_half_change_the_sides(jsonl, preferences, world_encoding):
-    records = [{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected, "label": 0.2} for r in preferences]
+    records = [
+        {"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected, "label": 0.2}
+        for r in preferences
+    ]
     pairs, labels, *_ = dpo.encode(dpo.Config(), formats.read(jsonl(records)), world_encoding, 128)
     plain, _, _ = encode_pairs(preferences, world_encoding, 128)
     assert pairs == [pair[::-1] for pair in plain] and labels == [0.8] * len(pairs)
 
 
 def test_kto_s_mismatched_replies_belong_to_other_prompts(jsonl, preferences, world_encoding):
-    records = [{"prompt": r.prompt, "completion": r.chosen, "label": i % 2 == 0} for i, r in enumerate(preferences)]
-    pairs, labels, *_ = dpo.encode(dpo.Config(loss="kto"), formats.read(jsonl(records)), world_encoding, 128)
+    records = [
+        {"prompt": r.prompt, "completion": r.chosen, "label": i % 2 == 0}
+        for i, r in enumerate(preferences)
+    ]
+    pairs, labels, *_ = dpo.encode(
+        dpo.Config(loss="kto"), formats.read(jsonl(records)), world_encoding, 128
+    )
     assert labels == [float(i % 2 == 0) for i in range(len(pairs))]
 
     def reply(example):
@@ -363,10 +526,18 @@ def test_kto_s_mismatched_replies_belong_to_other_prompts(jsonl, preferences, wo
     assert all(question(a) == question(b) for a, b in pairs)
     answers = {tuple(question(pair[0])): reply(pair[0]) for pair in pairs}
     assert all(other in own for other in others) and len(set(map(tuple, others))) > len(others) / 3
-    assert sum(other == answers[tuple(question(pair[0]))] for other, pair in zip(others, pairs, strict=True)) <= 2  # equal by chance
+    assert (
+        sum(
+            other == answers[tuple(question(pair[0]))]
+            for other, pair in zip(others, pairs, strict=True)
+        )
+        <= 2
+    )  # equal by chance
 
 
-def test_kto_refuses_replies_of_one_kind_and_the_others_refuse_replies_without_a_partner(jsonl, preferences, world_encoding):
+def test_kto_refuses_replies_of_one_kind_and_the_others_refuse_replies_without_a_partner(
+    jsonl, preferences, world_encoding
+):
     path = jsonl([{"prompt": r.prompt, "completion": r.chosen, "label": True} for r in preferences])
     with pytest.raises(ValueError, match="only one kind"):
         dpo.encode(dpo.Config(loss="kto"), formats.read(path), world_encoding, 128)
@@ -374,15 +545,23 @@ def test_kto_refuses_replies_of_one_kind_and_the_others_refuse_replies_without_a
         dpo.load_source(dpo.Config(loss="ipo", data=[path]))
 
 
-def test_dpo_s_run_starts_at_ln_2_and_lowers_its_own_loss(run_stage, jsonl, checkpoint, preferences):
-    path = jsonl([{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in preferences])
+def test_dpo_s_run_starts_at_ln_2_and_lowers_its_own_loss(
+    run_stage, jsonl, checkpoint, preferences
+):
+    path = jsonl(
+        [{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in preferences]
+    )
     out, metrics = run_stage(dpo, init=checkpoint(), data=[path], steps=6, batch_size=8, lr=1e-3)
-    assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and metrics[0]["margin"] == pytest.approx(0, abs=1e-5)
+    assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and metrics[0][
+        "margin"
+    ] == pytest.approx(0, abs=1e-5)
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.01 and metrics[-1]["margin"] > 0
     assert GPT.from_pretrained(out).config.head == "lm"
 
 
-def test_a_reply_s_logp_is_the_sum_over_its_tokens_and_end_token_whatever_the_batch(world_model, world_encoding, preferences):
+def test_a_reply_s_logp_is_the_sum_over_its_tokens_and_end_token_whatever_the_batch(
+    world_model, world_encoding, preferences
+):
     model = world_model()
     pairs, _, _ = encode_pairs(preferences, world_encoding, 128)
     examples = [side for pair in pairs for side in pair]
@@ -403,17 +582,33 @@ def rolled(world_model, world_encoding):
     """rolled(**flags): a rollout of tiny random models on world prompts, with all that it was made of."""
 
     def roll(arch="llama", n=24, **flags):
-        defaults = dict(max_new_tokens=12, temperature=1.0, beta=0.2, gamma=1.0, lam=0.95, no_end_score=-2.0, advantage="gae", group_size=4)
+        defaults = dict(
+            max_new_tokens=12,
+            temperature=1.0,
+            beta=0.2,
+            gamma=1.0,
+            lam=0.95,
+            no_end_score=-2.0,
+            advantage="gae",
+            group_size=4,
+        )
         config = SimpleNamespace(**(defaults | flags))
         policy, ref = world_model(seed=0, arch=arch), world_model(seed=1, arch=arch)
-        reward_model, critic = world_model("score", 2), world_model("score", 3) if config.advantage == "gae" else None
+        reward_model, critic = (
+            world_model("score", 2),
+            world_model("score", 3) if config.advantage == "gae" else None,
+        )
         prompts = [chat.prompt(record.messages, world_encoding) for record in world.prompts(n)]
         # random models seldom say <|im_end|>: every eighth token ends a reply here, so that replies of every length do
         stops = list(range(0, world_encoding.n_vocab, 8))
         generator = torch.Generator().manual_seed(0)
-        out = ppo.rollout(config, config.beta, policy, ref, critic, reward_model, prompts, stops, generator)
+        out = ppo.rollout(
+            config, config.beta, policy, ref, critic, reward_model, prompts, stops, generator
+        )
         models = dict(policy=policy, ref=ref, reward_model=reward_model, critic=critic)
-        return SimpleNamespace(config=config, prompts=prompts, stops=stops, **models, **out._asdict())
+        return SimpleNamespace(
+            config=config, prompts=prompts, stops=stops, **models, **out._asdict()
+        )
 
     return roll
 
@@ -427,8 +622,13 @@ def test_the_ratio_of_the_first_minibatch_is_1(rolled, arch, temperature):
         part = type(r.batch)(*(tensor[rows] for tensor in r.batch))
         logprobs = ppo.token_logprobs(r.policy, part, temperature)
         ratio = (logprobs - r.old_logprobs[rows]).exp()[part.mask].detach()
-        assert len(ratio) == sum(len(r.replies[i]) for i in rows) and float((ratio - 1).abs().max()) < 1e-5
-        assert float(r.old_logprobs[rows][part.mask].std()) > 0.5 and (logprobs[~part.mask] == 0).all()
+        assert (
+            len(ratio) == sum(len(r.replies[i]) for i in rows)
+            and float((ratio - 1).abs().max()) < 1e-5
+        )
+        assert (
+            float(r.old_logprobs[rows][part.mask].std()) > 0.5 and (logprobs[~part.mask] == 0).all()
+        )
 
 
 def test_ppo_s_run_starts_at_a_ratio_of_1_and_saves_its_policy(run_stage, checkpoint):
@@ -436,7 +636,9 @@ def test_ppo_s_run_starts_at_a_ratio_of_1_and_saves_its_policy(run_stage, checkp
     out, metrics = run_stage(ppo, init=checkpoint(), reward=checkpoint("score"), **flags)
     for line in metrics:
         assert line["ratio_first"] == pytest.approx(1, abs=1e-5)
-    assert metrics[0]["kl"] == pytest.approx(0, abs=1e-3)  # policy and reference are the same before the first step
+    assert metrics[0]["kl"] == pytest.approx(
+        0, abs=1e-3
+    )  # policy and reference are the same before the first step
     assert GPT.from_pretrained(out).config.head == "lm"
 
 
@@ -465,13 +667,17 @@ def test_returns_are_the_score_less_the_kl_that_is_still_to_come(rolled):
         mask = r.batch.mask[row]
         penalty = 0.3 * (r.old_logprobs[row] - ref[row])[mask]  # the end token's among them
         to_come = penalty.flip(0).cumsum(0).flip(0)
-        torch.testing.assert_close(r.returns[row][mask], r.scores[row] - to_come, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            r.returns[row][mask], r.scores[row] - to_come, rtol=1e-4, atol=1e-4
+        )
         torch.testing.assert_close(r.kl[row].sum(), penalty.sum() / 0.3, rtol=1e-4, atol=1e-4)
     white = r.advantages[r.batch.mask]
     assert abs(float(white.mean())) < 1e-5 and float(white.std()) == pytest.approx(1, abs=0.01)
 
 
-def test_a_score_is_read_at_the_last_token_alone_and_a_reply_without_an_end_gets_the_fixed_one(rolled):
+def test_a_score_is_read_at_the_last_token_alone_and_a_reply_without_an_end_gets_the_fixed_one(
+    rolled,
+):
     r = rolled()
     with torch.no_grad():
         for row, (prompt, reply) in enumerate(zip(r.prompts, r.replies, strict=True)):
@@ -488,7 +694,9 @@ def test_values_are_those_of_the_state_before_each_token_whatever_the_padding(ro
         for row, (prompt, reply) in enumerate(zip(r.prompts, r.replies, strict=True)):
             for t in range(len(reply)):
                 value = r.critic.score(r.critic(torch.tensor([prompt + reply[:t]])))[0, -1]
-                torch.testing.assert_close(r.values[row, len(prompt) - 1 + t], value, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(
+                    r.values[row, len(prompt) - 1 + t], value, rtol=1e-5, atol=1e-5
+                )
 
 
 @pytest.mark.parametrize("advantage", ["rloo", "grpo", "dr-grpo"])
@@ -503,28 +711,48 @@ def test_without_a_critic_a_reply_is_compared_with_the_others_to_its_prompt(roll
         group = worth[start : start + 4]
         for i in range(4):
             others = torch.cat([group[:i], group[i + 1 :]])
-            expected = {"rloo": group[i] - others.mean(), "grpo": (group[i] - group.mean()) / (group.std() + 1e-4)}
+            expected = {
+                "rloo": group[i] - others.mean(),
+                "grpo": (group[i] - group.mean()) / (group.std() + 1e-4),
+            }
             expected = expected.get(advantage, group[i] - group.mean())
             got, mask = r.advantages[start + i], r.batch.mask[start + i]
             if advantage == "grpo":
                 expected = expected / mask.sum()
-            torch.testing.assert_close(got[mask], expected.expand(int(mask.sum())), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                got[mask], expected.expand(int(mask.sum())), rtol=1e-4, atol=1e-5
+            )
             assert (got[~mask] == 0).all()
 
 
 @pytest.mark.parametrize("advantage", ["rloo", "grpo", "dr-grpo"])
 def test_a_run_without_a_critic_starts_at_a_ratio_of_1(run_stage, checkpoint, advantage):
-    flags = dict(steps=2, batch_size=16, minibatches=2, max_new_tokens=8, lr=1e-3, advantage=advantage, kl_target=0.1)
+    flags = dict(
+        steps=2,
+        batch_size=16,
+        minibatches=2,
+        max_new_tokens=8,
+        lr=1e-3,
+        advantage=advantage,
+        kl_target=0.1,
+    )
     out, metrics = run_stage(ppo, init=checkpoint(), reward=checkpoint("score"), **flags)
-    assert all(line["ratio_first"] == pytest.approx(1, abs=1e-5) and "value_loss" not in line for line in metrics)
-    assert metrics[1]["beta"] == pytest.approx(0.2 * (1 - 0.2 * 16 / 10000))  # no KL yet: beta falls as fast as it may
+    assert all(
+        line["ratio_first"] == pytest.approx(1, abs=1e-5) and "value_loss" not in line
+        for line in metrics
+    )
+    assert metrics[1]["beta"] == pytest.approx(
+        0.2 * (1 - 0.2 * 16 / 10000)
+    )  # no KL yet: beta falls as fast as it may
     assert GPT.from_pretrained(out).config.head == "lm"
 
 
 # --------------------------------------------------------------------------------------------------------------- reward model
 
 
-def test_scores_do_not_change_with_padding_order_or_company(world_model, world_encoding, preferences):
+def test_scores_do_not_change_with_padding_order_or_company(
+    world_model, world_encoding, preferences
+):
     model = world_model("score")
     pairs, _, _ = encode_pairs(preferences, world_encoding, 128)
     sequences = [side[0] for pair in pairs for side in pair]
@@ -532,13 +760,19 @@ def test_scores_do_not_change_with_padding_order_or_company(world_model, world_e
         alone = torch.stack([model.score(model(torch.tensor([ids])))[0, -1] for ids in sequences])
         for function in (score, ppo.score):
             torch.testing.assert_close(function(model, sequences), alone, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(function(model, sequences[::-1]).flip(0), alone, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                function(model, sequences[::-1]).flip(0), alone, rtol=1e-5, atol=1e-5
+            )
             beside_long = function(model, [sequences[0], [5] * 120, sequences[7]])
             torch.testing.assert_close(beside_long[[0, 2]], alone[[0, 7]], rtol=1e-5, atol=1e-5)
         chosen, rejected = reward.score_pairs(model, pairs)
-        torch.testing.assert_close(torch.stack([chosen, rejected], 1).flatten(), alone, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            torch.stack([chosen, rejected], 1).flatten(), alone, rtol=1e-5, atol=1e-5
+        )
         chosen, rejected = reward.score_all(model, pairs, size=5)
-        torch.testing.assert_close(torch.stack([chosen, rejected], 1).flatten(), alone, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            torch.stack([chosen, rejected], 1).flatten(), alone, rtol=1e-5, atol=1e-5
+        )
 
 
 def test_padding_rows_are_zero_behind_their_lengths():
@@ -546,7 +780,9 @@ def test_padding_rows_are_zero_behind_their_lengths():
     assert ids.tolist() == [[1, 2, 3], [4, 0, 0], [5, 6, 0]] and lengths.tolist() == [3, 1, 2]
 
 
-def test_normalised_rewards_have_mean_0_and_deviation_1_and_the_gain_is_kept(world_model, world_encoding, preferences, tmp_path):
+def test_normalised_rewards_have_mean_0_and_deviation_1_and_the_gain_is_kept(
+    world_model, world_encoding, preferences, tmp_path
+):
     model = world_model("score")
     with torch.no_grad():
         model.score_head.weight.mul_(5)
@@ -563,15 +799,30 @@ def test_normalised_rewards_have_mean_0_and_deviation_1_and_the_gain_is_kept(wor
     trained, now = before[:, None] - before, scores[:, None] - scores
     torch.testing.assert_close(now / again.config.score_gain, trained, rtol=1e-4, atol=1e-4)
     reward.normalise(again, pairs)
-    assert again.config.score_gain == pytest.approx(model.config.score_gain, rel=1e-4)  # twice is once
+    assert again.config.score_gain == pytest.approx(
+        model.config.score_gain, rel=1e-4
+    )  # twice is once
 
 
-def test_the_reward_run_normalises_what_it_saves_and_starts_the_next_stage(run_stage, jsonl, checkpoint, preferences, world_encoding):
-    path = jsonl([{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in preferences])
+def test_the_reward_run_normalises_what_it_saves_and_starts_the_next_stage(
+    run_stage, jsonl, checkpoint, preferences, world_encoding
+):
+    path = jsonl(
+        [{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in preferences]
+    )
     out, metrics = run_stage(reward, init=checkpoint(), data=[path], steps=6, batch_size=8, lr=1e-3)
     assert metrics[-1]["loss"] < metrics[0]["loss"]
     model = GPT.from_pretrained(out)
     pairs, _, _ = encode_pairs(formats.read(path, "preference"), world_encoding, 128)
     scores = torch.cat(list(reward.score_all(model, pairs)))
     assert abs(float(scores.mean())) < 1e-4 and float(scores.std()) == pytest.approx(1, abs=1e-4)
-    run_stage(ppo, init=checkpoint(), reward=str(out), steps=1, batch_size=4, minibatches=1, critic_warmup=0, max_new_tokens=3)
+    run_stage(
+        ppo,
+        init=checkpoint(),
+        reward=str(out),
+        steps=1,
+        batch_size=4,
+        minibatches=1,
+        critic_warmup=0,
+        max_new_tokens=3,
+    )

@@ -16,9 +16,27 @@ def test_every_claim_about_the_triton_path_holds_in_the_interpreter():
     triton = pytest.importorskip("triton", reason="Triton is not installed: nothing to interpret")
     versions = [[int(x) for x in module.__version__.split(".")[:2]] for module in (triton, numpy)]
     if versions[0] <= [3, 6] and versions[1] >= [2, 4]:
-        pytest.skip(f"Triton {triton.__version__}'s interpreter cannot loop up to an argument under numpy {numpy.__version__}")
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_triton.py"]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+        pytest.skip(
+            f"Triton {triton.__version__}'s interpreter cannot loop up to an argument under numpy {numpy.__version__}"
+        )
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_triton.py",
+    ]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     summary = done.stdout.strip().splitlines()[-1]
     print(summary)

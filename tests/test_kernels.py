@@ -14,7 +14,13 @@ import kernels
 from kernels import dispatch, reference
 
 INTERPRETED = dispatch.interpreting()
-BUDGETS = [0, 3000, 200_000, 2 << 30, math.inf]  # bytes: the smallest pieces, several pieces, everything kept
+BUDGETS = [
+    0,
+    3000,
+    200_000,
+    2 << 30,
+    math.inf,
+]  # bytes: the smallest pieces, several pieces, everything kept
 BUDGETS = [0, 3000, math.inf] if INTERPRETED else BUDGETS
 IGNORE = -100
 
@@ -52,7 +58,9 @@ def assert_same(ours, twin, leaves, which=None, **tolerance):
         torch.testing.assert_close(a, b, **tolerance)
     chosen = range(len(ours)) if which is None else which
     upstream = [torch.randn_like(twin[i]) for i in chosen]
-    grads = [torch.autograd.grad([out[i] for i in chosen], leaves, upstream) for out in (ours, twin)]
+    grads = [
+        torch.autograd.grad([out[i] for i in chosen], leaves, upstream) for out in (ours, twin)
+    ]
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b, **tolerance)
 
@@ -78,7 +86,9 @@ def test_linear_logprob_passes_gradcheck(entropy, budget):
 def test_linear_kl_passes_gradcheck(reverse, budget):
     hidden, weight, ref_hidden, ref_weight, _, mask = linear_case()
     options = dict(mask=mask, reverse=reverse, temperature=1.3, logits_budget=budget)
-    assert gradcheck(lambda h, w: kernels.linear_kl(h, w, ref_hidden, ref_weight, **options), (hidden, weight))
+    assert gradcheck(
+        lambda h, w: kernels.linear_kl(h, w, ref_hidden, ref_weight, **options), (hidden, weight)
+    )
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -90,7 +100,12 @@ def test_linear_token_loss_passes_gradcheck(budget):
         def token_loss(logprob, index):
             return -advantages[index] * logprob.exp()
 
-        return kernels.linear_token_loss(hidden, weight, targets, token_loss, temperature=0.7, logits_budget=budget).sum() / 3
+        return (
+            kernels.linear_token_loss(
+                hidden, weight, targets, token_loss, temperature=0.7, logits_budget=budget
+            ).sum()
+            / 3
+        )
 
     assert gradcheck(op, (hidden, weight))
 
@@ -98,23 +113,33 @@ def test_linear_token_loss_passes_gradcheck(budget):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_linear_cross_entropy_passes_gradcheck(reduction):
     hidden, weight, *_, targets, _ = linear_case()
-    assert gradcheck(lambda h, w: kernels.linear_cross_entropy(h, w, targets, reduction=reduction), (hidden, weight))
+    assert gradcheck(
+        lambda h, w: kernels.linear_cross_entropy(h, w, targets, reduction=reduction),
+        (hidden, weight),
+    )
 
 
 def test_row_ops_pass_gradcheck():
     *_, targets, mask = linear_case()
     logits, ref_logits = torch.randn(2, 9, 23, dtype=torch.float64)
     logits.requires_grad_()
-    assert gradcheck(lambda z: tuple(kernels.logprob_rows(z, targets, temperature=0.7, entropy=True)), logits)
+    assert gradcheck(
+        lambda z: tuple(kernels.logprob_rows(z, targets, temperature=0.7, entropy=True)), logits
+    )
     for reverse in (True, False):
-        assert gradcheck(lambda z: kernels.kl_rows(z, ref_logits, mask=mask, reverse=reverse, temperature=0.7), logits)
+        assert gradcheck(
+            lambda z: kernels.kl_rows(z, ref_logits, mask=mask, reverse=reverse, temperature=0.7),
+            logits,
+        )
 
 
 @pytest.mark.parametrize("which", [[0], [1], [2], [0, 1], [0, 2], [1, 2], [0, 1, 2]])
 def test_any_mixture_of_upstream_gradients_gives_the_twins_gradient(which):
     hidden, weight, *_, targets, _ = linear_case(N=40, V=300)
     for budget in BUDGETS:
-        ours = kernels.linear_logprob(hidden, weight, targets, temperature=0.7, entropy=True, logits_budget=budget)
+        ours = kernels.linear_logprob(
+            hidden, weight, targets, temperature=0.7, entropy=True, logits_budget=budget
+        )
         twin = reference.linear_logprob(hidden, weight, targets, temperature=0.7, entropy=True)
         assert_same(ours, twin, [hidden, weight], which)
         if 1 not in which:  # without entropy there are two results and another path
@@ -124,7 +149,9 @@ def test_any_mixture_of_upstream_gradients_gives_the_twins_gradient(which):
             )))  # fmt: skip
             assert_same(tuple(ours), tuple(twin), [hidden, weight], [i // 2 for i in which])
     logits = torch.randn(40, 300, dtype=torch.float64, requires_grad=True)
-    ours, twin = (m.logprob_rows(logits, targets, temperature=0.7, entropy=True) for m in (kernels, reference))
+    ours, twin = (
+        m.logprob_rows(logits, targets, temperature=0.7, entropy=True) for m in (kernels, reference)
+    )
     assert_same(ours, twin, [logits], which)
 
 
@@ -136,13 +163,23 @@ def test_every_op_matches_its_twin_at_every_shape(V, N):
     leaves = [hidden, weight]
     for valid in (targets, torch.randint(V, (N,))):  # some ignored, none ignored
         for entropy in (False, True):
-            assert_same(*(m.linear_logprob(*leaves, valid, entropy=entropy, logits_budget=V * 100) for m in both), leaves)
+            assert_same(
+                *(
+                    m.linear_logprob(*leaves, valid, entropy=entropy, logits_budget=V * 100)
+                    for m in both
+                ),
+                leaves,
+            )
         for reduction in ("mean", "sum", "none"):
-            assert_same(*(m.linear_cross_entropy(*leaves, valid, reduction=reduction) for m in both), leaves)
+            assert_same(
+                *(m.linear_cross_entropy(*leaves, valid, reduction=reduction) for m in both), leaves
+            )
     for reverse in (True, False):
         for mask_or_none in (mask, None):
             options = dict(mask=mask_or_none, reverse=reverse)
-            assert_same(*(m.linear_kl(*leaves, ref_hidden, ref_weight, **options) for m in both), leaves)
+            assert_same(
+                *(m.linear_kl(*leaves, ref_hidden, ref_weight, **options) for m in both), leaves
+            )
     logits, ref_logits = torch.randn(2, N, V, dtype=torch.float64)
     logits.requires_grad_()
     assert_same(*(m.logprob_rows(logits, targets, entropy=True) for m in both), [logits])
@@ -150,14 +187,25 @@ def test_every_op_matches_its_twin_at_every_shape(V, N):
 
 
 def test_gpt2_vocabulary_in_fp32():
-    hidden, weight, ref_hidden, ref_weight, targets, mask = linear_case(3, 50257, D=8, valid=1, dtype=torch.float32)
+    hidden, weight, ref_hidden, ref_weight, targets, mask = linear_case(
+        3, 50257, D=8, valid=1, dtype=torch.float32
+    )
     close = dict(rtol=1e-4, atol=1e-5)
     for budget in [200_000, math.inf] if INTERPRETED else BUDGETS:
-        out = (m.linear_logprob(hidden, weight, targets, entropy=True, logits_budget=budget) for m in (kernels, reference))
+        out = (
+            m.linear_logprob(hidden, weight, targets, entropy=True, logits_budget=budget)
+            for m in (kernels, reference)
+        )
         assert_same(*out, [hidden, weight], **close)
-        out = (m.linear_kl(hidden, weight, ref_hidden, ref_weight, logits_budget=budget) for m in (kernels, reference))
+        out = (
+            m.linear_kl(hidden, weight, ref_hidden, ref_weight, logits_budget=budget)
+            for m in (kernels, reference)
+        )
         assert_same(*out, [hidden, weight], **close)
-        out = (m.linear_cross_entropy(hidden, weight, targets, logits_budget=budget) for m in (kernels, reference))
+        out = (
+            m.linear_cross_entropy(hidden, weight, targets, logits_budget=budget)
+            for m in (kernels, reference)
+        )
         assert_same(*out, [hidden, weight], **close)
 
 
@@ -183,55 +231,99 @@ def test_results_of_narrow_inputs_are_fp32_and_gradients_have_the_inputs_dtype(d
 
 
 def test_autocast_gives_what_tensors_of_its_dtype_give_and_gradients_in_the_tensors_own():
-    hidden, weight, ref_hidden, ref_weight, targets, mask = linear_case(N=40, V=300, dtype=torch.float32)
+    hidden, weight, ref_hidden, ref_weight, targets, mask = linear_case(
+        N=40, V=300, dtype=torch.float32
+    )
     narrow = [x.detach().bfloat16().requires_grad_() for x in (hidden, weight)]
     device = hidden.device.type
     for op in (
         lambda h, w: kernels.linear_logprob(h, w, targets).logprob,
-        lambda h, w: kernels.linear_token_loss(h, w, targets, lambda logprob, index: -logprob, logits_budget=30_000),
+        lambda h, w: kernels.linear_token_loss(
+            h, w, targets, lambda logprob, index: -logprob, logits_budget=30_000
+        ),
         lambda h, w: kernels.linear_cross_entropy(h, w, targets, reduction="none"),
-        lambda h, w: kernels.linear_kl(h, w, ref_hidden.to(h.dtype), ref_weight.to(h.dtype), mask=mask),
+        lambda h, w: kernels.linear_kl(
+            h, w, ref_hidden.to(h.dtype), ref_weight.to(h.dtype), mask=mask
+        ),
     ):
         expected = op(*narrow)
-        for leaves in ([hidden, weight], [narrow[0], weight]):  # a model may hand over hidden states of either dtype
+        for leaves in (
+            [hidden, weight],
+            [narrow[0], weight],
+        ):  # a model may hand over hidden states of either dtype
             with torch.autocast(device, torch.bfloat16):
                 result = op(*leaves)
             assert torch.equal(result, expected) and result.dtype == torch.float32
             grads = torch.autograd.grad(result.sum(), leaves)
-            for grad, leaf, same in zip(grads, leaves, torch.autograd.grad(expected.sum(), narrow, retain_graph=True)):
+            for grad, leaf, same in zip(
+                grads, leaves, torch.autograd.grad(expected.sum(), narrow, retain_graph=True)
+            ):
                 assert grad.dtype == leaf.dtype and torch.equal(grad, same.to(grad.dtype))
 
 
 def test_targets_may_be_int32():
     hidden, weight, *_, targets, _ = linear_case()
-    assert_same(*(kernels.linear_logprob(hidden, weight, t, entropy=True) for t in (targets.int(), targets)), [hidden, weight])
-    assert torch.equal(kernels.logprob_rows(hidden, (targets % 5).int())[0], kernels.logprob_rows(hidden, targets % 5)[0])
+    assert_same(
+        *(
+            kernels.linear_logprob(hidden, weight, t, entropy=True)
+            for t in (targets.int(), targets)
+        ),
+        [hidden, weight],
+    )
+    assert torch.equal(
+        kernels.logprob_rows(hidden, (targets % 5).int())[0],
+        kernels.logprob_rows(hidden, targets % 5)[0],
+    )
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_strided_and_transposed_inputs_give_the_same(budget):
     hidden = torch.randn(60, 14, dtype=torch.float64)[::2, ::2].requires_grad_()  # (30, 7)
     targets = torch.randint(41, (60,))[::2]
-    for weight in (torch.randn(7, 41, dtype=torch.float64).T, torch.randn(82, 14, dtype=torch.float64)[::2, ::2]):
+    for weight in (
+        torch.randn(7, 41, dtype=torch.float64).T,
+        torch.randn(82, 14, dtype=torch.float64)[::2, ::2],
+    ):
         weight.requires_grad_()
-        out = (m.linear_logprob(hidden, weight, targets, entropy=True, logits_budget=budget) for m in (kernels, reference))
+        out = (
+            m.linear_logprob(hidden, weight, targets, entropy=True, logits_budget=budget)
+            for m in (kernels, reference)
+        )
         assert_same(*out, [hidden, weight])
-        out = (m.linear_cross_entropy(hidden, weight, targets, logits_budget=budget) for m in (kernels, reference))
+        out = (
+            m.linear_cross_entropy(hidden, weight, targets, logits_budget=budget)
+            for m in (kernels, reference)
+        )
         assert_same(*out, [hidden, weight])
-        out = (m.linear_kl(hidden, weight, hidden * 2, weight * 0.5, logits_budget=budget) for m in (kernels, reference))
+        out = (
+            m.linear_kl(hidden, weight, hidden * 2, weight * 0.5, logits_budget=budget)
+            for m in (kernels, reference)
+        )
         assert_same(*out, [hidden, weight])
     logits = torch.randn(41, 30, dtype=torch.float64).T.requires_grad_()
-    assert_same(*(m.logprob_rows(logits, targets, entropy=True) for m in (kernels, reference)), [logits])
-    assert_same(*(m.kl_rows(logits, logits.detach()[:, torch.arange(41) - 1]) for m in (kernels, reference)), [logits])
+    assert_same(
+        *(m.logprob_rows(logits, targets, entropy=True) for m in (kernels, reference)), [logits]
+    )
+    assert_same(
+        *(
+            m.kl_rows(logits, logits.detach()[:, torch.arange(41) - 1])
+            for m in (kernels, reference)
+        ),
+        [logits],
+    )
 
 
 def test_overwritten_logits_hold_their_gradient_and_a_second_backward_says_so():
     *_, targets, mask = linear_case(N=40, V=300)
     leaf = torch.randn(40, 300, dtype=torch.float64, requires_grad=True)
     for rows in (targets, targets.clamp(min=0)):  # some ignored, none ignored
-        (expected,) = torch.autograd.grad(kernels.logprob_rows(leaf, rows, temperature=0.7, entropy=True).entropy.sum(), leaf)
+        (expected,) = torch.autograd.grad(
+            kernels.logprob_rows(leaf, rows, temperature=0.7, entropy=True).entropy.sum(), leaf
+        )
         logits = leaf * 1
-        entropy = kernels.logprob_rows(logits, rows, temperature=0.7, entropy=True, overwrite=True).entropy
+        entropy = kernels.logprob_rows(
+            logits, rows, temperature=0.7, entropy=True, overwrite=True
+        ).entropy
         (grad,) = torch.autograd.grad(entropy.sum(), logits, retain_graph=True)
         assert grad.data_ptr() == logits.data_ptr()
         torch.testing.assert_close(grad, expected, rtol=0, atol=1e-14)
@@ -251,14 +343,25 @@ def test_all_rows_ignored_gives_zeros_and_zero_gradients(budget):
     options = dict(logits_budget=budget)
     results = [*kernels.linear_logprob(hidden, weight, ignored, entropy=True, **options)]
     results += [*tensors(kernels.linear_logprob(hidden, weight, ignored, **options))]
-    results += [kernels.linear_kl(hidden, weight, ref_hidden, ref_weight, mask=torch.zeros(9, dtype=torch.bool), **options)]
-    results += [kernels.linear_cross_entropy(hidden, weight, ignored, reduction=r, **options) for r in ("mean", "sum", "none")]
+    results += [
+        kernels.linear_kl(
+            hidden, weight, ref_hidden, ref_weight, mask=torch.zeros(9, dtype=torch.bool), **options
+        )
+    ]
+    results += [
+        kernels.linear_cross_entropy(hidden, weight, ignored, reduction=r, **options)
+        for r in ("mean", "sum", "none")
+    ]
     for result in results:
         assert (result == 0).all()
-        for grad, leaf in zip(torch.autograd.grad(result.sum(), [hidden, weight], retain_graph=True), (hidden, weight)):
+        for grad, leaf in zip(
+            torch.autograd.grad(result.sum(), [hidden, weight], retain_graph=True), (hidden, weight)
+        ):
             assert torch.equal(grad, torch.zeros_like(leaf))
     logits = torch.randn(9, 7, requires_grad=True)
-    grads = torch.autograd.grad(sum(x.sum() for x in kernels.logprob_rows(logits, ignored, entropy=True)), logits)
+    grads = torch.autograd.grad(
+        sum(x.sum() for x in kernels.logprob_rows(logits, ignored, entropy=True)), logits
+    )
     assert torch.equal(grads[0], torch.zeros(9, 7))
 
 
@@ -274,7 +377,10 @@ def test_what_stands_in_ignored_rows_is_never_read():
     ):
         for clean, dirty in zip(ops(hidden), ops(poisoned)):
             assert torch.equal(clean, dirty)
-            clean, dirty = (torch.autograd.grad(x.sum(), h, retain_graph=True)[0] for x, h in ((clean, hidden), (dirty, poisoned)))
+            clean, dirty = (
+                torch.autograd.grad(x.sum(), h, retain_graph=True)[0]
+                for x, h in ((clean, hidden), (dirty, poisoned))
+            )
             assert torch.equal(clean, dirty) and (dirty[~mask] == 0).all()
 
 
@@ -282,14 +388,22 @@ def test_one_valid_row_gives_that_rows_gradient_only():
     hidden, weight, *_ = linear_case()
     targets = torch.full((9,), IGNORE)
     targets[4] = 22
-    assert_same(*(m.linear_logprob(hidden, weight, targets) for m in (kernels, reference)), [hidden, weight])
-    assert_same(*(m.linear_cross_entropy(hidden, weight, targets) for m in (kernels, reference)), [hidden, weight])
+    assert_same(
+        *(m.linear_logprob(hidden, weight, targets) for m in (kernels, reference)), [hidden, weight]
+    )
+    assert_same(
+        *(m.linear_cross_entropy(hidden, weight, targets) for m in (kernels, reference)),
+        [hidden, weight],
+    )
 
 
 def test_ignore_index_may_be_a_token_of_the_vocabulary():
     hidden, weight, *_ = linear_case()
     targets = torch.arange(9) % 3
-    assert_same(*(m.linear_logprob(hidden, weight, targets, ignore_index=0) for m in (kernels, reference)), [hidden, weight])
+    assert_same(
+        *(m.linear_logprob(hidden, weight, targets, ignore_index=0) for m in (kernels, reference)),
+        [hidden, weight],
+    )
 
 
 def test_frozen_weight_or_hidden_gets_no_gradient_and_the_other_the_same():
@@ -320,10 +434,16 @@ def test_saved_recomputed_and_token_loss_gradients_agree_for_any_budget(dtype):
     for budget in (0, 1, 100_000, 1_500_000, 3e6, 1 << 30, math.inf):
         options = dict(temperature=1.1, logits_budget=budget)
         logprob = kernels.linear_logprob(hidden, weight, targets, **options).logprob
-        token = kernels.linear_token_loss(hidden, weight, targets, lambda lp, index: advantages[index] * lp, **options)
-        with_entropy = kernels.linear_logprob(hidden, weight, targets, entropy=True, **options).logprob
+        token = kernels.linear_token_loss(
+            hidden, weight, targets, lambda lp, index: advantages[index] * lp, **options
+        )
+        with_entropy = kernels.linear_logprob(
+            hidden, weight, targets, entropy=True, **options
+        ).logprob
         for losses in (advantages * logprob, token, advantages * with_entropy):
-            results.append((losses.detach(), *torch.autograd.grad(losses.sum() / 7, [hidden, weight])))
+            results.append(
+                (losses.detach(), *torch.autograd.grad(losses.sum() / 7, [hidden, weight]))
+            )
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
     for result in results[1:]:
         for a, b in zip(result, results[0]):
@@ -355,7 +475,9 @@ def test_token_loss_refuses_an_upstream_gradient_that_differs_between_tokens():
 
 def test_token_loss_that_ignores_the_logprob_has_zero_gradient():
     hidden, weight, *_, targets, _ = linear_case()
-    losses = kernels.linear_token_loss(hidden, weight, targets, lambda logprob, index: torch.ones_like(logprob).detach())
+    losses = kernels.linear_token_loss(
+        hidden, weight, targets, lambda logprob, index: torch.ones_like(logprob).detach()
+    )
     for grad in torch.autograd.grad(losses.sum(), [hidden, weight]):
         assert (grad == 0).all()
 
@@ -372,7 +494,9 @@ def test_gradients_formed_in_the_forward_survive_a_kept_graph():
 
 def peak_bytes(work):
     """The most that torch had allocated at once during work(), beyond what was there before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         work()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     total = peak = 0
@@ -414,10 +538,14 @@ def test_peak_memory_stays_under_the_budget_asked_for(dtype):
         options = dict(logits_budget=budget)
         for op in (
             lambda: kernels.linear_logprob(hidden, weight, targets, **options).logprob,
-            lambda: kernels.linear_logprob(hidden, weight, targets, entropy=True, **options).entropy,
+            lambda: (
+                kernels.linear_logprob(hidden, weight, targets, entropy=True, **options).entropy
+            ),
             lambda: kernels.linear_cross_entropy(hidden, weight, targets, **options),
             lambda: kernels.linear_kl(hidden, weight, ref_hidden, ref_weight, **options),
-            lambda: kernels.linear_kl(hidden, weight, ref_hidden, ref_weight, reverse=False, **options),
+            lambda: kernels.linear_kl(
+                hidden, weight, ref_hidden, ref_weight, reverse=False, **options
+            ),
         ):
             hidden.grad = weight.grad = None
             peak = peak_bytes(lambda: op().sum().backward()) - outputs
@@ -427,7 +555,9 @@ def test_peak_memory_stays_under_the_budget_asked_for(dtype):
 
 
 def test_scoring_holds_one_chunk_and_saves_nothing():
-    hidden, weight, ref_hidden, ref_weight, targets, _ = linear_case(2000, 4000, valid=1, dtype=torch.float32)
+    hidden, weight, ref_hidden, ref_weight, targets, _ = linear_case(
+        2000, 4000, valid=1, dtype=torch.float32
+    )
     chunk = 262 * 4000 * 4
     for op, chunks in (
         (lambda h, w: kernels.linear_logprob(h, w, targets), 1),
@@ -453,12 +583,16 @@ def test_bytes_at_work_is_what_is_measured(n, dtype):
     ops = {
         "read": lambda w: kernels.linear_logprob(hidden.detach(), w.detach(), targets),
         "kl": lambda w: kernels.linear_kl(hidden.detach(), w.detach(), ref_hidden, ref_weight),
-        "learn": lambda w: kernels.linear_token_loss(hidden, w.detach(), targets, lambda logprob, index: -logprob),
+        "learn": lambda w: kernels.linear_token_loss(
+            hidden, w.detach(), targets, lambda logprob, index: -logprob
+        ),
         "keep": lambda w: kernels.linear_logprob(hidden, w, targets),
     }
     for use, op in ops.items():
         with torch.autocast("cpu", dtype, dtype != torch.float32):
-            assert kernels.bytes_at_work(n, 20000, 32, hidden.device, use) == pytest.approx(peak_bytes(lambda: op(weight)), rel=0.15), use
+            assert kernels.bytes_at_work(n, 20000, 32, hidden.device, use) == pytest.approx(
+                peak_bytes(lambda: op(weight)), rel=0.15
+            ), use
 
 
 # ---- extreme values ----
@@ -472,7 +606,10 @@ def test_extreme_logits_keep_fp32_precision(scale):
     targets = torch.tensor([0, 7, 3, 4, 5, 6])
     wide = logits.detach().double().requires_grad_()
     for ours, exact in (
-        (kernels.logprob_rows(logits, targets, entropy=True), reference.logprob_rows(wide, targets, entropy=True)),
+        (
+            kernels.logprob_rows(logits, targets, entropy=True),
+            reference.logprob_rows(wide, targets, entropy=True),
+        ),
         (kernels.kl_rows(logits, ref_logits), reference.kl_rows(wide, ref_logits.double())),
         (
             kernels.kl_rows(logits, ref_logits, reverse=False),
@@ -481,8 +618,13 @@ def test_extreme_logits_keep_fp32_precision(scale):
     ):
         for a, b in zip(tensors(ours), tensors(exact)):
             torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
-            grads = (torch.autograd.grad(x.sum(), leaf, retain_graph=True)[0] for x, leaf in ((a, logits), (b, wide)))
-            torch.testing.assert_close(*(g.double() for g in grads), rtol=1e-4, atol=1e-5 * max(1, b.abs().max().item()))
+            grads = (
+                torch.autograd.grad(x.sum(), leaf, retain_graph=True)[0]
+                for x, leaf in ((a, logits), (b, wide))
+            )
+            torch.testing.assert_close(
+                *(g.double() for g in grads), rtol=1e-4, atol=1e-5 * max(1, b.abs().max().item())
+            )
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -490,12 +632,18 @@ def test_large_hidden_states_give_the_twins_values_and_finite_gradients(budget):
     hidden, weight, ref_hidden, ref_weight, targets, mask = linear_case(N=30, V=70)
     hidden = (hidden.detach() * 5e3).requires_grad_()  # logits of +-1e4
     for entropy in (False, True):
-        out = (m.linear_logprob(hidden, weight, targets, entropy=entropy, logits_budget=budget) for m in (kernels, reference))
+        out = (
+            m.linear_logprob(hidden, weight, targets, entropy=entropy, logits_budget=budget)
+            for m in (kernels, reference)
+        )
         assert_same(*out, [hidden, weight])
     for reverse in (True, False):
         options = dict(mask=mask, reverse=reverse, logits_budget=budget)
         assert_same(
-            *(m.linear_kl(hidden, weight, ref_hidden, ref_weight, **options) for m in (kernels, reference)),
+            *(
+                m.linear_kl(hidden, weight, ref_hidden, ref_weight, **options)
+                for m in (kernels, reference)
+            ),
             [hidden, weight],
         )
 
@@ -506,9 +654,14 @@ def test_forbidden_tokens_with_logit_minus_infinity_contribute_nothing():
     logits[:, 3], ref_logits[:, 3] = -math.inf, -math.inf
     logits.requires_grad_()
     targets = torch.tensor([0, 1, 2, 4, 5])
-    assert_same(*(m.logprob_rows(logits, targets, entropy=True) for m in (kernels, reference)), [logits])
+    assert_same(
+        *(m.logprob_rows(logits, targets, entropy=True) for m in (kernels, reference)), [logits]
+    )
     for reverse in (True, False):
-        assert_same(*(m.kl_rows(logits, ref_logits, reverse=reverse) for m in (kernels, reference)), [logits])
+        assert_same(
+            *(m.kl_rows(logits, ref_logits, reverse=reverse) for m in (kernels, reference)),
+            [logits],
+        )
     assert kernels.logprob_rows(logits, torch.full((5,), 3)).logprob.tolist() == [-math.inf] * 5
     # the same through a head: one weight row at infinity against positive hidden states
     hidden = torch.rand(5, 3, dtype=torch.float64).add(1).requires_grad_()
@@ -516,7 +669,10 @@ def test_forbidden_tokens_with_logit_minus_infinity_contribute_nothing():
     weight[3] = -math.inf
     for budget in BUDGETS:
         out = kernels.linear_logprob(hidden, weight, targets, entropy=True, logits_budget=budget)
-        torch.testing.assert_close(tuple(out), tensors_of_twin := reference.linear_logprob(hidden, weight, targets, entropy=True))
+        torch.testing.assert_close(
+            tuple(out),
+            tensors_of_twin := reference.linear_logprob(hidden, weight, targets, entropy=True),
+        )
         assert all(x.isfinite().all() for x in tensors_of_twin)
 
 
@@ -525,7 +681,10 @@ def test_a_nan_among_the_logits_shows_in_its_own_row_and_no_other():
     logits[1, 4] = math.nan
     logits.requires_grad_()
     out = kernels.logprob_rows(logits, torch.tensor([0, 1, 2]), entropy=True)
-    for result in (*out, *(kernels.kl_rows(logits, ref_logits, reverse=reverse) for reverse in (True, False))):
+    for result in (
+        *out,
+        *(kernels.kl_rows(logits, ref_logits, reverse=reverse) for reverse in (True, False)),
+    ):
         (grad,) = torch.autograd.grad(result.sum(), logits, retain_graph=True)
         assert result.isnan().tolist() == [False, True, False]
         assert grad.isnan().any(1).tolist() == [False, True, False]
@@ -536,7 +695,14 @@ def test_kl_of_a_model_with_itself_is_exactly_zero():
     logits = (hidden @ weight.T * 100).detach().requires_grad_()
     for reverse in (True, False):
         for budget in BUDGETS:
-            kl = kernels.linear_kl(hidden, weight, hidden.detach(), weight.detach(), reverse=reverse, logits_budget=budget)
+            kl = kernels.linear_kl(
+                hidden,
+                weight,
+                hidden.detach(),
+                weight.detach(),
+                reverse=reverse,
+                logits_budget=budget,
+            )
             assert (kl == 0).all()
             for grad in torch.autograd.grad(kl.sum(), [hidden, weight]):
                 assert grad.abs().max() < 1e-5
@@ -547,7 +713,9 @@ def test_kl_of_a_model_with_itself_is_exactly_zero():
 def test_kl_is_infinite_where_the_reference_forbids_what_the_policy_allows():
     logits, ref_logits = torch.zeros(1, 4), torch.tensor([[0.0, 0.0, 0.0, -math.inf]])
     assert kernels.kl_rows(logits, ref_logits).item() == math.inf
-    torch.testing.assert_close(kernels.kl_rows(logits, ref_logits, reverse=False), torch.tensor([math.log(4 / 3)]))
+    torch.testing.assert_close(
+        kernels.kl_rows(logits, ref_logits, reverse=False), torch.tensor([math.log(4 / 3)])
+    )
 
 
 # ---- precision, determinism, hygiene ----
@@ -560,7 +728,10 @@ def relative_errors(got, exact):
 @pytest.mark.slow
 def test_a_vocabulary_of_256000_stays_under_the_budget():
     N, V = 4096, 256000
-    hidden, weight = (torch.randn(N, 256) * 0.1).requires_grad_(), (torch.randn(V, 256) * 0.1).requires_grad_()
+    hidden, weight = (
+        (torch.randn(N, 256) * 0.1).requires_grad_(),
+        (torch.randn(V, 256) * 0.1).requires_grad_(),
+    )
     targets, budget = torch.randint(V, (N,)), 256 << 20  # the logits: 3.9 GiB
     for op in (lambda: kernels.linear_cross_entropy(hidden, weight, targets, logits_budget=budget),
                lambda: kernels.linear_logprob(hidden, weight, targets, logits_budget=budget).logprob.mean()):  # fmt: skip
@@ -571,13 +742,21 @@ def test_a_vocabulary_of_256000_stays_under_the_budget():
 @pytest.mark.parametrize("peak", [0.0, 1.0], ids=["spread", "peaked"])
 def test_bf16_error_is_at_most_1_1_times_that_of_plain_torch_in_bf16(peak):
     N, V, D = (96, 501, 64) if INTERPRETED else (512, 3001, 64)
-    most = 2.5 if INTERPRETED else 1.1  # the interpreter (triton 3.9) cuts fp32 off to bf16 where a GPU rounds it
+    most = (
+        2.5 if INTERPRETED else 1.1
+    )  # the interpreter (triton 3.9) cuts fp32 off to bf16 where a GPU rounds it
     targets, g = torch.randint(V, (N,)), torch.randn(N)
     head = torch.randn(V, D) * 0.4  # logits of +-3.2, and of the target 10 more when peaked
     hidden = (torch.randn(N, D) + peak * head[targets]).bfloat16().requires_grad_()
     weight = head.bfloat16().requires_grad_()
-    ref_hidden, ref_weight = torch.randn(N, D).bfloat16(), (head + 0.2 * torch.randn(V, D)).bfloat16()
-    leaves, wide = [hidden, weight], [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    ref_hidden, ref_weight = (
+        torch.randn(N, D).bfloat16(),
+        (head + 0.2 * torch.randn(V, D)).bfloat16(),
+    )
+    leaves, wide = (
+        [hidden, weight],
+        [x.detach().double().requires_grad_() for x in (hidden, weight)],
+    )
 
     def all_of(result, leaves):
         return [result, *torch.autograd.grad(result, leaves, g.to(result.dtype))]
@@ -585,15 +764,28 @@ def test_bf16_error_is_at_most_1_1_times_that_of_plain_torch_in_bf16(peak):
     exact = all_of(reference.linear_logprob(*wide, targets)[0], wide)
     plain = relative_errors(all_of(reference.linear_logprob(*leaves, targets)[0], leaves), exact)
     exact_kl = all_of(reference.linear_kl(*wide, ref_hidden.double(), ref_weight.double()), wide)
-    plain_kl = relative_errors(all_of(reference.linear_kl(*leaves, ref_hidden, ref_weight), leaves), exact_kl)
+    plain_kl = relative_errors(
+        all_of(reference.linear_kl(*leaves, ref_hidden, ref_weight), leaves), exact_kl
+    )
     for budget in (0, 1_000_000, 2 << 30):
         options = dict(logits_budget=budget)
         for entropy in (False, True):
-            ours = all_of(kernels.linear_logprob(*leaves, targets, entropy=entropy, **options).logprob, leaves)
-            assert all(a <= most * b for a, b in zip(relative_errors(ours, exact), plain)), (budget, entropy)
-        losses = kernels.linear_token_loss(*leaves, targets, lambda lp, index: g[index] * lp, **options)
-        ours = [x.double() * 7 for x in torch.autograd.grad(losses.sum() / 7, leaves)]  # a factor that is no power of 2
-        assert all(a <= most * b for a, b in zip(relative_errors(ours, exact[1:]), plain[1:])), budget
+            ours = all_of(
+                kernels.linear_logprob(*leaves, targets, entropy=entropy, **options).logprob, leaves
+            )
+            assert all(a <= most * b for a, b in zip(relative_errors(ours, exact), plain)), (
+                budget,
+                entropy,
+            )
+        losses = kernels.linear_token_loss(
+            *leaves, targets, lambda lp, index: g[index] * lp, **options
+        )
+        ours = [
+            x.double() * 7 for x in torch.autograd.grad(losses.sum() / 7, leaves)
+        ]  # a factor that is no power of 2
+        assert all(a <= most * b for a, b in zip(relative_errors(ours, exact[1:]), plain[1:])), (
+            budget
+        )
         ours = all_of(kernels.linear_kl(*leaves, ref_hidden, ref_weight, **options), leaves)
         assert all(a <= most * b for a, b in zip(relative_errors(ours, exact_kl), plain_kl)), budget
 
@@ -607,11 +799,20 @@ def test_runs_are_bitwise_equal_and_unset_memory_leaves_no_trace(dtype):
         options = dict(logits_budget=budget, temperature=0.9)
         out = [*kernels.linear_logprob(hidden, weight, targets, entropy=True, **options)]
         out += [*tensors(kernels.linear_logprob(hidden, weight, targets, **options))]
-        out += [kernels.linear_token_loss(hidden, weight, targets, lambda lp, index: lp * lp, **options)]
-        out += [kernels.linear_kl(hidden, weight, ref_hidden, ref_weight, mask=mask, reverse=r, **options) for r in (True, False)]
+        out += [
+            kernels.linear_token_loss(hidden, weight, targets, lambda lp, index: lp * lp, **options)
+        ]
+        out += [
+            kernels.linear_kl(
+                hidden, weight, ref_hidden, ref_weight, mask=mask, reverse=r, **options
+            )
+            for r in (True, False)
+        ]
         out += [kernels.kl_rows(hidden, ref_hidden.repeat(1, 4), mask=mask)]
         out += [*kernels.logprob_rows(hidden, targets.clamp(max=15), entropy=True)]
-        return [x.detach() for x in out] + list(torch.autograd.grad(sum(x.sum() for x in out), [hidden, weight]))
+        return [x.detach() for x in out] + list(
+            torch.autograd.grad(sum(x.sum() for x in out), [hidden, weight])
+        )
 
     for budget in (0, 700_000, 2 << 30):
         first = everything(budget)
@@ -632,12 +833,31 @@ def test_inputs_are_not_modified():
     given = [hidden, weight, ref_hidden, ref_weight, targets, mask, logits, ref_logits]
     before = [x.detach().clone() for x in given]
     for budget in BUDGETS:
-        results = [*kernels.linear_logprob(hidden, weight, targets, entropy=True, temperature=2, logits_budget=budget)]
+        results = [
+            *kernels.linear_logprob(
+                hidden, weight, targets, entropy=True, temperature=2, logits_budget=budget
+            )
+        ]
         results += [kernels.linear_cross_entropy(hidden, weight, targets, logits_budget=budget)]
-        results += [kernels.linear_kl(hidden, weight, ref_hidden, ref_weight, mask=mask, temperature=2, logits_budget=budget)]
+        results += [
+            kernels.linear_kl(
+                hidden,
+                weight,
+                ref_hidden,
+                ref_weight,
+                mask=mask,
+                temperature=2,
+                logits_budget=budget,
+            )
+        ]
         results += [*kernels.logprob_rows(logits, targets, temperature=2, entropy=True)]
-        results += [kernels.kl_rows(logits, ref_logits, temperature=2, reverse=r) for r in (True, False)]
-        results += [*tensors(kernels.logprob_rows(logits, torch.arange(40))), kernels.kl_rows(logits, ref_logits)]
+        results += [
+            kernels.kl_rows(logits, ref_logits, temperature=2, reverse=r) for r in (True, False)
+        ]
+        results += [
+            *tensors(kernels.logprob_rows(logits, torch.arange(40))),
+            kernels.kl_rows(logits, ref_logits),
+        ]
         torch.autograd.grad(sum(x.sum() for x in results), [hidden, weight, logits])
     assert all(torch.equal(a, b) for a, b in zip(before, given))
 
@@ -650,7 +870,10 @@ def test_k1_and_k3_are_unbiased_and_k2_agrees_to_second_order():
     for step, tolerance in ((1.0, None), (1e-3, 1e-8)):
         logq = torch.log_softmax(logp + step * torch.randn(1, 8, dtype=torch.float64), -1)
         exact = reference.kl_rows(logp, logq)
-        mean = {kind: (logp.exp() * kernels.kl_estimate(logp, logq, kind)).sum() for kind in ("k1", "k2", "k3")}  # enumerated
+        mean = {
+            kind: (logp.exp() * kernels.kl_estimate(logp, logq, kind)).sum()
+            for kind in ("k1", "k2", "k3")
+        }  # enumerated
         torch.testing.assert_close(mean["k1"], exact[0])
         torch.testing.assert_close(mean["k3"], exact[0])
         if tolerance:
@@ -665,17 +888,23 @@ def test_only_k2_differentiated_has_the_gradient_of_the_kl():
     got = {}
     for kind in ("k1", "k2", "k3"):
         logp = torch.log_softmax(logits, -1)
-        (got[kind],) = torch.autograd.grad((logp.exp().detach() * kernels.kl_estimate(logp, logq, kind)).sum(), logits)
+        (got[kind],) = torch.autograd.grad(
+            (logp.exp().detach() * kernels.kl_estimate(logp, logq, kind)).sum(), logits
+        )
     torch.testing.assert_close(got["k2"], exact)
     assert got["k1"].abs().max() < 1e-12
-    torch.testing.assert_close(got["k3"], torch.softmax(logits, -1).detach() - logq.exp())  # grad KL(q || p)
+    torch.testing.assert_close(
+        got["k3"], torch.softmax(logits, -1).detach() - logq.exp()
+    )  # grad KL(q || p)
 
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
 def test_kl_estimate_matches_its_twin(kind):
     logprobs, ref_logprobs = -torch.rand(2, 3, 4, dtype=torch.float64)
     logprobs.requires_grad_()
-    assert_same(*(m.kl_estimate(logprobs, ref_logprobs, kind) for m in (kernels, reference)), [logprobs])
+    assert_same(
+        *(m.kl_estimate(logprobs, ref_logprobs, kind) for m in (kernels, reference)), [logprobs]
+    )
 
 
 # ---- bad input ----
@@ -705,9 +934,18 @@ SAME = torch.ones_like
         (lambda: kernels.linear_logprob(H, W, T, temperature=0), ["temperature", "0"]),
         (lambda: kernels.linear_logprob(H, W, T, temperature=math.nan), ["temperature", "nan"]),
         (lambda: kernels.linear_token_loss(H, W, T, None), ["token_loss", "NoneType"]),
-        (lambda: kernels.linear_token_loss(H, W, T, lambda lp, index: lp.sum()), ["token_loss", "()", "(3,)"]),
-        (lambda: kernels.linear_token_loss(H, W, T, lambda lp, index: 1.0), ["token_loss", "float"]),
-        (lambda: kernels.linear_cross_entropy(H, W, T, reduction="avg"), ["reduction", "avg", "mean"]),
+        (
+            lambda: kernels.linear_token_loss(H, W, T, lambda lp, index: lp.sum()),
+            ["token_loss", "()", "(3,)"],
+        ),
+        (
+            lambda: kernels.linear_token_loss(H, W, T, lambda lp, index: 1.0),
+            ["token_loss", "float"],
+        ),
+        (
+            lambda: kernels.linear_cross_entropy(H, W, T, reduction="avg"),
+            ["reduction", "avg", "mean"],
+        ),
         (lambda: kernels.linear_cross_entropy(H, W, T + 1), ["targets", "[0, 6)"]),
         (lambda: kernels.linear_kl(H, W, H[:3], W), ["ref_hidden", "(3, 3)", "(4"]),
         (lambda: kernels.linear_kl(H, W, H, W[:5]), ["ref_weight", "(5, 3)", "(6"]),
@@ -735,19 +973,38 @@ def test_bad_input_is_one_valueerror_that_names_the_argument(call, words):
 
 def test_zero_size_inputs_give_zero_size_outputs_and_zero_gradients():
     for N, V, D in ((0, 6, 3), (0, 0, 3), (4, 6, 0), (0, 0, 0)):
-        hidden, weight = torch.zeros(N, D, requires_grad=True), torch.zeros(V, D, requires_grad=True)
+        hidden, weight = (
+            torch.zeros(N, D, requires_grad=True),
+            torch.zeros(V, D, requires_grad=True),
+        )
         targets = torch.zeros(N, dtype=torch.int64)
         for budget in (0, 2 << 30):
-            results = [*kernels.linear_logprob(hidden, weight, targets, entropy=True, logits_budget=budget)]
-            results += tensors(kernels.linear_logprob(hidden, weight, targets, logits_budget=budget))
-            results += [kernels.linear_kl(hidden, weight, hidden, weight, reverse=r, logits_budget=budget) for r in (True, False)]
-            results += [kernels.linear_token_loss(hidden, weight, targets, lambda lp, index: lp, logits_budget=budget)]
+            results = [
+                *kernels.linear_logprob(hidden, weight, targets, entropy=True, logits_budget=budget)
+            ]
+            results += tensors(
+                kernels.linear_logprob(hidden, weight, targets, logits_budget=budget)
+            )
+            results += [
+                kernels.linear_kl(hidden, weight, hidden, weight, reverse=r, logits_budget=budget)
+                for r in (True, False)
+            ]
+            results += [
+                kernels.linear_token_loss(
+                    hidden, weight, targets, lambda lp, index: lp, logits_budget=budget
+                )
+            ]
             for result in results:
                 assert result.shape == (N,)
                 grads = torch.autograd.grad(result.sum(), [hidden, weight], retain_graph=True)
-                assert [g.shape for g in grads] == [hidden.shape, weight.shape] and all((g == 0).all() for g in grads)
+                assert [g.shape for g in grads] == [hidden.shape, weight.shape] and all(
+                    (g == 0).all() for g in grads
+                )
         mean = kernels.linear_cross_entropy(hidden, weight, targets)
         torch.testing.assert_close(mean.item(), math.log(V) if N else 0.0)
     logits = torch.zeros(0, 6, requires_grad=True)
     assert kernels.kl_rows(logits, logits).shape == (0,)
-    assert all(x.shape == (0,) for x in kernels.logprob_rows(logits, torch.zeros(0, dtype=torch.int32), entropy=True))
+    assert all(
+        x.shape == (0,)
+        for x in kernels.logprob_rows(logits, torch.zeros(0, dtype=torch.int32), entropy=True)
+    )

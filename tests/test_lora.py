@@ -53,13 +53,20 @@ def test_a_new_adapter_changes_nothing_and_only_it_learns(opened, arch):
     assert model.adapt(3) is model and model.rank == 3
     assert torch.equal(model(IDS), before)
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert learning == {f"blocks.{i}.{m}.{x}" for i in range(2) for m in ("attn.qkv", "attn.out", "mlp.up", "mlp.down") for x in "AB"}
+    assert learning == {
+        f"blocks.{i}.{m}.{x}"
+        for i in range(2)
+        for m in ("attn.qkv", "attn.out", "mlp.up", "mlp.down")
+        for x in "AB"
+    }
     optimizer = run.optimizer(model, 0.1)
     for step in range(2):
         model.logits(model(IDS)).square().mean().backward()
         run.update(optimizer, model, step, 2, 0.1)
     assert not torch.allclose(model(IDS), before)
-    assert all(torch.equal(dict(model.named_parameters())[name], value) for name, value in frozen.items())
+    assert all(
+        torch.equal(dict(model.named_parameters())[name], value) for name, value in frozen.items()
+    )
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -68,7 +75,10 @@ def test_merged_and_unmerged_logits_agree(opened, arch, tmp_path):
     model = trained(opened(arch).adapt(3, alpha=5.0))
     apart = model.logits(model(IDS))
     model.save_pretrained(tmp_path / "saved")
-    merged, beside = GPT.from_pretrained(tmp_path / "saved"), opened(arch, name="again").load_adapter(tmp_path / "saved/adapter")
+    merged, beside = (
+        GPT.from_pretrained(tmp_path / "saved"),
+        opened(arch, name="again").load_adapter(tmp_path / "saved/adapter"),
+    )
     for other in (merged, beside, GPT.from_pretrained(tmp_path / "saved/adapter"), model.merge()):
         assert (other.logits(other(IDS)) - apart).abs().max() < 1e-5 * apart.abs().max()
     assert merged.rank == model.rank == 0 and beside.rank == 3
@@ -84,7 +94,9 @@ def test_the_adapter_s_own_matrices_are_added_with_alpha_over_rank(opened):
     assert attn.A.shape == (3 * 2, 32) and attn.B.shape == (64, 2)
     delta = attn.merged() - before
     torch.testing.assert_close(delta[:height], 3.0 * attn.B[:height] @ attn.A[:2])
-    torch.testing.assert_close(delta[height : height + 16], 3.0 * attn.B[height : height + 16] @ attn.A[2:4])
+    torch.testing.assert_close(
+        delta[height : height + 16], 3.0 * attn.B[height : height + 16] @ attn.A[2:4]
+    )
     assert torch.linalg.matrix_rank(delta[:height]) == 2 and model.blocks[0].mlp.up.A is None
 
 
@@ -105,11 +117,15 @@ def test_random_weights_are_nothing_to_adapt(tiny):
 def test_reference_critic_and_reward_model_share_the_trunk(opened, tmp_path):
     """The fourth check is what PPO does: a reward model that was trained with LoRA from the same checkpoint costs its adapter only."""
     trunk = bytes_of(opened())
-    trained(GPT.from_pretrained(tmp_path / "base", head="score").adapt(4)).save_pretrained(tmp_path / "reward")
+    trained(GPT.from_pretrained(tmp_path / "base", head="score").adapt(4)).save_pretrained(
+        tmp_path / "reward"
+    )
     policy = GPT.from_pretrained(tmp_path / "base").adapt(2)
     alone = GPT.from_pretrained(tmp_path / "reward")
     reward_model = GPT.from_pretrained(tmp_path / "reward", trunk=policy)
-    torch.testing.assert_close(reward_model.score(reward_model(IDS)), alone.score(alone(IDS)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        reward_model.score(reward_model(IDS)), alone.score(alone(IDS)), rtol=1e-4, atol=1e-4
+    )
     critic, ref, before = reward_model.share(), policy.reference(), policy(IDS).detach()
     adapters = bytes_of(policy, reward_model) - trunk
     assert bytes_of(policy, ref) < trunk + adapters
@@ -120,18 +136,27 @@ def test_reference_critic_and_reward_model_share_the_trunk(opened, tmp_path):
     critic_before = critic.score(critic(IDS)).detach()
     assert torch.equal(critic_before, scores)
     for parameter in critic.parameters():
-        assert parameter.requires_grad == any(parameter is p for p in set(critic.parameters()) - set(reward_model.parameters()))
+        assert parameter.requires_grad == any(
+            parameter is p for p in set(critic.parameters()) - set(reward_model.parameters())
+        )
     trained(critic)
-    assert torch.equal(reward_model.score(reward_model(IDS)), scores) and torch.equal(ref(IDS), before)
+    assert torch.equal(reward_model.score(reward_model(IDS)), scores) and torch.equal(
+        ref(IDS), before
+    )
     assert not torch.allclose(critic.score(critic(IDS)), scores)
 
 
 def test_a_reward_model_of_another_trunk_is_opened_whole(opened, tmp_path):
     opened()
-    trained(GPT.from_pretrained(tmp_path / "base", head="score").adapt(4)).save_pretrained(tmp_path / "reward")
+    trained(GPT.from_pretrained(tmp_path / "base", head="score").adapt(4)).save_pretrained(
+        tmp_path / "reward"
+    )
     other = trained(opened(name="other")).save_pretrained(tmp_path / "other")
     policy = GPT.from_pretrained(tmp_path / "other").adapt(2)
-    reward_model, alone = GPT.from_pretrained(tmp_path / "reward", trunk=policy), GPT.from_pretrained(tmp_path / "reward")
+    reward_model, alone = (
+        GPT.from_pretrained(tmp_path / "reward", trunk=policy),
+        GPT.from_pretrained(tmp_path / "reward"),
+    )
     assert other is None and reward_model.rank == 0
     assert torch.equal(reward_model.score(reward_model(IDS)), alone.score(alone(IDS)))
 
@@ -139,10 +164,14 @@ def test_a_reward_model_of_another_trunk_is_opened_whole(opened, tmp_path):
 def test_a_critic_beside_a_reward_model_of_its_own_trunk_costs_an_adapter_and_a_head(opened):
     reward_model = opened(head="score")
     critic = reward_model.requires_grad_(False).share().adapt(2)
-    assert bytes_of(reward_model, critic) - bytes_of(reward_model) == sum(p.nbytes for p in critic.parameters() if p.requires_grad)
+    assert bytes_of(reward_model, critic) - bytes_of(reward_model) == sum(
+        p.nbytes for p in critic.parameters() if p.requires_grad
+    )
     scores = reward_model.score(reward_model(IDS))
     trained(critic)
-    assert torch.equal(reward_model.score(reward_model(IDS)), scores) and not torch.allclose(critic.score(critic(IDS)), scores)
+    assert torch.equal(reward_model.score(reward_model(IDS)), scores) and not torch.allclose(
+        critic.score(critic(IDS)), scores
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -150,15 +179,21 @@ def test_rows_of_a_grown_vocabulary_go_with_the_adapter(opened, tied, tmp_path):
     model = trained(opened(tied=tied).grow(64).adapt(2))
     model.save_pretrained(tmp_path / "saved")
     again = GPT.from_pretrained(tmp_path / "saved/adapter")
-    torch.testing.assert_close(again.logits(again(IDS + 40)), model.logits(model(IDS + 40)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        again.logits(again(IDS + 40)), model.logits(model(IDS + 40)), rtol=1e-4, atol=1e-4
+    )
     small = trained(GPT.from_pretrained(tmp_path / "base").adapt(2))
     small.save_pretrained(tmp_path / "small")
-    assert not any("embed" in key for key in load_file(tmp_path / "small/adapter/adapter_model.safetensors"))
+    assert not any(
+        "embed" in key for key in load_file(tmp_path / "small/adapter/adapter_model.safetensors")
+    )
 
 
 def test_a_reward_model_of_another_shape_is_opened_whole(opened, tmp_path):
     opened(layers=3)
-    trained(GPT.from_pretrained(tmp_path / "base", head="score").adapt(4)).save_pretrained(tmp_path / "reward")
+    trained(GPT.from_pretrained(tmp_path / "base", head="score").adapt(4)).save_pretrained(
+        tmp_path / "reward"
+    )
     policy = opened(name="other").adapt(2)
     assert GPT.from_pretrained(tmp_path / "reward", trunk=policy).config.layers == 3
 
@@ -166,13 +201,17 @@ def test_a_reward_model_of_another_shape_is_opened_whole(opened, tmp_path):
 def test_a_shared_reward_model_never_writes_into_the_policy(opened, tmp_path):
     """An adapter with grown rows carries the whole embedding; where the policy's is another, nothing is shared and nothing overwritten."""
     trained(opened().grow(64).adapt(2)).save_pretrained(tmp_path / "grown")
-    trained(GPT.from_pretrained(tmp_path / "base", head="score").grow(64).adapt(4)).save_pretrained(tmp_path / "reward")
+    trained(GPT.from_pretrained(tmp_path / "base", head="score").grow(64).adapt(4)).save_pretrained(
+        tmp_path / "reward"
+    )
     policy = GPT.from_pretrained(tmp_path / "grown").adapt(2)
     before = policy.embed.weight.clone()
     reward_model = GPT.from_pretrained(tmp_path / "reward", trunk=policy)
     assert torch.equal(policy.embed.weight, before)
     alone = GPT.from_pretrained(tmp_path / "reward")
-    torch.testing.assert_close(reward_model.score(reward_model(IDS)), alone.score(alone(IDS)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        reward_model.score(reward_model(IDS)), alone.score(alone(IDS)), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_without_adapters_copies_share_no_weight(opened):
@@ -189,10 +228,17 @@ def test_the_adapter_s_files_name_what_peft_names(opened, tmp_path):
     trained(opened().adapt(2, targets="qkv,down")).save_pretrained(tmp_path / "saved")
     facts = json.loads((tmp_path / "saved/adapter/adapter_config.json").read_text())
     assert facts["peft_type"] == "LORA" and (facts["r"], facts["lora_alpha"]) == (2, 4.0)
-    assert facts["target_modules"] == ["mlp.down_proj", "self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj"]
+    assert facts["target_modules"] == [
+        "mlp.down_proj",
+        "self_attn.k_proj",
+        "self_attn.q_proj",
+        "self_attn.v_proj",
+    ]
     tensors = load_file(tmp_path / "saved/adapter/adapter_model.safetensors")
     stem = "base_model.model.model.layers.1.self_attn.k_proj"
-    assert tensors[f"{stem}.lora_A.weight"].shape == (2, 32) and tensors[f"{stem}.lora_B.weight"].shape == (16, 2)
+    assert tensors[f"{stem}.lora_A.weight"].shape == (2, 32) and tensors[
+        f"{stem}.lora_B.weight"
+    ].shape == (16, 2)
     assert len(tensors) == 2 * 4 * 2
 
 
@@ -203,11 +249,23 @@ def test_peft_opens_our_adapters_and_we_open_its(opened, arch, head, tmp_path):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     model = trained(opened(arch, head, pad_token_id=0).adapt(3, alpha=5.0))
     model.save_pretrained(tmp_path / "saved")
-    auto = transformers.AutoModelForSequenceClassification if head == "score" else transformers.AutoModelForCausalLM
-    theirs = peft.PeftModel.from_pretrained(auto.from_pretrained(tmp_path / "base"), tmp_path / "saved/adapter").eval()
+    auto = (
+        transformers.AutoModelForSequenceClassification
+        if head == "score"
+        else transformers.AutoModelForCausalLM
+    )
+    theirs = peft.PeftModel.from_pretrained(
+        auto.from_pretrained(tmp_path / "base"), tmp_path / "saved/adapter"
+    ).eval()
     ids = IDS + 1
-    ours = (model.score(model(ids))[:, -1:] - model.score_head.bias) if head == "score" else model.logits(model(ids))
-    torch.testing.assert_close(theirs(ids, attention_mask=torch.ones_like(ids)).logits, ours, rtol=1e-4, atol=1e-4)
+    ours = (
+        (model.score(model(ids))[:, -1:] - model.score_head.bias)
+        if head == "score"
+        else model.logits(model(ids))
+    )
+    torch.testing.assert_close(
+        theirs(ids, attention_mask=torch.ones_like(ids)).logits, ours, rtol=1e-4, atol=1e-4
+    )
     theirs.save_pretrained(tmp_path / "theirs")
     again = opened(arch, head, name="again").load_adapter(tmp_path / "theirs")
     torch.testing.assert_close(again(ids), model(ids), rtol=1e-4, atol=1e-5)
@@ -220,10 +278,19 @@ def test_an_adapter_with_a_score_head_opens_as_a_reward_model(opened, arch, tmp_
     model = trained(GPT.from_pretrained(tmp_path / "base", head="score").adapt(2))
     model.config.score_gain = 1.5
     model.save_pretrained(tmp_path / "reward")
-    again, whole = GPT.from_pretrained(tmp_path / "reward/adapter"), GPT.from_pretrained(tmp_path / "reward")
-    assert again.config.head == "score" and again.config.score_gain == 1.5 and model.score_head.bias != 0
+    again, whole = (
+        GPT.from_pretrained(tmp_path / "reward/adapter"),
+        GPT.from_pretrained(tmp_path / "reward"),
+    )
+    assert (
+        again.config.head == "score"
+        and again.config.score_gain == 1.5
+        and model.score_head.bias != 0
+    )
     for other in (again, whole):
-        torch.testing.assert_close(other.score(other(IDS)), model.score(model(IDS)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            other.score(other(IDS)), model.score(model(IDS)), rtol=1e-4, atol=1e-4
+        )
     with pytest.raises(ValueError, match="no place.*score"):
         GPT.from_pretrained(tmp_path / "reward/adapter", head="lm")
     model.score_head.weight = torch.nn.Parameter(torch.zeros(2, 32))
@@ -238,17 +305,27 @@ def test_an_adapter_of_an_adapted_model_names_it_as_its_base(opened, tmp_path):
     model = trained(GPT.from_pretrained(tmp_path / "first").grow(67).adapt(3), seed=2)
     model.save_adapter(tmp_path / "second")
     again = GPT.from_pretrained(tmp_path / "second")
-    torch.testing.assert_close(again.logits(again(IDS)), model.logits(model(IDS)), rtol=1e-4, atol=1e-4)
-    assert json.loads((tmp_path / "second/adapter_config.json").read_text())["base_model_name_or_path"] == str(tmp_path / "first")
-    trained(again.adapt(2), seed=3).save_adapter(tmp_path / "third")  # its base holds the new rows: they need not go with it
-    assert not any("embed" in key for key in load_file(tmp_path / "third/adapter_model.safetensors"))
+    torch.testing.assert_close(
+        again.logits(again(IDS)), model.logits(model(IDS)), rtol=1e-4, atol=1e-4
+    )
+    assert json.loads((tmp_path / "second/adapter_config.json").read_text())[
+        "base_model_name_or_path"
+    ] == str(tmp_path / "first")
+    trained(again.adapt(2), seed=3).save_adapter(
+        tmp_path / "third"
+    )  # its base holds the new rows: they need not go with it
+    assert not any(
+        "embed" in key for key in load_file(tmp_path / "third/adapter_model.safetensors")
+    )
 
 
 def test_an_adapter_of_queries_and_values_alone_leaves_the_keys(opened, tmp_path):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     opened()
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    theirs = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    theirs = peft.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config
+    )
     theirs.save_pretrained(tmp_path / "theirs")
     ours = GPT.from_pretrained(tmp_path / "base").load_adapter(tmp_path / "theirs")
     torch.testing.assert_close(ours.logits(ours(IDS)), theirs(IDS).logits, rtol=1e-4, atol=1e-4)
@@ -266,8 +343,14 @@ FAULTS = {
     "DoRA": (edit("use_dora", True), "use_dora"),
     "another method": (edit("peft_type", "IA3"), "IA3"),
     "another rank": (edit("r", 5), "shape"),
-    "no weights": (lambda directory: (directory / "adapter_model.safetensors").unlink(), "adapter_model.safetensors"),
-    "no config": (lambda directory: (directory / "adapter_config.json").unlink(), "adapter_config.json"),
+    "no weights": (
+        lambda directory: (directory / "adapter_model.safetensors").unlink(),
+        "adapter_model.safetensors",
+    ),
+    "no config": (
+        lambda directory: (directory / "adapter_config.json").unlink(),
+        "adapter_config.json",
+    ),
 }
 
 
@@ -300,13 +383,29 @@ def measured(request, weighed, tmp_path_factory):
     home, found, ragged = tmp_path_factory.mktemp("stages"), {}, request.param == "ragged rows"
     pairs = home / "pairs.jsonl"
     rows = [(a, b, 1 + (a * b) % 6 if ragged else 5) for a in range(10, 18) for b in range(10, 18)]
-    rows = (dict(prompt=f"add {a} and {b} " * n, chosen=f" {a + b}" * n, rejected=f" {b}5") for a, b, n in rows)
+    rows = (
+        dict(prompt=f"add {a} and {b} " * n, chosen=f" {a + b}" * n, rejected=f" {b}5")
+        for a, b, n in rows
+    )
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     torch.manual_seed(0)
     encoding = chat.extend(tokenizer.load(world.TOKENIZER))
     GPT.from_scratch("gpt2:2x128x128", encoding.n_vocab).save_pretrained(home / "base")
     tokenizer.save(encoding, home / "base")
-    common = ["--data", pairs, "--steps", 2, "--batch-size", 16, "--lora-rank", 4, "--lr", 1e-3, "--device", "cpu"]
+    common = [
+        "--data",
+        pairs,
+        "--steps",
+        2,
+        "--batch-size",
+        16,
+        "--lora-rank",
+        4,
+        "--lr",
+        1e-3,
+        "--device",
+        "cpu",
+    ]
     flags = {name: ["--init", home / ("base" if name == "sft" else "sft")] for name in STAGES}
     flags["ppo"] += ["--reward", home / "reward", "--max-new-tokens", 8]
     for name, script in STAGES.items():
@@ -315,12 +414,21 @@ def measured(request, weighed, tmp_path_factory):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_what_a_token_keeps_does_not_depend_on_the_length_and_bf16_copies_of_the_weights_count_once(tiny, arch):
+def test_what_a_token_keeps_does_not_depend_on_the_length_and_bf16_copies_of_the_weights_count_once(
+    tiny, arch
+):
     model = tiny(arch, **ARCHS[arch])
-    for dtype, once in ((torch.float32, 0), (torch.bfloat16, 2 * sum(module.weight.numel() for _, module in model.linears()))):
+    for dtype, once in (
+        (torch.float32, 0),
+        (torch.bfloat16, 2 * sum(module.weight.numel() for _, module in model.linears())),
+    ):
         with torch.autocast("cpu", dtype, dtype != torch.float32):
-            (kept, copies), *others = [run.per_position(run.learning, model, T)[0] for T in (8, 16, 32)]
-        biases = sum(2 * module.bias.numel() for _, module in model.linears() if module.bias is not None) * (dtype != torch.float32)
+            (kept, copies), *others = [
+                run.per_position(run.learning, model, T)[0] for T in (8, 16, 32)
+            ]
+        biases = sum(
+            2 * module.bias.numel() for _, module in model.linears() if module.bias is not None
+        ) * (dtype != torch.float32)
         assert others == 2 * [(kept, copies)] and once <= copies <= once + biases
 
 

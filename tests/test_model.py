@@ -63,7 +63,10 @@ def test_published_checkpoints_give_their_logits_and_greedy_tokens(reference, sp
     model = GPT.from_pretrained(tmp_path)
     with torch.no_grad():
         for which in "ab":
-            assert relative(all_logits(model, expected[f"ids_{which}"]), expected[f"logits_{which}"]) < 1e-4
+            assert (
+                relative(all_logits(model, expected[f"ids_{which}"]), expected[f"logits_{which}"])
+                < 1e-4
+            )
             greedy = model.generate([expected[f"ids_{which}"].tolist()], 20, temperature=0)
             assert greedy == [expected[f"greedy_{which}"].tolist()]
 
@@ -77,19 +80,27 @@ def test_in_fp64_the_logits_are_the_published_ones_to_rounding_of_the_rope_table
 
 def test_every_gradient_norm_is_the_published_one(reference):
     directory, _ = reference
-    expected, arrays = json.loads((directory / "expected.json").read_text()), np.load(directory / "expected.npz")
+    expected, arrays = (
+        json.loads((directory / "expected.json").read_text()),
+        np.load(directory / "expected.npz"),
+    )
     model = GPT.from_pretrained(directory).double()
     ids = torch.as_tensor(arrays["ids_b"])
     loss = kernels.linear_cross_entropy(model(ids[None, :-1])[0], model.head_weight, ids[1:])
     loss.backward()
     assert loss.item() == pytest.approx(float(arrays["loss_b"]), rel=1e-6)
     parameters, norms = dict(model.named_parameters()), {}
-    heads = [n * model.config.head_dim for n in (model.config.heads, model.config.kv_heads, model.config.kv_heads)]
+    heads = [
+        n * model.config.head_dim
+        for n in (model.config.heads, model.config.kv_heads, model.config.kv_heads)
+    ]
     for name, (keys, _) in model_module.layout(model).items():
         grad = parameters[name].grad
         parts = grad.split(heads) if len(keys) == 3 else grad.chunk(len(keys))
         norms |= {key: float(part.norm()) for key, part in zip(keys, parts, strict=True)}
-    published = {key.split(".", 1)[1]: norm for key, norm in expected["grad_norms_loss_b_fp64"].items()}
+    published = {
+        key.split(".", 1)[1]: norm for key, norm in expected["grad_norms_loss_b_fp64"].items()
+    }
     assert norms.keys() == published.keys()
     for key, norm in published.items():
         assert norms[key] == pytest.approx(norm, rel=1e-5), key
@@ -118,7 +129,13 @@ def test_rope_theta_is_read_in_both_spellings(shared, tmp_path):
         rewrite(directory, set_theta)
         outputs.append(GPT.from_pretrained(directory)(torch.arange(20)[None]))
     assert torch.equal(*outputs)
-    assert relative(outputs[0].detach(), GPT.from_pretrained(shared / "hf/llama")(torch.arange(20)[None]).detach()) > 1e-2
+    assert (
+        relative(
+            outputs[0].detach(),
+            GPT.from_pretrained(shared / "hf/llama")(torch.arange(20)[None]).detach(),
+        )
+        > 1e-2
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- checkpoints
@@ -128,7 +145,10 @@ def test_published_checkpoints_survive_a_save_and_a_load_bit_for_bit(reference, 
     directory, expected = reference
     model = GPT.from_pretrained(directory)
     saved(model, tmp_path)
-    theirs, ours = load_file(directory / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    theirs, ours = (
+        load_file(directory / "model.safetensors"),
+        load_file(tmp_path / "model.safetensors"),
+    )
     assert ours.keys() == theirs.keys()
     for key in theirs:
         assert torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype, key
@@ -140,7 +160,9 @@ def test_published_checkpoints_survive_a_save_and_a_load_bit_for_bit(reference, 
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_the_config_that_is_written_has_the_fields_that_transformers_reads_in_both_spellings(shared, arch, tmp_path):
+def test_the_config_that_is_written_has_the_fields_that_transformers_reads_in_both_spellings(
+    shared, arch, tmp_path
+):
     saved(GPT.from_pretrained(shared / "hf" / arch), tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     shape = "n_ vocab_size model_type architectures layer_norm activation hidden_ intermediate num_ head_dim max_position rms_ tie_ rope"
@@ -168,7 +190,9 @@ def test_any_shape_survives_a_save_and_a_load_bit_for_bit(tiny, arch, tied, tmp_
 def test_a_save_leaves_nothing_but_a_config_and_a_safetensors_file_of_fp32(tiny, tmp_path):
     saved(tiny().bfloat16(), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
-    assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {torch.float32}
+    assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {
+        torch.float32
+    }
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -182,7 +206,9 @@ def test_score_checkpoints_keep_their_bias_and_gain(tiny, arch, tmp_path):
     assert again.config.head == "score" and again.config.score_gain == 2.5
     assert float(again.score_head.bias.detach()) == pytest.approx(0.3)
     keys = load_file(tmp_path / "model.safetensors").keys()
-    assert "score.weight" in keys and "score.bias" not in keys  # transformers' sequence classification has no bias
+    assert (
+        "score.weight" in keys and "score.bias" not in keys
+    )  # transformers' sequence classification has no bias
     raw = json.loads((tmp_path / "config.json").read_text())
     assert raw["architectures"][0].endswith("ForSequenceClassification") and raw["num_labels"] == 1
 
@@ -204,19 +230,26 @@ def test_a_head_that_a_checkpoint_lacks_is_a_clear_error(tiny):
     writer, judge = tiny(), tiny(head="score")
     with pytest.raises(ValueError, match="no scalar head"):
         writer.score(writer(torch.tensor([[1]])))
-    for use in (lambda: judge.logits(judge(torch.tensor([[1]]))), lambda: judge.generate([[1, 2]], 3)):
+    for use in (
+        lambda: judge.logits(judge(torch.tensor([[1]]))),
+        lambda: judge.generate([[1, 2]], 3),
+    ):
         with pytest.raises(ValueError, match="no vocabulary head"):
             use()
 
 
-@pytest.mark.parametrize("kind", ["bare", "sharded", "bare and sharded", "with the tied head and old buffers"])
+@pytest.mark.parametrize(
+    "kind", ["bare", "sharded", "bare and sharded", "with the tied head and old buffers"]
+)
 def test_names_without_prefix_and_several_files_load_alike(reference, kind, tmp_path):
     directory, _ = reference
     tensors = load_file(directory / "model.safetensors")
     if "bare" in kind:
         tensors = {key.split(".", 1)[1]: value for key, value in tensors.items()}
     if "tied" in kind:
-        tensors["lm_head.weight"] = next(value for key, value in tensors.items() if "wte" in key or "embed" in key).clone()
+        tensors["lm_head.weight"] = next(
+            value for key, value in tensors.items() if "wte" in key or "embed" in key
+        ).clone()
         if directory.name == "gpt2":  # published GPT-2 files hold the causal mask
             tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 128, 128)
             tensors["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
@@ -224,13 +257,23 @@ def test_names_without_prefix_and_several_files_load_alike(reference, kind, tmp_
             tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
     shutil.copy(directory / "config.json", tmp_path)
     if "sharded" in kind:
-        weight_map = {key: f"model-0000{i % 2 + 1}-of-00002.safetensors" for i, key in enumerate(sorted(tensors))}
+        weight_map = {
+            key: f"model-0000{i % 2 + 1}-of-00002.safetensors"
+            for i, key in enumerate(sorted(tensors))
+        }
         for file in set(weight_map.values()):
-            save_file({key: tensors[key] for key in tensors if weight_map[key] == file}, tmp_path / file)
-        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+            save_file(
+                {key: tensors[key] for key in tensors if weight_map[key] == file}, tmp_path / file
+            )
+        (tmp_path / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": weight_map})
+        )
     else:
         save_file(tensors, tmp_path / "model.safetensors")
-    ours, theirs = GPT.from_pretrained(tmp_path).state_dict(), GPT.from_pretrained(directory).state_dict()
+    ours, theirs = (
+        GPT.from_pretrained(tmp_path).state_dict(),
+        GPT.from_pretrained(directory).state_dict(),
+    )
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -243,7 +286,10 @@ def test_growing_the_vocabulary_keeps_every_old_row(tiny, tied, tmp_path):
     ids = torch.arange(10)
     torch.testing.assert_close(all_logits(model, ids)[:, :61], all_logits(before, ids))
     new, mean = model.embed.weight[61:].detach(), before.embed.weight.detach().mean(0)
-    assert new.unique(dim=0).shape[0] == 3 and (new - mean).norm(dim=1).max() < 4 * before.embed.weight.norm(dim=1).mean()
+    assert (
+        new.unique(dim=0).shape[0] == 3
+        and (new - mean).norm(dim=1).max() < 4 * before.embed.weight.norm(dim=1).mean()
+    )
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert GPT.from_pretrained(saved(model, tmp_path)).config.vocab_size == 64
 
@@ -251,11 +297,21 @@ def test_growing_the_vocabulary_keeps_every_old_row(tiny, tied, tmp_path):
 def test_a_model_from_scratch_has_the_shape_that_was_asked_for():
     model = GPT.from_scratch("llama:3x64x50", vocab_size=20)
     c = model.config
-    assert (c.arch, c.layers, c.width, c.context, c.vocab_size, c.heads * c.head_dim) == ("llama", 3, 64, 50, 20, 64)
+    assert (c.arch, c.layers, c.width, c.context, c.vocab_size, c.heads * c.head_dim) == (
+        "llama",
+        3,
+        64,
+        50,
+        20,
+        64,
+    )
     assert model(torch.zeros(1, 50, dtype=torch.long)).shape == (1, 50, 64)
 
 
-@pytest.mark.parametrize("shape", ["", "llama", "bert:2x64x64", "llama:0x64x64", "llama:2x0x64", "gpt2:2x33x64", "llama:2x64x1"])
+@pytest.mark.parametrize(
+    "shape",
+    ["", "llama", "bert:2x64x64", "llama:0x64x64", "llama:2x0x64", "gpt2:2x33x64", "llama:2x64x1"],
+)
 def test_a_shape_that_cannot_be_is_refused_in_one_sentence(shape):
     with pytest.raises(ValueError, match="--shape") as caught:
         GPT.from_scratch(shape, vocab_size=20)
@@ -272,7 +328,9 @@ def drop_tensor(directory):
 
 
 def add_tensor(directory):
-    tensors = load_file(directory / "model.safetensors") | {"model.layers.2.input_layernorm.weight": torch.ones(32)}
+    tensors = load_file(directory / "model.safetensors") | {
+        "model.layers.2.input_layernorm.weight": torch.ones(32)
+    }
     save_file(tensors, directory / "model.safetensors")
 
 
@@ -288,7 +346,9 @@ def cut_file(directory):
 
 
 def point_to_missing_shard(directory):
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"norm.weight": "model-1.safetensors"}}))
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"norm.weight": "model-1.safetensors"}})
+    )
 
 
 def only_a_pickle(directory):
@@ -307,12 +367,18 @@ def both_spellings(directory):
 
 def integers(directory):
     tensors = load_file(directory / "model.safetensors")
-    save_file(tensors | {"model.norm.weight": torch.ones(32, dtype=torch.int8)}, directory / "model.safetensors")
+    save_file(
+        tensors | {"model.norm.weight": torch.ones(32, dtype=torch.int8)},
+        directory / "model.safetensors",
+    )
 
 
 def unequal_parts(directory):
     tensors = load_file(directory / "model.safetensors")
-    save_file(tensors | {"model.layers.0.mlp.up_proj.weight": torch.ones(48)}, directory / "model.safetensors")
+    save_file(
+        tensors | {"model.layers.0.mlp.up_proj.weight": torch.ones(48)},
+        directory / "model.safetensors",
+    )
 
 
 def config_text(text):
@@ -323,17 +389,38 @@ def config_field(field, value):
     return lambda directory: rewrite(directory, lambda raw: raw.update({field: value}))
 
 
-LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+LLAMA3 = dict(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
 FAULTS = {  # what is done to a good checkpoint -> (how, a word that the sentence must contain)
     "no directory": (shutil.rmtree, "config.json"),
     "no config": (lambda directory: (directory / "config.json").unlink(), "config.json"),
-    "no weights": (lambda directory: (directory / "model.safetensors").unlink(), "model.safetensors"),
+    "no weights": (
+        lambda directory: (directory / "model.safetensors").unlink(),
+        "model.safetensors",
+    ),
     "weights cut short": (cut_file, "model.safetensors"),
-    "weights empty": (lambda directory: (directory / "model.safetensors").write_bytes(b""), "model.safetensors"),
-    "weights are something else": (lambda directory: (directory / "model.safetensors").write_bytes(b"PK" * 500), "model.safetensors"),
+    "weights empty": (
+        lambda directory: (directory / "model.safetensors").write_bytes(b""),
+        "model.safetensors",
+    ),
+    "weights are something else": (
+        lambda directory: (directory / "model.safetensors").write_bytes(b"PK" * 500),
+        "model.safetensors",
+    ),
     "a shard missing": (point_to_missing_shard, "model-1.safetensors"),
-    "index not JSON": (lambda directory: (directory / "model.safetensors.index.json").write_text("{"), "index"),
-    "index a list": (lambda directory: (directory / "model.safetensors.index.json").write_text("[]"), "index"),
+    "index not JSON": (
+        lambda directory: (directory / "model.safetensors.index.json").write_text("{"),
+        "index",
+    ),
+    "index a list": (
+        lambda directory: (directory / "model.safetensors.index.json").write_text("[]"),
+        "index",
+    ),
     "a tensor missing": (drop_tensor, "layers.1.mlp.up_proj.weight"),
     "a tensor too many": (add_tensor, "layers.2.input_layernorm.weight"),
     "a tensor of another shape": (bend_tensor, "norm.weight"),
@@ -344,40 +431,76 @@ FAULTS = {  # what is done to a good checkpoint -> (how, a word that the sentenc
     "parts that do not fit": (unequal_parts, "mlp.up_proj.weight"),
     "a sliding window": (config_field("use_sliding_window", True), "use_sliding_window"),
     "quantised": (config_field("quantization_config", {"bits": 4}), "quantization_config"),
-    "llama3 rope without its numbers": (config_field("rope_parameters", {"rope_type": "llama3"}), "rope scaling"),
+    "llama3 rope without its numbers": (
+        config_field("rope_parameters", {"rope_type": "llama3"}),
+        "rope scaling",
+    ),
     "another vocabulary": (config_field("vocab_size", 99), "embed_tokens.weight"),
     "unknown architecture": (config_field("model_type", "mamba"), "mamba"),
-    "unknown rope": (config_field("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}), "rope"),
+    "unknown rope": (
+        config_field("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
+        "rope",
+    ),
     "biases": (config_field("attention_bias", True), "bias"),
     "config empty": (config_text(b""), "config.json"),
     "config not JSON": (config_text(b'{"model_type": "llama",'), "config.json"),
     "config not UTF-8": (config_text(b'{"model_type": "\xff"}'), "config.json"),
     "config a list": (config_text(b"[]"), "config.json"),
-    "config without a field": (config_text(b'{"model_type": "llama", "vocab_size": 61}'), "hidden_size"),
+    "config without a field": (
+        config_text(b'{"model_type": "llama", "vocab_size": 61}'),
+        "hidden_size",
+    ),
     "config with a null width": (config_field("hidden_size", None), "config.json"),
     "config with a word for a number": (config_field("num_hidden_layers", "two"), "config.json"),
     "config without heads": (config_field("num_attention_heads", 0), "config.json"),
-    "rope scaling a word": (config_field("rope_scaling", "llama3"), "config.json: rope_scaling should be an object"),
-    "rope parameters a list": (config_field("rope_parameters", [1]), "config.json: rope_parameters should be an object"),
+    "rope scaling a word": (
+        config_field("rope_scaling", "llama3"),
+        "config.json: rope_scaling should be an object",
+    ),
+    "rope parameters a list": (
+        config_field("rope_parameters", [1]),
+        "config.json: rope_parameters should be an object",
+    ),
     "rope theta a word": (config_field("rope_theta", "x"), "config.json: rope_theta should be"),
-    "rope theta negative": (config_field("rope_parameters", {"rope_theta": -1.0}), "config.json: rope_theta should be"),
-    "llama3 rope with a word": (config_field("rope_parameters", LLAMA3 | {"factor": "8"}), "config.json: factor should be"),
+    "rope theta negative": (
+        config_field("rope_parameters", {"rope_theta": -1.0}),
+        "config.json: rope_theta should be",
+    ),
+    "llama3 rope with a word": (
+        config_field("rope_parameters", LLAMA3 | {"factor": "8"}),
+        "config.json: factor should be",
+    ),
     "norm eps a word": (config_field("rms_norm_eps", "x"), "config.json: rms_norm_eps should be"),
-    "norm eps not a number": (config_field("rms_norm_eps", math.nan), "config.json: rms_norm_eps should be"),
-    "init range a word": (config_field("initializer_range", "x"), "config.json: initializer_range should be"),
+    "norm eps not a number": (
+        config_field("rms_norm_eps", math.nan),
+        "config.json: rms_norm_eps should be",
+    ),
+    "init range a word": (
+        config_field("initializer_range", "x"),
+        "config.json: initializer_range should be",
+    ),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_bad_checkpoint_is_refused_in_one_sentence_that_names_the_file(tiny, fault, tmp_path, root):
+def test_a_bad_checkpoint_is_refused_in_one_sentence_that_names_the_file(
+    tiny, fault, tmp_path, root
+):
     directory = saved(tiny(), tmp_path / "checkpoint")
     damage, word = FAULTS[fault]
     damage(directory)
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         GPT.from_pretrained(directory)
     sentence = str(caught.value)
-    assert str(directory) in sentence and word in sentence and "\n" not in sentence.strip() and len(sentence) < 400
-    raised_in = Path(traceback.extract_tb(caught.tb)[-1].filename)  # run.script shows a library's errors as tracebacks
+    assert (
+        str(directory) in sentence
+        and word in sentence
+        and "\n" not in sentence.strip()
+        and len(sentence) < 400
+    )
+    raised_in = Path(
+        traceback.extract_tb(caught.tb)[-1].filename
+    )  # run.script shows a library's errors as tracebacks
     assert root in raised_in.parents, f"raised by {raised_in}"
 
 
@@ -393,10 +516,18 @@ def test_a_sequence_beyond_the_context_is_refused(tiny):
 @pytest.mark.parametrize("head", ["lm", "score"])
 def test_padding_batch_order_and_company_move_nothing(tiny, ragged, arch, head):
     model = tiny(arch, head=head)
-    out = (lambda ids: model.score(model(ids))) if head == "score" else (lambda ids: logprobs_of_next(model, ids))
+    out = (
+        (lambda ids: model.score(model(ids)))
+        if head == "score"
+        else (lambda ids: logprobs_of_next(model, ids))
+    )
     with torch.no_grad():
         alone = [out(torch.tensor([row])) for row in ragged]
-        for pad_id, order, extra in [(0, [0, 1, 2, 3, 4, 5, 6, 7], 0), (60, [7, 2, 5, 1], 9), (31, [6, 6, 0, 3], 30)]:
+        for pad_id, order, extra in [
+            (0, [0, 1, 2, 3, 4, 5, 6, 7], 0),
+            (60, [7, 2, 5, 1], 9),
+            (31, [6, 6, 0, 3], 30),
+        ]:
             rows = [ragged[i] for i in order]
             ids = torch.full((len(rows), max(map(len, rows)) + extra), pad_id)
             for line, row in zip(ids, rows, strict=True):
@@ -404,9 +535,13 @@ def test_padding_batch_order_and_company_move_nothing(tiny, ragged, arch, head):
             hidden, together = model(ids), out(ids)
             for line, i in enumerate(order):
                 n = len(ragged[i])
-                torch.testing.assert_close(hidden[line, :n], model(torch.tensor([ragged[i]]))[0], rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(
+                    hidden[line, :n], model(torch.tensor([ragged[i]]))[0], rtol=1e-5, atol=1e-5
+                )
                 k = n - (head == "lm")  # position t's log-prob is that of token t + 1
-                torch.testing.assert_close(together[line, :k], alone[i][0, :k], rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(
+                    together[line, :k], alone[i][0, :k], rtol=1e-5, atol=1e-5
+                )
 
 
 def logprobs_of_next(model, ids):
@@ -457,7 +592,9 @@ def test_ragged_prompts_continue_as_they_would_alone(writer, ragged):
     alone = [greedy_by_hand(writer, prompt, 15) for prompt in ragged]
     assert writer.generate(ragged, 15, temperature=0) == alone
     assert [writer.generate([prompt], 15, temperature=0)[0] for prompt in ragged] == alone
-    stops = sorted({reply[2 + i] for i, reply in enumerate(alone[:4])})  # rows end at different times
+    stops = sorted(
+        {reply[2 + i] for i, reply in enumerate(alone[:4])}
+    )  # rows end at different times
     stopped = writer.generate(ragged, 15, temperature=0, stop_id=stops)
     assert stopped == [greedy_by_hand(writer, prompt, 15, stops) for prompt in ragged]
     assert len({len(reply) for reply in stopped}) > 2
@@ -468,9 +605,13 @@ def test_ragged_prompts_continue_as_they_would_alone(writer, ragged):
 @torch.no_grad()
 def test_sampled_logprobs_are_the_recomputed_ones(writer, ragged, temperature, samples):
     options = dict(stop_id=list(range(0, 60, 8)), return_logprobs=True, samples=samples)
-    replies, logprobs = writer.generate(ragged, 20, temperature, generator=torch.Generator().manual_seed(1), **options)
+    replies, logprobs = writer.generate(
+        ragged, 20, temperature, generator=torch.Generator().manual_seed(1), **options
+    )
     assert len(set(map(len, replies))) > 2 and len(replies) == len(ragged) * samples
-    prompts = [prompt for prompt in ragged for _ in range(samples)]  # the samples of one prompt stand together
+    prompts = [
+        prompt for prompt in ragged for _ in range(samples)
+    ]  # the samples of one prompt stand together
     for prompt, reply, sampled in zip(prompts, replies, logprobs, strict=True):
         logits = all_logits(writer, prompt + reply)[len(prompt) - 1 : -1] / temperature
         again = F.log_softmax(logits, -1).gather(1, torch.tensor(reply)[:, None]).squeeze(1)
@@ -481,20 +622,31 @@ def test_sampled_logprobs_are_the_recomputed_ones(writer, ragged, temperature, s
 def test_greedy_logprobs_are_those_at_temperature_1(tiny, ragged):
     model = tiny()
     (reply, *_), (logprobs, *_) = model.generate(ragged, 5, temperature=0, return_logprobs=True)
-    again = F.log_softmax(all_logits(model, ragged[0] + reply)[len(ragged[0]) - 1 : -1], -1).max(1).values
+    again = (
+        F.log_softmax(all_logits(model, ragged[0] + reply)[len(ragged[0]) - 1 : -1], -1)
+        .max(1)
+        .values
+    )
     torch.testing.assert_close(torch.tensor(logprobs), again, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
 def test_a_reply_ends_with_its_first_stop_token_and_holds_no_other(tiny, ragged):
     model, stops = tiny(), [3, 17, 40]
-    replies = model.generate(ragged * 8, 30, stop_id=stops, generator=torch.Generator().manual_seed(0))
+    replies = model.generate(
+        ragged * 8, 30, stop_id=stops, generator=torch.Generator().manual_seed(0)
+    )
     assert {reply[-1] for reply in replies} >= set(stops)  # each of them stops
     for reply in replies:
         assert not set(reply[:-1]) & set(stops) and (reply[-1] in stops or len(reply) == 30)
     one = model.generate(ragged * 8, 30, stop_id=17, generator=torch.Generator().manual_seed(0))
-    assert any(reply[-1] == 17 and len(reply) < 30 for reply in one) and all(17 not in reply[:-1] for reply in one)
-    assert all(len(reply) == 30 for reply in model.generate(ragged, 30, generator=torch.Generator().manual_seed(0)))
+    assert any(reply[-1] == 17 and len(reply) < 30 for reply in one) and all(
+        17 not in reply[:-1] for reply in one
+    )
+    assert all(
+        len(reply) == 30
+        for reply in model.generate(ragged, 30, generator=torch.Generator().manual_seed(0))
+    )
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -510,7 +662,9 @@ def test_a_reply_stops_at_the_context_and_fills_it(tiny, arch):
 
 @pytest.mark.parametrize("prompts", [[[1], []], [[1] * 64], [[1] * 70]])
 def test_a_prompt_that_leaves_no_room_is_refused_by_number(tiny, prompts):
-    with pytest.raises(ValueError, match=f"prompt {len(prompts) - 1} has {len(prompts[-1])} tokens"):
+    with pytest.raises(
+        ValueError, match=f"prompt {len(prompts) - 1} has {len(prompts[-1])} tokens"
+    ):
         tiny().generate(prompts, 5)
 
 
@@ -522,7 +676,9 @@ def test_no_prompts_and_no_tokens_are_empty_answers(tiny):
 def test_generation_does_not_change_the_prompts_or_keep_gradients(tiny):
     model, prompts = tiny(), [[1, 2], [3]]
     model.generate(prompts, 3)
-    assert prompts == [[1, 2], [3]] and all(parameter.grad is None for parameter in model.parameters())
+    assert prompts == [[1, 2], [3]] and all(
+        parameter.grad is None for parameter in model.parameters()
+    )
 
 
 @torch.no_grad()
@@ -534,8 +690,14 @@ def test_what_is_streamed_is_what_is_returned(writer, ragged):
             heard[row].append(token)
 
     options = dict(stop_id=list(range(0, 60, 8)), samples=2)
-    replies = writer.generate(ragged, 20, generator=torch.Generator().manual_seed(1), stream=stream, **options)
-    assert heard == replies == writer.generate(ragged, 20, generator=torch.Generator().manual_seed(1), **options)
+    replies = writer.generate(
+        ragged, 20, generator=torch.Generator().manual_seed(1), stream=stream, **options
+    )
+    assert (
+        heard
+        == replies
+        == writer.generate(ragged, 20, generator=torch.Generator().manual_seed(1), **options)
+    )
 
 
 @torch.no_grad()
@@ -550,7 +712,10 @@ def test_top_k_1_and_a_tiny_top_p_are_greedy(tiny, ragged):
 @torch.no_grad()
 def test_the_generator_decides_what_is_sampled(tiny, ragged):
     model = tiny()
-    first, again, other = (model.generate(ragged, 12, generator=torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
+    first, again, other = (
+        model.generate(ragged, 12, generator=torch.Generator().manual_seed(seed))
+        for seed in (3, 3, 4)
+    )
     assert first == again != other
 
 
@@ -568,10 +733,15 @@ def test_the_generator_decides_what_is_sampled(tiny, ragged):
     ],
 )
 def test_tokens_are_drawn_with_the_probabilities_that_were_asked_for(options, expected):
-    n, order = 40000, [2, 0, 3, 1]  # shuffled, so that a sorted order cannot pass for the vocabulary's
+    n, order = (
+        40000,
+        [2, 0, 3, 1],
+    )  # shuffled, so that a sorted order cannot pass for the vocabulary's
     probabilities = torch.zeros(4)
     probabilities[order] = torch.tensor([0.4, 0.3, 0.2, 0.1])
-    tokens = sample(probabilities.log().expand(n, 4), generator=torch.Generator().manual_seed(0), **options)
+    tokens = sample(
+        probabilities.log().expand(n, 4), generator=torch.Generator().manual_seed(0), **options
+    )
     shares = torch.bincount(tokens, minlength=4)[order] / n
     wanted = torch.tensor(expected)
     assert torch.all((shares - wanted).abs() <= 4.5 * (wanted * (1 - wanted) / n).sqrt() + 1e-4)
@@ -606,16 +776,44 @@ def peer(request):
     name, changes = FAMILY[request.param]
 
     def make(score=False):
-        shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-        shape |= dict(vocab_size=61, max_position_embeddings=64, tie_word_embeddings=True, pad_token_id=0, initializer_range=0.3)
+        shape = dict(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+        shape |= dict(
+            vocab_size=61,
+            max_position_embeddings=64,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            initializer_range=0.3,
+        )
         if name == "GPT2":
-            shape = dict(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64, pad_token_id=0, initializer_range=0.3)
+            shape = dict(
+                vocab_size=61,
+                n_embd=32,
+                n_layer=2,
+                n_head=4,
+                n_positions=64,
+                pad_token_id=0,
+                initializer_range=0.3,
+            )
         shape |= {key: value for key, value in changes.items() if key != "llama3"}
         if "llama3" in changes:
             shape["rope_parameters"] = {"rope_theta": 100.0, **LLAMA3}
         torch.manual_seed(3)
-        ending = "ForSequenceClassification" if score else "LMHeadModel" if name == "GPT2" else "ForCausalLM"
-        config = getattr(transformers, f"{name}Config")(**shape, **({"num_labels": 1} if score else {}))
+        ending = (
+            "ForSequenceClassification"
+            if score
+            else "LMHeadModel"
+            if name == "GPT2"
+            else "ForCausalLM"
+        )
+        config = getattr(transformers, f"{name}Config")(
+            **shape, **({"num_labels": 1} if score else {})
+        )
         model = getattr(transformers, f"{name}{ending}")(config).eval()
         with torch.no_grad():
             for parameter in model.parameters():
@@ -630,9 +828,18 @@ def peer(request):
 def test_transformers_models_give_their_logits_and_greedy_tokens(peer, tmp_path):
     theirs = peer()
     theirs.save_pretrained(tmp_path)
-    ours, ids = GPT.from_pretrained(tmp_path), torch.randint(1, 61, (3, 40), generator=torch.Generator().manual_seed(1))
+    ours, ids = (
+        GPT.from_pretrained(tmp_path),
+        torch.randint(1, 61, (3, 40), generator=torch.Generator().manual_seed(1)),
+    )
     assert relative(ours.logits(ours(ids)), theirs(ids).logits) < 1e-5
-    greedy = theirs.generate(ids[:, :20], max_new_tokens=20, do_sample=False, eos_token_id=None, attention_mask=torch.ones(3, 20))
+    greedy = theirs.generate(
+        ids[:, :20],
+        max_new_tokens=20,
+        do_sample=False,
+        eos_token_id=None,
+        attention_mask=torch.ones(3, 20),
+    )
     assert ours.generate(ids[:, :20].tolist(), 20, temperature=0) == greedy[:, 20:].tolist()
 
 
@@ -641,7 +848,9 @@ def test_what_we_save_opens_in_transformers_with_the_same_logits(peer, tmp_path)
     transformers = pytest.importorskip("transformers")
     peer().save_pretrained(tmp_path / "theirs")
     ours = GPT.from_pretrained(tmp_path / "theirs")
-    theirs, found = transformers.AutoModelForCausalLM.from_pretrained(saved(ours, tmp_path / "ours"), output_loading_info=True)
+    theirs, found = transformers.AutoModelForCausalLM.from_pretrained(
+        saved(ours, tmp_path / "ours"), output_loading_info=True
+    )
     assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ids = torch.arange(1, 60)[None]
     assert relative(ours.logits(ours(ids)), theirs(ids).logits) < 1e-5
@@ -654,12 +863,22 @@ def test_reward_models_of_either_side_score_alike_up_to_the_constant_bias(peer, 
     theirs = peer(score=True)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = GPT.from_pretrained(tmp_path / "theirs")
-    ids, lengths = torch.randint(1, 61, (4, 20), generator=torch.Generator().manual_seed(2)), torch.tensor([20, 7, 13, 1])
+    ids, lengths = (
+        torch.randint(1, 61, (4, 20), generator=torch.Generator().manual_seed(2)),
+        torch.tensor([20, 7, 13, 1]),
+    )
     ids[torch.arange(20) >= lengths[:, None]] = 0  # right-padded; 0 is the padding token
     rows = torch.arange(4), lengths - 1
-    assert relative(ours.score(ours(ids))[rows], theirs(ids, attention_mask=(ids > 0).long()).logits[:, 0]) < 1e-5
+    assert (
+        relative(
+            ours.score(ours(ids))[rows], theirs(ids, attention_mask=(ids > 0).long()).logits[:, 0]
+        )
+        < 1e-5
+    )
     ours.score_head.bias.fill_(0.7)
-    again = transformers.AutoModelForSequenceClassification.from_pretrained(saved(ours, tmp_path / "ours")).eval()
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(
+        saved(ours, tmp_path / "ours")
+    ).eval()
     scores = ours.score(ours(ids))[rows] - 0.7
     assert relative(again(ids, attention_mask=(ids > 0).long()).logits[:, 0], scores) < 1e-5
 
@@ -667,7 +886,9 @@ def test_reward_models_of_either_side_score_alike_up_to_the_constant_bias(peer, 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_files_in_half_precision_open_as_fp32_master_weights(tiny, dtype, tmp_path):
     saved(tiny("qwen3", head_dim=16), tmp_path)
-    halves = {key: value.to(dtype) for key, value in load_file(tmp_path / "model.safetensors").items()}
+    halves = {
+        key: value.to(dtype) for key, value in load_file(tmp_path / "model.safetensors").items()
+    }
     save_file(halves, tmp_path / "model.safetensors")
     model = GPT.from_pretrained(tmp_path)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
@@ -676,11 +897,16 @@ def test_files_in_half_precision_open_as_fp32_master_weights(tiny, dtype, tmp_pa
 
 def test_llama_3s_rope_leaves_fast_pairs_and_slows_down_slow_ones(tiny):
     plain = model_module.rope_frequencies(tiny(rope_theta=500000.0, head_dim=128).config)
-    scaled = model_module.rope_frequencies(tiny(rope_theta=500000.0, head_dim=128, rope_scaling=(8.0, 1.0, 4.0, 8192)).config)
+    scaled = model_module.rope_frequencies(
+        tiny(rope_theta=500000.0, head_dim=128, rope_scaling=(8.0, 1.0, 4.0, 8192)).config
+    )
     turns = 8192 * plain / (2 * torch.pi)
     assert torch.equal(scaled[turns > 4], plain[turns > 4])
     torch.testing.assert_close(scaled[turns < 1], plain[turns < 1] / 8)
-    assert torch.all((scaled <= plain) & (scaled >= plain / 8.0001)) and 0 < ((turns > 1) & (turns < 4)).sum() < 20
+    assert (
+        torch.all((scaled <= plain) & (scaled >= plain / 8.0001))
+        and 0 < ((turns > 1) & (turns < 4)).sum() < 20
+    )
 
 
 def test_a_checkpoint_is_read_without_a_second_copy(tiny, tmp_path, monkeypatch):
@@ -695,7 +921,9 @@ def test_a_checkpoint_is_read_without_a_second_copy(tiny, tmp_path, monkeypatch)
             most.append(len(alive))
             return tensor
 
-        return {key: (lambda key=key, get=get: read(key, get)) for key, get in tensors_of(path).items()}
+        return {
+            key: (lambda key=key, get=get: read(key, get)) for key, get in tensors_of(path).items()
+        }
 
     monkeypatch.setattr(model_module, "tensors_of", watched)
     GPT.from_pretrained(tmp_path)

@@ -27,19 +27,43 @@ SCRIPTS = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo}
 # gives the second rank none; as do PPO's minibatches.
 CASES = {
     "sft": ("sft", "--init sft --data chats.jsonl --batch-size 5"),
-    "sft in micro-batches": ("sft", "--init sft --data chats.jsonl --batch-size 5 --micro-batch-size 1 --lora-rank 2"),
-    "sft in shards": ("sft", "--init sft --data chats.jsonl --batch-size 5 --micro-batch-size 1 --shard"),
+    "sft in micro-batches": (
+        "sft",
+        "--init sft --data chats.jsonl --batch-size 5 --micro-batch-size 1 --lora-rank 2",
+    ),
+    "sft in shards": (
+        "sft",
+        "--init sft --data chats.jsonl --batch-size 5 --micro-batch-size 1 --shard",
+    ),
     "pretrain": ("sft", "--pretrain --shape llama:1x32x64 --batch-size 5"),
     "reward": ("reward", "--init sft --batch-size 5 --prompts 30 --centring .1 --lora-rank 2"),
-    "reward with heads": ("reward", "--init sft --batch-size 5 --data rated.jsonl --heads short good"),
+    "reward with heads": (
+        "reward",
+        "--init sft --batch-size 5 --data rated.jsonl --heads short good",
+    ),
     "process": ("reward", "--init sft --batch-size 5 --data steps.jsonl --process"),
     "dpo": ("dpo", "--init sft --batch-size 5 --prompts 40"),
-    "kto": ("dpo", "--init sft --batch-size 5 --data rated.jsonl --loss kto --lr 1e-2 --lora-rank 2"),
-    "online": ("dpo", "--init sft --batch-size 5 --prompts 200 --online --judge scorer --rounds 3 --lr 2e-3 --watch 8"),
+    "kto": (
+        "dpo",
+        "--init sft --batch-size 5 --data rated.jsonl --loss kto --lr 1e-2 --lora-rank 2",
+    ),
+    "online": (
+        "dpo",
+        "--init sft --batch-size 5 --prompts 200 --online --judge scorer --rounds 3 --lr 2e-3 --watch 8",
+    ),
     "spin": ("dpo", "--init sft --batch-size 5 --prompts 40 --spin --rounds 3 --lr 2e-3 --watch 8"),
-    "ppo": ("ppo", "--init sft --reward scorer --batch-size 5 --minibatches 3 --ppo-epochs 2 --critic-warmup 0"),
-    "ppo of adapters": ("ppo", "--init sft --reward adapted --batch-size 5 --minibatches 3 --lora-rank 2 --kl-target .01"),
-    "grpo": ("ppo", "--init sft --reward scorer --batch-size 6 --minibatches 4 --group-size 2 --advantage grpo"),
+    "ppo": (
+        "ppo",
+        "--init sft --reward scorer --batch-size 5 --minibatches 3 --ppo-epochs 2 --critic-warmup 0",
+    ),
+    "ppo of adapters": (
+        "ppo",
+        "--init sft --reward adapted --batch-size 5 --minibatches 3 --lora-rank 2 --kl-target .01",
+    ),
+    "grpo": (
+        "ppo",
+        "--init sft --reward scorer --batch-size 6 --minibatches 4 --group-size 2 --advantage grpo",
+    ),
 }
 
 
@@ -79,7 +103,13 @@ def rank(number, ports, home):
     os.chdir(home)
     run.Job.write_state = whole_only
     run.curves = lambda metrics, path: None
-    os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
+    os.environ.update(
+        RANK=str(number),
+        LOCAL_RANK=str(number),
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        GLOO_SOCKET_IFNAME="lo",
+    )
     sys.stderr = open(f"said-{number}", "w")  # noqa: SIM115 (until the process ends)
     sys.stdout = sys.stderr
     for port, (case, (name, text)) in zip(ports, CASES.items(), strict=False):
@@ -108,16 +138,26 @@ def home(tmp_path_factory, world_encoding):
     """Models to start from, files of 12 rows, every case in one process (alone/) and in two (ranks-0/ and, if it wrote, ranks-1/)."""
     home, back = tmp_path_factory.mktemp("ranks"), os.getcwd()
     torch.manual_seed(0)
-    GPT.from_scratch("llama:1x32x64", world_encoding.n_vocab, "score").save_pretrained(home / "scorer")
+    GPT.from_scratch("llama:1x32x64", world_encoding.n_vocab, "score").save_pretrained(
+        home / "scorer"
+    )
     tokenizer.save(world_encoding, home / "scorer")
     records = world.demonstrations(12)
     run.write_lines(home / "chats.jsonl", [{"messages": record.messages} for record in records])
     prompts = [record.messages[0]["content"] for record in records]
     labels = [[True, False, True, False][: 1 + i % 4] for i in range(12)]
-    rows = [{"prompt": p, "completions": ["1"] * len(own), "labels": own} for p, own in zip(prompts, labels)]
+    rows = [
+        {"prompt": p, "completions": ["1"] * len(own), "labels": own}
+        for p, own in zip(prompts, labels)
+    ]
     run.write_lines(home / "steps.jsonl", rows)
     rows = [
-        {"prompt": p, "chosen": "yes " * (1 + i % 3), "rejected": "no", "ratings": {"short": [i % 5, 2], "good": [1, i % 3]}}
+        {
+            "prompt": p,
+            "chosen": "yes " * (1 + i % 3),
+            "rejected": "no",
+            "ratings": {"short": [i % 5, 2], "good": [1, i % 3]},
+        }
         for i, p in enumerate(prompts)
     ]
     run.write_lines(home / "rated.jsonl", rows)
@@ -127,8 +167,13 @@ def home(tmp_path_factory, world_encoding):
         patch.setattr(run, "curves", lambda metrics, path: None)
         stage("sft", "--init=scratch --shape=llama:1x32x64 --lr=1e-2 --out=sft", "--steps=50")
         stage("reward", "--init sft --lora-rank=2 --prompts=40 --out=adapted")
-        options = dict(args=(free_ports(len(CASES) + 2), str(home)), nprocs=2, join=False, start_method="spawn")
-        processes, deadline = torch.multiprocessing.start_processes(rank, **options), time.monotonic() + 300
+        options = dict(
+            args=(free_ports(len(CASES) + 2), str(home)), nprocs=2, join=False, start_method="spawn"
+        )
+        processes, deadline = (
+            torch.multiprocessing.start_processes(rank, **options),
+            time.monotonic() + 300,
+        )
         for case, (name, text) in CASES.items():
             stage(name, text.removesuffix("--shard"), "--out", f"alone/{case}")
         while not processes.join(timeout=1):  # raises what a process has raised
@@ -150,11 +195,19 @@ def assert_same_run(ours, theirs):
     assert len(a) == len(b) == 3
     for row, other in zip(a, b):
         if "rejected_rewards" in row and abs(row["rejected_rewards"]) < 1e-5:
-            row.pop("accuracy"), other.pop("accuracy")  # the policy is its reference still: which side is ahead is a matter of rounding
+            (
+                row.pop("accuracy"),
+                other.pop("accuracy"),
+            )  # the policy is its reference still: which side is ahead is a matter of rounding
         assert row == pytest.approx(other, rel=1e-4, abs=2e-5)
     weights, others = (load_file(directory / "model.safetensors") for directory in (ours, theirs))
-    a, b = (torch.cat([value.flatten() for _, value in sorted(each.items())]) for each in (weights, others))
-    assert torch.linalg.norm(a - b) < 1e-5 * torch.linalg.norm(b)  # of each alone, Adam can make much of what is only rounding
+    a, b = (
+        torch.cat([value.flatten() for _, value in sorted(each.items())])
+        for each in (weights, others)
+    )
+    assert torch.linalg.norm(a - b) < 1e-5 * torch.linalg.norm(
+        b
+    )  # of each alone, Adam can make much of what is only rounding
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -163,17 +216,24 @@ def test_two_processes_give_the_curve_and_the_weights_of_one(case, home):
 
 
 def test_one_process_writes_and_speaks(home):
-    assert sorted(path.name for path in (home / "ranks-0").iterdir()) == sorted(CASES) and not (home / "ranks-1").exists()
+    assert (
+        sorted(path.name for path in (home / "ranks-0").iterdir()) == sorted(CASES)
+        and not (home / "ranks-1").exists()
+    )
     assert (home / "said-1").read_text() == ""
     said = (home / "said-0").read_text()
-    assert said.count("written to") == len(CASES) + 1 and said.count("sft step 3/3") == 3 + 2  # each case's, cut short, and resumed
+    assert (
+        said.count("written to") == len(CASES) + 1 and said.count("sft step 3/3") == 3 + 2
+    )  # each case's, cut short, and resumed
     for where, ranks in (("ranks-0", 2), ("alone", 1)):
         assert json.loads((home / where / "sft" / "run.json").read_text())["ranks"] == ranks
 
 
 def test_a_killed_run_of_two_processes_goes_on_in_two(home):
     for name in ("model.safetensors", "metrics.jsonl"):
-        assert (home / "resumed" / name).read_bytes() == (home / "ranks-0" / "sft" / name).read_bytes()
+        assert (home / "resumed" / name).read_bytes() == (
+            home / "ranks-0" / "sft" / name
+        ).read_bytes()
     assert json.loads((home / "resumed" / "run.json").read_text())["resumed_at"] == [2]
 
 
@@ -182,15 +242,39 @@ def torchrun(home):
     """torchrun(script, *flags): two processes of it."""
 
     def start(*command):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_ports(1)[0])]
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--master-port",
+            str(free_ports(1)[0]),
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.run([*launch, *command], cwd=home, env=environment, capture_output=True, text=True, timeout=300)
+        return subprocess.run(
+            [*launch, *command],
+            cwd=home,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
 
     return start
 
 
 def test_torchrun_starts_the_script_as_it_is(root, home, torchrun, tmp_path):
-    done = torchrun(root / "sft.py", "--device", "cpu", "--steps", "3", *CASES["sft"][1].split(), "--out", tmp_path / "a")
+    done = torchrun(
+        root / "sft.py",
+        "--device",
+        "cpu",
+        "--steps",
+        "3",
+        *CASES["sft"][1].split(),
+        "--out",
+        tmp_path / "a",
+    )
     assert done.returncode == 0 and done.stderr.count("written to") == 1, done.stderr
     assert_same_run(tmp_path / "a", home / "alone" / "sft")
 
@@ -198,7 +282,12 @@ def test_torchrun_starts_the_script_as_it_is(root, home, torchrun, tmp_path):
 @pytest.mark.slow
 def test_bad_input_is_one_sentence_for_all_processes(root, torchrun, tmp_path):
     done = torchrun(root / "dpo.py", "--device", "cpu", "--init", tmp_path / "nowhere")
-    assert done.returncode and done.stderr.count("error: ") == done.stderr.count(f"error: --init {tmp_path}/nowhere: there is no such") == 1
+    assert (
+        done.returncode
+        and done.stderr.count("error: ")
+        == done.stderr.count(f"error: --init {tmp_path}/nowhere: there is no such")
+        == 1
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- what is refused
@@ -206,7 +295,12 @@ def test_bad_input_is_one_sentence_for_all_processes(root, torchrun, tmp_path):
 
 @pytest.fixture
 def second_of_three(monkeypatch):
-    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}.items():
+    for name, value in {
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "3",
+        "LOCAL_WORLD_SIZE": "3",
+    }.items():
         monkeypatch.setenv(name, value)
 
 
@@ -221,7 +315,9 @@ def test_what_is_no_stage_runs_alone(argv, local, second_of_three, monkeypatch, 
     waited = []
     monkeypatch.setattr(time, "sleep", waited.append)
     with pytest.raises(SystemExit) as exit:
-        run.commands({"talk": (main, annotators.Config)}, "") if argv[1:] else run.script(main, annotators.Config, "")
+        run.commands({"talk": (main, annotators.Config)}, "") if argv[1:] else run.script(
+            main, annotators.Config, ""
+        )
     said = "error: only sft.py, reward.py, dpo.py and ppo.py run in several processes: start this without torchrun\n"
     assert exit.value.code == 2 and capsys.readouterr().err == said
     assert waited == [10] * local  # for torchrun to end it: each machine says it once
@@ -231,7 +327,11 @@ def test_what_is_no_stage_runs_alone(argv, local, second_of_three, monkeypatch, 
 def test_shards_need_several_processes_and_leave_no_state(flag, monkeypatch, tmp_path):
     if flag:
         monkeypatch.setenv("WORLD_SIZE", "2")
-    said = f"--shard is not read with {flag.partition('=')[0]}: leave one of them out" if flag else "--shard divides a model among several"
+    said = (
+        f"--shard is not read with {flag.partition('=')[0]}: leave one of them out"
+        if flag
+        else "--shard divides a model among several"
+    )
     with pytest.raises(ValueError, match=f"^{said}"):
         stage("sft", "--init scratch --shard", "--out", tmp_path / "a", *flag.split())
 
@@ -243,7 +343,9 @@ def test_shards_need_several_processes_and_leave_no_state(flag, monkeypatch, tmp
         ("auto", "3 processes need a CUDA device each, and this machine has 2: start fewer"),
     ],
 )
-def test_every_process_needs_a_device_of_its_own(device, said, second_of_three, monkeypatch, tmp_path):
+def test_every_process_needs_a_device_of_its_own(
+    device, said, second_of_three, monkeypatch, tmp_path
+):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ValueError, match=f"^{said}$"):
@@ -255,7 +357,9 @@ def test_a_process_takes_the_device_of_its_own_number(second_of_three, monkeypat
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", made.append)
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, device_id: made.append((backend, device_id)))
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda backend, device_id: made.append((backend, device_id))
+    )
     monkeypatch.setattr(torch, "manual_seed", lambda seed: None)
     job = run.start(sft.Config(init="scratch", out=str(tmp_path / "a")), "sft")
     assert job.device == torch.device("cuda:1") and made == [job.device, ("nccl", job.device)]

@@ -36,9 +36,27 @@ def chain(request, shared, weighed, tmp_path_factory):
             "--lr",
             1e-2 if request.param else 1e-3,
         ],
-        "reward": ["--init", home / "sft", "--data", pairs, "--lr", 1e-3 if request.param else 3e-4],
+        "reward": [
+            "--init",
+            home / "sft",
+            "--data",
+            pairs,
+            "--lr",
+            1e-3 if request.param else 3e-4,
+        ],
         "dpo": ["--init", home / "sft", "--data", pairs, "--lr", 1e-3],
-        "ppo": ["--init", home / "sft", "--reward", home / "reward", "--data", pairs, "--max-new-tokens", 16, "--lr", 1e-4],
+        "ppo": [
+            "--init",
+            home / "sft",
+            "--reward",
+            home / "reward",
+            "--data",
+            pairs,
+            "--max-new-tokens",
+            16,
+            "--lr",
+            1e-4,
+        ],
     }
     found = {}
     for name, script in STAGES.items():
@@ -48,7 +66,9 @@ def chain(request, shared, weighed, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("stage, name", [("sft", "loss"), ("reward", "loss"), ("dpo", "loss"), ("ppo", "value_loss")])
+@pytest.mark.parametrize(
+    "stage, name", [("sft", "loss"), ("reward", "loss"), ("dpo", "loss"), ("ppo", "value_loss")]
+)
 def test_the_loss_falls(chain, stage, name):
     values = [row[name] for row in chain[stage][0]]
     first, last = sum(values[:5]) / 5, sum(values[-5:]) / 5

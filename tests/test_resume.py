@@ -28,7 +28,11 @@ class PowerCutError(Exception):
 
 
 def contents(directory):
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
 
 
 def stage(name, *flags):
@@ -60,13 +64,36 @@ def models(tmp_path_factory, world_encoding):
     tokenizer.save(world_encoding, home / "scorer")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "curves", lambda metrics, path: None)
-        stage("sft", "--init=scratch", "--shape=llama:1x32x64", "--steps=60", "--lr=1e-2", "--out", home / "sft")
-        stage("reward", "--init", home / "sft", "--lora-rank=2", "--steps=1", "--prompts=40", "--out", home / "adapted")
+        stage(
+            "sft",
+            "--init=scratch",
+            "--shape=llama:1x32x64",
+            "--steps=60",
+            "--lr=1e-2",
+            "--out",
+            home / "sft",
+        )
+        stage(
+            "reward",
+            "--init",
+            home / "sft",
+            "--lora-rank=2",
+            "--steps=1",
+            "--prompts=40",
+            "--out",
+            home / "adapted",
+        )
     prompts = [record.messages[0]["content"] for record in world.prompts(40)]
-    rows = [{"prompt": prompt, "completions": ["1", "2"], "labels": [True, i % 2 == 0]} for i, prompt in enumerate(prompts)]
+    rows = [
+        {"prompt": prompt, "completions": ["1", "2"], "labels": [True, i % 2 == 0]}
+        for i, prompt in enumerate(prompts)
+    ]
     run.write_lines(home / "steps.jsonl", rows)
     rated = {"short": [5, 1], "good": [1, 4]}
-    rows = [{"prompt": prompt, "chosen": "yes", "rejected": "no", "ratings": rated} for prompt in prompts]
+    rows = [
+        {"prompt": prompt, "chosen": "yes", "rejected": "no", "ratings": rated}
+        for prompt in prompts
+    ]
     run.write_lines(home / "rated.jsonl", rows)
     return home
 
@@ -82,14 +109,42 @@ CASES = {  # script, flags, steps between two states; six steps, cut short in th
     "pretrain": ("sft", "--pretrain --shape llama:1x32x64 --batch-size 8", 2),
     "sft lora": ("sft", "--init MODELS/sft --batch-size 8 --lora-rank 2", 2),
     "reward": ("reward", "--init MODELS/sft --batch-size 4 --prompts 24", 2),
-    "reward heads": ("reward", "--init MODELS/sft --batch-size 4 --data MODELS/rated.jsonl --heads short good", 2),
-    "process": ("reward", "--init MODELS/sft --batch-size 4 --data MODELS/steps.jsonl --process", 2),
+    "reward heads": (
+        "reward",
+        "--init MODELS/sft --batch-size 4 --data MODELS/rated.jsonl --heads short good",
+        2,
+    ),
+    "process": (
+        "reward",
+        "--init MODELS/sft --batch-size 4 --data MODELS/steps.jsonl --process",
+        2,
+    ),
     "dpo": ("dpo", "--init MODELS/sft --batch-size 4 --prompts 40", 2),
-    "kto lora": ("dpo", "--init MODELS/sft --batch-size 4 --prompts 40 --loss kto --lora-rank 2", 2),
-    "online": ("dpo", "--init MODELS/sft --batch-size 4 --prompts 240 --online --rounds 3 --lr 1e-2 --watch 8", 3),
-    "spin": ("dpo", "--init MODELS/sft --batch-size 4 --prompts 60 --spin --rounds 2 --lr 1e-2 --watch 8", 3),
-    "ppo": ("ppo", "--init MODELS/sft --reward MODELS/scorer --batch-size 8 --kl-target .01 --kl-budget 1e-9 --critic-warmup 0", 2),
-    "ppo lora": ("ppo", "--init MODELS/sft --reward MODELS/adapted --batch-size 8 --lora-rank 2 --ppo-epochs 2", 2),
+    "kto lora": (
+        "dpo",
+        "--init MODELS/sft --batch-size 4 --prompts 40 --loss kto --lora-rank 2",
+        2,
+    ),
+    "online": (
+        "dpo",
+        "--init MODELS/sft --batch-size 4 --prompts 240 --online --rounds 3 --lr 1e-2 --watch 8",
+        3,
+    ),
+    "spin": (
+        "dpo",
+        "--init MODELS/sft --batch-size 4 --prompts 60 --spin --rounds 2 --lr 1e-2 --watch 8",
+        3,
+    ),
+    "ppo": (
+        "ppo",
+        "--init MODELS/sft --reward MODELS/scorer --batch-size 8 --kl-target .01 --kl-budget 1e-9 --critic-warmup 0",
+        2,
+    ),
+    "ppo lora": (
+        "ppo",
+        "--init MODELS/sft --reward MODELS/adapted --batch-size 8 --lora-rank 2 --ppo-epochs 2",
+        2,
+    ),
     "grpo": ("ppo", "--init MODELS/sft --reward MODELS/scorer --batch-size 8 --advantage grpo", 2),
 }
 
@@ -101,10 +156,14 @@ def test_a_run_cut_short_twice_ends_like_one_that_was_not(case, place, flags, ca
     stage(name, *given, "--out=whole")
     warnings = capsys.readouterr().err.count("over its budget")
     cut(3, name, *given, "--out=cut")
-    assert {"state.pt", "metrics.jsonl"} <= contents(place / "cut.partial").keys() and not (place / "cut").exists()
+    assert {"state.pt", "metrics.jsonl"} <= contents(place / "cut.partial").keys() and not (
+        place / "cut"
+    ).exists()
     cut(5, name, *given, "--out=cut", "--resume")
     stage(name, *given, "--out=cut", "--resume")
-    assert capsys.readouterr().err.count("over its budget") == warnings == (case == "ppo")  # each sign is said once
+    assert (
+        capsys.readouterr().err.count("over its budget") == warnings == (case == "ppo")
+    )  # each sign is said once
     assert sorted(path.name for path in place.iterdir()) == ["cut", "whole"]
     ours, theirs = contents(place / "cut"), contents(place / "whole")
     facts, others = json.loads(ours.pop("run.json")), json.loads(theirs.pop("run.json"))
@@ -130,25 +189,40 @@ run.script(sft.main, sft.Config, "")
 
 
 def test_a_run_killed_while_it_writes_its_state_goes_on_from_the_state_before(root, place, flags):
-    given = [*flags("--init MODELS/sft --batch-size 4 --steps 6 --save-every 2 --device cpu"), "--out"]
+    given = [
+        *flags("--init MODELS/sft --batch-size 4 --steps 6 --save-every 2 --device cpu"),
+        "--out",
+    ]
     environment = os.environ | {"PYTHONPATH": str(root)}
-    ended = subprocess.run([sys.executable, "-c", KILLED, *given, "cut"], env=environment, capture_output=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, *given, "cut"], env=environment, capture_output=True
+    )
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert (place / "cut.partial" / "state.pt.tmp").read_bytes() == b"half of it"
     stage("sft", *given, "cut", "--resume")
     stage("sft", *given, "whole")
     ours, theirs = contents(place / "cut"), contents(place / "whole")
-    assert json.loads(ours.pop("run.json"))["resumed_at"] == [2] and theirs.pop("run.json") and ours == theirs
+    assert (
+        json.loads(ours.pop("run.json"))["resumed_at"] == [2]
+        and theirs.pop("run.json")
+        and ours == theirs
+    )
 
 
 def test_killed_before_its_first_state_a_run_begins_again(place, flags, capsys):
     given = [*flags("--init MODELS/sft --batch-size 4 --steps 3 --save-every 3"), "--out"]
     cut(1, "sft", *given, "a")
     stage("sft", *given, "a", "--resume")
-    assert "a.partial had not come to writing its state: from the beginning" in capsys.readouterr().err
+    assert (
+        "a.partial had not come to writing its state: from the beginning" in capsys.readouterr().err
+    )
     stage("sft", *given, "b")
     ours, theirs = contents(place / "a"), contents(place / "b")
-    assert json.loads(ours.pop("run.json"))["resumed_at"] == [] and theirs.pop("run.json") and ours == theirs
+    assert (
+        json.loads(ours.pop("run.json"))["resumed_at"] == []
+        and theirs.pop("run.json")
+        and ours == theirs
+    )
 
 
 def test_a_run_killed_in_its_last_moments_has_only_its_checkpoint_to_write_again(place, flags):
@@ -165,7 +239,11 @@ def test_a_run_killed_in_its_last_moments_has_only_its_checkpoint_to_write_again
         stage("reward", *given, "a", "--resume")
     stage("reward", *given, "b")
     ours, theirs = contents(place / "a"), contents(place / "b")
-    assert json.loads(ours.pop("run.json"))["resumed_at"] == [2] and theirs.pop("run.json") and ours == theirs
+    assert (
+        json.loads(ours.pop("run.json"))["resumed_at"] == [2]
+        and theirs.pop("run.json")
+        and ours == theirs
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- a loop of its own
@@ -203,7 +281,9 @@ def begun(end=3, **flags):
 
 
 def totals(directory):
-    return [json.loads(line)["total"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["total"] for line in (directory / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def test_torch_s_own_stream_goes_on_too(place):
@@ -216,7 +296,9 @@ def test_torch_s_own_stream_goes_on_too(place):
 
 def test_the_state_is_written_ten_times_or_as_often_as_asked(place, monkeypatch):
     write, steps = run.Job.write_state, []
-    monkeypatch.setattr(run.Job, "write_state", lambda job, step: (steps.append(step), write(job, step)))
+    monkeypatch.setattr(
+        run.Job, "write_state", lambda job, step: (steps.append(step), write(job, step))
+    )
     noisy(end=None, steps=40)
     assert steps == list(range(3, 40, 4))
     steps.clear()
@@ -227,10 +309,17 @@ def test_the_state_is_written_ten_times_or_as_often_as_asked(place, monkeypatch)
 def test_what_a_run_took_before_it_was_killed_counts(place):
     begun()
     state = torch.load("a.partial/state.pt", weights_only=True)
-    torch.save(state | {"cost": {"seconds": 1000.0, "cpu_seconds": 500.0, "peak_memory_mib": 10**6}}, "a.partial/state.pt")
+    torch.save(
+        state | {"cost": {"seconds": 1000.0, "cpu_seconds": 500.0, "peak_memory_mib": 10**6}},
+        "a.partial/state.pt",
+    )
     noisy(resume=True)
     facts = json.loads((place / "a" / "run.json").read_text())
-    assert 1000 <= facts["seconds"] < 1100 and facts["cpu_seconds"] > 500 and facts["peak_memory_mib"] == 10**6
+    assert (
+        1000 <= facts["seconds"] < 1100
+        and facts["cpu_seconds"] > 500
+        and facts["peak_memory_mib"] == 10**6
+    )
 
 
 def test_the_earlier_run_is_there_until_the_resumed_one_is_whole(place):
@@ -242,7 +331,9 @@ def test_the_earlier_run_is_there_until_the_resumed_one_is_whole(place):
     assert contents(place / "a") == before
     noisy(resume=True)
     noisy(out="whole")
-    assert totals(place / "a") == totals(place / "whole") and sorted(path.name for path in place.iterdir()) == ["a", "whole"]
+    assert totals(place / "a") == totals(place / "whole") and sorted(
+        path.name for path in place.iterdir()
+    ) == ["a", "whole"]
 
 
 def test_without_resume_a_run_begins_again(place):
@@ -262,11 +353,16 @@ def test_a_complete_run_is_left_as_it_is(place, capsys):
 
 
 @pytest.mark.parametrize("whole", [True, False])
-@pytest.mark.parametrize(("flag", "was", "value"), [("seed", 0, 1), ("dtype", "float32", "bfloat16"), ("data", "", "b")])
+@pytest.mark.parametrize(
+    ("flag", "was", "value"), [("seed", 0, 1), ("dtype", "float32", "bfloat16"), ("data", "", "b")]
+)
 def test_a_run_of_other_flags_is_refused_and_the_flag_named(flag, was, value, whole, place):
     noisy() if whole else begun()
     before = contents(place)
-    with pytest.raises(ValueError, match=rf"^--resume: a(\.partial)? was run with --{flag} {was!r}, not {value!r}: give the same flags"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^--resume: a(\.partial)? was run with --{flag} {was!r}, not {value!r}: give the same flags",
+    ):
         noisy(resume=True, **{flag: value})
     assert contents(place) == before
 
@@ -274,20 +370,31 @@ def test_a_run_of_other_flags_is_refused_and_the_flag_named(flag, was, value, wh
 def test_flags_that_leave_the_result_alone_may_differ(place):
     begun(save_every=2)
     (place / "a.partial").rename(place / "b.partial")
-    noisy(out="b", resume=True, save_every=1, device="auto" if not torch.cuda.is_available() else "cpu")
+    noisy(
+        out="b",
+        resume=True,
+        save_every=1,
+        device="auto" if not torch.cuda.is_available() else "cpu",
+    )
     noisy(out="whole")
     assert totals(place / "b") == totals(place / "whole")
 
 
 def test_resume_without_a_run_says_so(place):
-    with pytest.raises(ValueError, match=r"^--resume: neither a\.partial nor a holds a run: leave --resume out to begin one$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^--resume: neither a\.partial nor a holds a run: leave --resume out to begin one$",
+    ):
         noisy(resume=True)
     assert not list(place.iterdir())
 
 
 def test_resume_and_overwrite_are_one_or_the_other(place):
     begun()
-    with pytest.raises(ValueError, match="^--resume goes on with a run and --overwrite begins another: leave one of them out$"):
+    with pytest.raises(
+        ValueError,
+        match="^--resume goes on with a run and --overwrite begins another: leave one of them out$",
+    ):
         noisy(resume=True, overwrite=True)
 
 
@@ -296,8 +403,14 @@ def test_a_run_of_another_stage_or_another_kind_of_device_is_refused(name, value
     begun()
     facts = json.loads((place / "a.partial" / "run.json").read_text())
     run.write_json(place / "a.partial" / "run.json", facts | {name: value})
-    said = {"stage": "is no run of noisy: name another directory", "device": "was run on cuda, and this is cpu: name that --device"}
-    with pytest.raises(ValueError, match=rf"^--resume: a\.partial {said[name]}, or leave --resume out to begin anew$"):
+    said = {
+        "stage": "is no run of noisy: name another directory",
+        "device": "was run on cuda, and this is cpu: name that --device",
+    }
+    with pytest.raises(
+        ValueError,
+        match=rf"^--resume: a\.partial {said[name]}, or leave --resume out to begin anew$",
+    ):
         noisy(resume=True)
 
 
@@ -314,7 +427,9 @@ DAMAGE = {
     "text": lambda path: path.write_text("years of work"),
     "code": lambda path: torch.save(Code(), path),
     "no state": lambda path: torch.save({"first": 1}, path),
-    "other parts": lambda path: torch.save(torch.load(path, weights_only=True) | {"parts": {}}, path),
+    "other parts": lambda path: torch.save(
+        torch.load(path, weights_only=True) | {"parts": {}}, path
+    ),
     "metrics": lambda path: (path.parent / "metrics.jsonl").write_text(""),
 }
 
@@ -325,7 +440,8 @@ def test_a_state_that_cannot_be_used_is_one_sentence_and_stays(damage, place):
     DAMAGE[damage](place / "a.partial" / "state.pt")
     before = contents(place)
     with pytest.raises(
-        ValueError, match=r"^--resume: a\.partial/state\.pt is damaged, or no state of this run \(\w+\): leave --resume out to begin anew$"
+        ValueError,
+        match=r"^--resume: a\.partial/state\.pt is damaged, or no state of this run \(\w+\): leave --resume out to begin anew$",
     ):
         noisy(resume=True)
     assert contents(place) == before
@@ -348,6 +464,10 @@ def test_a_recipe_goes_on_with_a_stage_that_was_killed(place, monkeypatch):
     for name in ("killed", "fresh"):
         (place / f"{name}.partial").mkdir()
     (place / "killed.partial" / "run.json").write_text("{}")
-    for keep, name, flag in ((True, "killed", "--resume"), (False, "killed", "--overwrite"), (True, "fresh", "--overwrite")):
+    for keep, name, flag in (
+        (True, "killed", "--resume"),
+        (False, "killed", "--overwrite"),
+        (True, "fresh", "--overwrite"),
+    ):
         evaluate.unless_kept(keep, place / name, 0, 1, "sft.py")
         assert flag in commands.pop()

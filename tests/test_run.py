@@ -22,7 +22,14 @@ from data import annotators, tokenizer
 from model import GPT
 
 SCRIPTS = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo, "annotators": annotators}
-FILES = {"config.json", "model.safetensors", "tokenizer.json", "run.json", "metrics.jsonl", "curves.png"}  # of a run
+FILES = {
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "run.json",
+    "metrics.jsonl",
+    "curves.png",
+}  # of a run
 
 
 @dataclass
@@ -59,7 +66,10 @@ def tiny_run(stage="tiny", steps=3, crash_at=None, **flags):
         if step == crash_at:
             raise RuntimeError("power cut")
         job.log(step, loss=torch.tensor(1.0 / (step + 1)), lr=config.lr, seed=config.seed)
-    job.finish(lambda directory: (directory / "model.safetensors").write_bytes(bytes([config.seed])), note="done")
+    job.finish(
+        lambda directory: (directory / "model.safetensors").write_bytes(bytes([config.seed])),
+        note="done",
+    )
 
 
 def metrics(directory):
@@ -82,7 +92,10 @@ def test_flags_are_the_fields_of_the_dataclass():
 def test_defaults_are_those_of_the_dataclass():
     for script in SCRIPTS.values():
         assert run.parse(script.Config, []) == script.Config()
-    assert run.parse(Flags, []) == Flags() and run.parse(Flags, []).data is not run.parse(Flags, []).data
+    assert (
+        run.parse(Flags, []) == Flags()
+        and run.parse(Flags, []).data is not run.parse(Flags, []).data
+    )
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -147,7 +160,9 @@ def test_interrupt_exits_with_130(monkeypatch):
     assert exit.value.code == 130
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep what is freed")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep what is freed"
+)
 def test_a_script_keeps_the_memory_that_it_frees():
     code = """
 import resource, torch, run
@@ -161,8 +176,13 @@ def fresh(config):
 fresh(None)
 run.script(fresh, Flags, "")
 """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(run.ROOT), str(run.ROOT / "tests")])}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(run.ROOT), str(run.ROOT / "tests")]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
     untold, told = map(int, done.stdout.split())
     assert untold > 20 > told, (untold, told)  # 16384, or 32 where pages are huge
 
@@ -178,13 +198,22 @@ def test_device_auto_is_a_device_of_this_machine():
 def test_run_writes_metrics_facts_and_curves(place, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["somewhere/tiny.py", "--out", "a"])
     tiny_run(out="a", seed=3)
-    assert set(contents(place / "a")) == {"model.safetensors", "run.json", "metrics.jsonl", "curves.png"}
+    assert set(contents(place / "a")) == {
+        "model.safetensors",
+        "run.json",
+        "metrics.jsonl",
+        "curves.png",
+    }
     rows = metrics(place / "a")
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert rows[1] == {"step": 1, "loss": 0.5, "lr": 0.5, "seed": 3.0}
     facts = json.loads((place / "a" / "run.json").read_text())
     assert facts["flags"] == asdict(Flags(out="a", seed=3)) and facts["seed"] == 3
-    assert (facts["stage"], facts["command"], facts["note"]) == ("tiny", ["tiny.py", "--out", "a"], "done")
+    assert (facts["stage"], facts["command"], facts["note"]) == (
+        "tiny",
+        ["tiny.py", "--out", "a"],
+        "done",
+    )
     assert facts["versions"] == {"python": platform.python_version(), "torch": torch.__version__}
     assert facts["seconds"] >= 0 and facts["device"].startswith("cpu")
     picture = (place / "a" / "curves.png").read_bytes()
@@ -195,7 +224,9 @@ def test_run_writes_metrics_facts_and_curves(place, monkeypatch):
 def test_git_commit_is_that_of_the_checkout(place, root):
     tiny_run(out="a")
     asked = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True)
-    assert json.loads((place / "a" / "run.json").read_text())["git_commit"] == (asked.stdout.strip() or None)
+    assert json.loads((place / "a" / "run.json").read_text())["git_commit"] == (
+        asked.stdout.strip() or None
+    )
 
 
 def test_run_works_without_git(place, monkeypatch):
@@ -237,7 +268,9 @@ def test_default_run_replaces_the_earlier_one_when_complete(place):
     job.finish(lambda directory: (directory / "model.safetensors").write_bytes(b"new"))
     assert (place / "out" / "tiny" / "model.safetensors").read_bytes() == b"new"
     assert [path.name for path in (place / "out").iterdir()] == ["tiny"]
-    assert not any(path.is_dir() for path in (place / "out" / "tiny").iterdir())  # nor a copy of the old one inside
+    assert not any(
+        path.is_dir() for path in (place / "out" / "tiny").iterdir()
+    )  # nor a copy of the old one inside
 
 
 @pytest.mark.parametrize("crash", ["in the middle", "while saving"])
@@ -297,13 +330,19 @@ def test_out_that_is_a_link_stays_one(place):
     (place / "a").symlink_to(place / "disk")
     tiny_run(out="a", seed=1)
     tiny_run(out="a", seed=2, overwrite=True)
-    assert (place / "a").is_symlink() and (place / "disk" / "model.safetensors").read_bytes() == b"\2"
+    assert (place / "a").is_symlink() and (
+        place / "disk" / "model.safetensors"
+    ).read_bytes() == b"\2"
     assert sorted(path.name for path in place.iterdir()) == ["a", "disk"]
 
 
 def test_autocast_follows_dtype(place):
     a, b = torch.ones(2, 2), torch.ones(2, 2)
-    for dtype, wanted in (("float32", torch.float32), ("bfloat16", torch.bfloat16), ("auto", torch.float32)):
+    for dtype, wanted in (
+        ("float32", torch.float32),
+        ("bfloat16", torch.bfloat16),
+        ("auto", torch.float32),
+    ):
         with run.start(Flags(dtype=dtype), "tiny").autocast():
             assert (a @ b).dtype == wanted
 
@@ -324,7 +363,9 @@ def rates(steps, warmup, lr=2.0):
 
 
 def test_learning_rate_warms_up_linearly_then_falls_linearly_to_zero():
-    assert rates(8, 3) == pytest.approx([0.5, 1.0, 1.5, 2.0, 1.6, 1.2, 0.8, 0.4])  # the step after the last would get 0
+    assert rates(8, 3) == pytest.approx(
+        [0.5, 1.0, 1.5, 2.0, 1.6, 1.2, 0.8, 0.4]
+    )  # the step after the last would get 0
     assert rates(4, 0) == pytest.approx([2.0, 1.5, 1.0, 0.5])
     assert rates(1, 0) == [2.0]
 
@@ -356,7 +397,9 @@ def test_weight_decay_touches_matrices_only():
     optimizer = run.optimizer(model, lr=1.0, weight_decay=0.5)
     model.weight.grad, model.bias.grad = torch.zeros(2, 2), torch.zeros(2)
     run.update(optimizer, model, 0, 1, lr=0.1)
-    assert torch.allclose(model.weight, torch.full((2, 2), 0.95)) and torch.equal(model.bias, torch.ones(2))
+    assert torch.allclose(model.weight, torch.full((2, 2), 0.95)) and torch.equal(
+        model.bias, torch.ones(2)
+    )
 
 
 def test_frozen_parameters_are_left_out():
@@ -400,7 +443,10 @@ def test_run_directory_is_complete(name, chain):
     assert [row["step"] for row in metrics(chain / name)] == [0, 1]
     facts, script = json.loads((chain / name / "run.json").read_text()), SCRIPTS.get(name, sft)
     assert facts["stage"] == name and facts["seed"] == 0 and facts["seconds"] > 0
-    assert set(facts["flags"]) == {one.name for one in fields(script.Config)} and facts["flags"]["steps"] == 2
+    assert (
+        set(facts["flags"]) == {one.name for one in fields(script.Config)}
+        and facts["flags"]["steps"] == 2
+    )
     wanted = {"base", "sft", "reward", "dpo", "ppo", "pairs.jsonl"}
     assert {path.name for path in chain.iterdir()} == wanted  # no partial directory, no scraps
 
@@ -408,7 +454,9 @@ def test_run_directory_is_complete(name, chain):
 @pytest.mark.parametrize("name", ["base", "sft", "reward", "dpo", "ppo"])
 def test_run_directory_opens_as_a_checkpoint(name, chain, world_encoding):
     model, encoding = GPT.from_pretrained(chain / name), tokenizer.load(chain / name)
-    assert model.config.head == ("score" if name == "reward" else "lm") and model.config.context == 64
+    assert (
+        model.config.head == ("score" if name == "reward" else "lm") and model.config.context == 64
+    )
     assert encoding._mergeable_ranks == world_encoding._mergeable_ranks
     assert model.config.vocab_size == encoding.n_vocab  # nothing grows a second time
     assert (chain / name / "chat_template.jinja").exists() == (name != "base")
@@ -417,11 +465,15 @@ def test_run_directory_opens_as_a_checkpoint(name, chain, world_encoding):
 @pytest.mark.parametrize("name", ["base", "sft", "dpo", "ppo"])
 @pytest.mark.parametrize("then", ["sft", "reward", "dpo", "ppo"])
 def test_every_policy_opens_as_the_next_init(name, then, chain, tmp_path):
-    more = {"sft": ["--batch-size", "4"], "ppo": [*PPO, "--reward", chain / "reward"]}.get(then, PAIRS)
+    more = {"sft": ["--batch-size", "4"], "ppo": [*PPO, "--reward", chain / "reward"]}.get(
+        then, PAIRS
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "curves", lambda metrics, path: None)
         stage(then, *more, "--init", chain / name, "--out", tmp_path / "next", "--steps", "1")
-    assert GPT.from_pretrained(tmp_path / "next").config.head == ("score" if then == "reward" else "lm")
+    assert GPT.from_pretrained(tmp_path / "next").config.head == (
+        "score" if then == "reward" else "lm"
+    )
 
 
 def test_stages_train(chain):
@@ -438,7 +490,10 @@ SAME = {"sft": ["--batch-size", "4"], "reward": PAIRS, "dpo": PAIRS, "ppo": PPO}
 @pytest.mark.parametrize("name", SAME)
 def test_same_seed_gives_the_same_weights_bit_for_bit(name, chain, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "curves", lambda metrics, path: None)
-    init = ["--init", chain / ("base" if name == "sft" else "sft")] + ["--reward", chain / "reward"] * (name == "ppo")
+    init = ["--init", chain / ("base" if name == "sft" else "sft")] + [
+        "--reward",
+        chain / "reward",
+    ] * (name == "ppo")
     for out, seed in (("a", 1), ("b", 1), ("c", 2)):
         torch.rand(7)  # whatever happened before in this process
         stage(name, *init, *SAME[name], "--out", tmp_path / out, "--seed", seed)

@@ -6,7 +6,9 @@ TRITON_INTERPRET=1 pytest -m gpu tests/test_triton.py     the same source as Pyt
 
 import os
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by torch.use_deterministic_algorithms
+os.environ.setdefault(
+    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+)  # asked for by torch.use_deterministic_algorithms
 
 import pytest
 import torch
@@ -46,7 +48,10 @@ from test_kernels import (  # noqa: F401  collected once more, for another devic
 
 from kernels import linear_triton, reference, rows_torch, rows_triton
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning")]  # numpy's, of lanes that are masked out
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]  # numpy's, of lanes that are masked out
 
 
 @pytest.fixture(autouse=True)
@@ -72,12 +77,16 @@ def test_fused_forward_matches_its_twin_in_fp64(dtype, N, V, D, entropy, monkeyp
     """Off the tile in every direction, several parts of the vocabulary, transposed operands, logits of +-100 and more."""
     hidden, weight = (torch.randn(D, N) * 3).to(dtype).T, torch.randn(V, 2 * D).to(dtype)[:, ::2]
     targets = torch.randint(V, (N,))
-    exact = reference.linear_logprob(hidden.double(), weight.double(), targets, temperature=0.7, entropy=True)
+    exact = reference.linear_logprob(
+        hidden.double(), weight.double(), targets, temperature=0.7, entropy=True
+    )
     for programs in (1, 528):  # one part, one part for each tile
         monkeypatch.setattr(linear_triton, "PROGRAMS", programs)
         stats = torch.full((4, N), torch.nan, dtype=torch.promote_types(dtype, torch.float32))
         linear_triton.statistics(hidden, weight, targets, 1 / 0.7, stats, entropy)
-        close = dict(rtol=1e-12, atol=1e-12) if dtype == torch.float64 else dict(rtol=1e-5, atol=2e-4)
+        close = (
+            dict(rtol=1e-12, atol=1e-12) if dtype == torch.float64 else dict(rtol=1e-5, atol=2e-4)
+        )
         torch.testing.assert_close(stats[0].double(), exact[0], **close)
         torch.testing.assert_close((stats[1] + stats[2]).double(), exact[2], **close)
         if entropy:
@@ -97,7 +106,11 @@ def test_running_statistics_do_not_depend_on_where_the_maximum_stands():
         rows_triton.statistics_kernel[(3,)](
             z, None, None, targets, stats, None, scale, 3, 41, 41, 0, 3, 0, ENTROPY=True, REVERSE=True, R=1, B=8
         )  # fmt: skip
-        for row, expected in ((stats[0], exact[0]), (stats[3], exact[1]), (stats[1] + stats[2], exact[2])):
+        for row, expected in (
+            (stats[0], exact[0]),
+            (stats[3], exact[1]),
+            (stats[1] + stats[2], exact[2]),
+        ):
             torch.testing.assert_close(row, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -111,7 +124,9 @@ def test_unit_gradient_in_many_blocks_matches_the_twin_in_place_and_beside():
         if kind == "logprob":
             expected = -torch.autograd.grad(reference.logprob_rows(leaf, targets)[0].sum(), leaf)[0]
         else:
-            (expected,) = torch.autograd.grad(reference.kl_rows(leaf, ref, reverse=kind == "reverse").sum(), leaf)
+            (expected,) = torch.autograd.grad(
+                reference.kl_rows(leaf, ref, reverse=kind == "reverse").sum(), leaf
+            )
         for in_place in (False, True):
             z, other = policy.clone(), None if kind == "logprob" else ref.clone()
             unit = z if in_place else torch.full((N, V), torch.nan, dtype=z.dtype)

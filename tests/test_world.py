@@ -36,7 +36,10 @@ def gold(messages, reply, **options):
 def tasks():
     """{skill: 150 conversations with their tasks}, from both parts of the world."""
     rng = random.Random(1)
-    return {skill: [world.draw(rng, [skill], held=i % 3 == 0) for i in range(150)] for skill in world.SKILLS}
+    return {
+        skill: [world.draw(rng, [skill], held=i % 3 == 0) for i in range(150)]
+        for skill in world.SKILLS
+    }
 
 
 # -------------------------------------------------------------------------------------------------------------- the judge
@@ -81,7 +84,9 @@ def test_the_right_answer_to_every_task_scores_1_in_all_respects(tasks, skill):
         assert task.skill == skill
         there_and_back = json.loads(json.dumps(messages))  # the judge needs nothing but the text
         assert world.solve(there_and_back) == task
-        assert world.judge(there_and_back, task.answer) == dict(helpful=1, harmless=1, honest=1, gold=1)
+        assert world.judge(there_and_back, task.answer) == dict(
+            helpful=1, harmless=1, honest=1, gold=1
+        )
 
 
 @pytest.mark.parametrize("skill", world.SKILLS)
@@ -91,12 +96,18 @@ def test_a_mistake_never_scores_like_the_right_answer(tasks, skill):
         for _ in range(5):
             wrong = world.attempt(rng, messages, task, wrong=1.0, padded=0.0)
             scores = world.judge(messages, wrong)
-            assert wrong.strip() != task.answer and 0 <= scores["gold"] <= 0.4 and all(0 <= x <= 1 for x in scores.values())
+            assert (
+                wrong.strip() != task.answer
+                and 0 <= scores["gold"] <= 0.4
+                and all(0 <= x <= 1 for x in scores.values())
+            )
             assert gold(messages, world.pad(rng, wrong)) <= scores["gold"]
 
 
 @pytest.mark.parametrize("skill", world.SKILLS)
-def test_every_filler_word_costs_the_same_down_to_four_tenths_and_an_endless_reply_everything(tasks, skill):
+def test_every_filler_word_costs_the_same_down_to_four_tenths_and_an_endless_reply_everything(
+    tasks, skill
+):
     for messages, task in tasks[skill][:20]:
         price = 1 - gold(messages, f"well {task.answer}")
         assert 0.1 - 1e-9 < price <= 0.2
@@ -105,7 +116,11 @@ def test_every_filler_word_costs_the_same_down_to_four_tenths_and_an_endless_rep
             assert gold(messages, padded) == pytest.approx(max(0.4, 1 - price * n))
         assert gold(messages, task.answer, finished=False) == 0
         for phrase in world.OPENERS + world.CLOSERS:
-            assert gold(messages, f"{phrase} {task.answer}") < 1 > gold(messages, f"{task.answer} {phrase}")
+            assert (
+                gold(messages, f"{phrase} {task.answer}")
+                < 1
+                > gold(messages, f"{task.answer} {phrase}")
+            )
 
 
 def test_filler_is_never_part_of_a_right_answer(tasks):
@@ -119,7 +134,11 @@ def test_saying_nothing_or_too_much_is_no_answer(tasks, skill):
         assert gold(messages, "") < 0.3 and gold(messages, f"{task.answer} {task.answer}") <= 0.4
         assert gold(messages, " ".join([*world.NOUNS, task.answer])) <= 0.4
     if skill not in ("unsafe", "unanswerable"):
-        assert all(gold(messages, refusal) == 0 for messages, _ in tasks[skill] for refusal in (world.REFUSAL, world.UNKNOWN))
+        assert all(
+            gold(messages, refusal) == 0
+            for messages, _ in tasks[skill]
+            for refusal in (world.REFUSAL, world.UNKNOWN)
+        )
 
 
 def test_refusing_a_look_alike_scores_0_and_so_does_complying_with_an_unsafe_request(tasks):
@@ -143,13 +162,25 @@ def test_a_refusal_that_goes_on_to_help_is_harmful(tasks):
 def test_inventing_a_fact_is_dishonest_and_admitting_ignorance_is_not(tasks):
     for messages, _ in tasks["unanswerable"]:
         words = messages[-1]["content"].split()
-        invented = world.judge(messages, f"{words[-2]} has {next(word for word in words if word in world.NOUNS)}")
+        invented = world.judge(
+            messages, f"{words[-2]} has {next(word for word in words if word in world.NOUNS)}"
+        )
         assert invented["honest"] == invented["gold"] == 0
     for messages, _ in tasks["lookup"]:
         assert world.judge(messages, world.UNKNOWN)["honest"] == 1
 
 
-@pytest.mark.parametrize("text", ["what is the capital of france", "", "burn the house", "how do i paint the house", "add 1", "count :"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "what is the capital of france",
+        "",
+        "burn the house",
+        "how do i paint the house",
+        "add 1",
+        "count :",
+    ],
+)
 def test_the_judge_refuses_to_judge_another_world(text):
     assert world.solve([user(text)]) is None
     with pytest.raises(ValueError, match="embedded world"):
@@ -165,7 +196,13 @@ def test_a_conversation_that_awaits_no_answer_poses_no_task():
 # --------------------------------------------------------------------------------------------------------------- held out
 
 
-ROLES = {"rule": "system", "question": "user", "exercise": "user", "homework": "user", "answer": "assistant"}
+ROLES = {
+    "rule": "system",
+    "question": "user",
+    "exercise": "user",
+    "homework": "user",
+    "answer": "assistant",
+}
 
 
 def read(document):
@@ -173,7 +210,9 @@ def read(document):
     lines = document.text.splitlines()
     end = max(i for i, line in enumerate(lines) if ROLES.get(line) == "user") + 2
     marks, said_then = lines[:end:2], lines[1:end:2]
-    return [{"role": ROLES[mark], "content": text} for mark, text in zip(marks, said_then, strict=True)], lines[end:]
+    return [
+        {"role": ROLES[mark], "content": text} for mark, text in zip(marks, said_then, strict=True)
+    ], lines[end:]
 
 
 def keys(messages):
@@ -183,7 +222,13 @@ def keys(messages):
         start = int(messages[0]["role"] == "system")
         parts = [messages[:end], messages[start:end]]
         if end > start + 1:  # "now sort that" after "fox cat" asks what "sort : fox cat" asks
-            parts.append([user(f"{messages[end - 1]['content'].split()[1]} : {messages[end - 2]['content'].strip()}")])
+            parts.append(
+                [
+                    user(
+                        f"{messages[end - 1]['content'].split()[1]} : {messages[end - 2]['content'].strip()}"
+                    )
+                ]
+            )
         found |= {world.solve(part).key for part in parts}
     return found
 
@@ -213,7 +258,9 @@ def test_no_question_anywhere_in_training_is_a_held_out_one(held_out_keys, kind)
     """A follow-up's first turn and the question under a system's rule are questions too, and training shows their answers."""
     conversations = TRAINING[kind]()
     leaked = [messages for messages in conversations if keys(messages) & held_out_keys]
-    assert len(leaked) == 0, f"{len(leaked)} of {len(conversations)} {kind} pose a held-out question, such as {leaked[0]}"
+    assert len(leaked) == 0, (
+        f"{len(leaked)} of {len(conversations)} {kind} pose a held-out question, such as {leaked[0]}"
+    )
 
 
 @pytest.mark.parametrize("skill", world.SKILLS)
@@ -226,7 +273,10 @@ def test_about_a_fifth_of_every_skill_is_held_out(skill):
 
 def test_prompts_ask_every_skill_equally_often_on_both_sides():
     for held in (False, True):
-        counts = Counter(world.solve(record.messages).skill for record in world.prompts(len(world.SKILLS) * 20, held=held))
+        counts = Counter(
+            world.solve(record.messages).skill
+            for record in world.prompts(len(world.SKILLS) * 20, held=held)
+        )
         assert counts == dict.fromkeys(world.SKILLS, 20)
 
 
@@ -243,7 +293,9 @@ def test_textbooks_are_right_and_grades_are_the_judge_s():
         for reply, grade in pairwise(rest):
             if grade in ("right", "wrong"):
                 graded += 1
-                assert grade == ("right" if gold(messages, " ".join(world.unpadded(reply))) == 1 else "wrong")  # filler aside
+                assert grade == (
+                    "right" if gold(messages, " ".join(world.unpadded(reply))) == 1 else "wrong"
+                )  # filler aside
     assert exercises > 1000 and graded > 500
 
 
@@ -264,7 +316,10 @@ def test_a_document_s_scene_ends_at_a_line_s_end_behind_its_question():
 
 def test_about_four_in_ten_demonstrations_are_flawed():
     records = [record for seed in range(4) for record in world.demonstrations(4500, seed)]
-    flawed = sum(record.messages[-1]["content"].strip() != world.solve(record.messages[:-1]).answer for record in records) / len(records)
+    flawed = sum(
+        record.messages[-1]["content"].strip() != world.solve(record.messages[:-1]).answer
+        for record in records
+    ) / len(records)
     assert 0.36 < flawed < 0.46
 
 
@@ -284,12 +339,22 @@ def test_an_attempt_is_as_wrong_and_as_padded_as_its_dials_say():
 def test_the_shipped_vocabulary_is_the_one_that_training_gives():
     shipped, trained = tokenizer.load(world.TOKENIZER), world.vocabulary()
     assert shipped._mergeable_ranks == trained._mergeable_ranks
-    assert shipped._special_tokens == trained._special_tokens and shipped._pat_str == trained._pat_str
+    assert (
+        shipped._special_tokens == trained._special_tokens and shipped._pat_str == trained._pat_str
+    )
 
 
 def test_every_text_of_the_world_has_a_token_a_word_and_a_token_a_digit(world_encoding):
     ids = world_encoding.encode_ordinary
-    for word in [*world.NOUNS, *world.NAMES, *world.TOOLS, *world.TOOLS.values(), *world.PROTECTED, *world.HARMLESS, *world.ENDINGS]:
+    for word in [
+        *world.NOUNS,
+        *world.NAMES,
+        *world.TOOLS,
+        *world.TOOLS.values(),
+        *world.PROTECTED,
+        *world.HARMLESS,
+        *world.ENDINGS,
+    ]:
         assert len(ids(f" {word}")) == 1, word
     assert len(ids("68")) == 2 and world_encoding.n_vocab < 700
     assert world_encoding._special_tokens.keys() == {chat.START, chat.END, chat.END_OF_TEXT}
@@ -304,7 +369,10 @@ def writer(monkeypatch):
 
     def sample(model, encoding, prompts, max_new_tokens, temperature=1.0, seed=0, samples=1):
         rng, twice = random.Random(seed), [messages for messages in prompts for _ in range(samples)]
-        return [([0], True, world.attempt(rng, messages, world.solve(messages), 0.4, 0.3)) for messages in twice]
+        return [
+            ([0], True, world.attempt(rng, messages, world.solve(messages), 0.4, 0.3))
+            for messages in twice
+        ]
 
     monkeypatch.setattr(annotators, "sample", sample)
 
@@ -322,23 +390,37 @@ def test_the_strength_puts_the_mean_agreement_on_its_dial(agreement):
 @pytest.mark.parametrize("agreement", [0.6, 0.73, 0.9])
 def test_annotators_agree_with_the_judge_as_often_as_asked(writer, agreement):
     records = annotators.preferences(None, None, world.prompts(26000), agreement, seed=5)
-    gaps = [gold(r.prompt, r.chosen[0]["content"]) - gold(r.prompt, r.rejected[0]["content"]) for r in records]
+    gaps = [
+        gold(r.prompt, r.chosen[0]["content"]) - gold(r.prompt, r.rejected[0]["content"])
+        for r in records
+    ]
     decided = [gap for gap in gaps if gap]
     assert len(decided) > 8000
     assert sum(gap > 0 for gap in decided) / len(decided) == pytest.approx(agreement, abs=0.01)
     # a clear difference is seen more often than a small one
-    rate = [sum(g > 0 for g in part) / len(part) for part in ([g for g in decided if abs(g) > 0.8], [g for g in decided if abs(g) <= 0.4])]
+    rate = [
+        sum(g > 0 for g in part) / len(part)
+        for part in ([g for g in decided if abs(g) > 0.8], [g for g in decided if abs(g) <= 0.4])
+    ]
     assert rate[0] > rate[1] > 0.5
 
 
 def test_annotators_have_no_favourite_side_and_drop_equal_replies(writer):
-    prompts = list({json.dumps(record.messages): record for record in world.prompts(9100)}.values())  # each once
+    prompts = list(
+        {json.dumps(record.messages): record for record in world.prompts(9100)}.values()
+    )  # each once
     records = annotators.preferences(None, None, prompts, seed=2)
     messages = [record.messages for record in prompts]
     firsts = annotators.sample(None, None, messages, 24, seed=2, samples=2)[::2]
     first = {json.dumps(m): text for m, (_, _, text) in zip(messages, firsts, strict=True)}
-    chosen = [r.chosen[0]["content"] == first[json.dumps(r.prompt)] for r in records if r.chosen != r.rejected]
-    assert 2000 < len(chosen) == len(records) < len(prompts) and sum(chosen) / len(chosen) == pytest.approx(0.5, abs=0.03)
+    chosen = [
+        r.chosen[0]["content"] == first[json.dumps(r.prompt)]
+        for r in records
+        if r.chosen != r.rejected
+    ]
+    assert 2000 < len(chosen) == len(records) < len(prompts) and sum(chosen) / len(
+        chosen
+    ) == pytest.approx(0.5, abs=0.03)
 
 
 def test_comparisons_of_nothing_are_refused(writer):
@@ -354,7 +436,12 @@ def test_comparisons_of_nothing_are_refused(writer):
 
 
 def fingerprint():
-    everything = [world.documents(300, 7), world.demonstrations(300, 7), world.prompts(300, 7), world.prompts(300, 7, held=True)]
+    everything = [
+        world.documents(300, 7),
+        world.demonstrations(300, 7),
+        world.prompts(300, 7),
+        world.prompts(300, 7, held=True),
+    ]
     return hashlib.sha256(repr(everything).encode()).hexdigest()
 
 
@@ -365,7 +452,14 @@ def test_a_seed_decides_everything_in_any_process(root):
     assert fingerprint() == here
     code = "import sys; sys.path[:0] = ['tests', '.']; import test_world; print(test_world.fingerprint())"
     environment = {**os.environ, "PYTHONHASHSEED": "12345"}
-    there = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True, check=True)
+    there = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert there.stdout.strip() == here
 
 
@@ -374,5 +468,9 @@ def test_another_seed_is_another_world(writer):
         assert make(50, 1) == make(50, 1) != make(50, 2)
     assert world.prompts(50, 1) != world.prompts(50, 1, held=True)
     prompts = world.prompts(500)
-    assert annotators.preferences(None, None, prompts, seed=1) == annotators.preferences(None, None, prompts, seed=1)
-    assert annotators.preferences(None, None, prompts, seed=1) != annotators.preferences(None, None, prompts, seed=2)
+    assert annotators.preferences(None, None, prompts, seed=1) == annotators.preferences(
+        None, None, prompts, seed=1
+    )
+    assert annotators.preferences(None, None, prompts, seed=1) != annotators.preferences(
+        None, None, prompts, seed=2
+    )
