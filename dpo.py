@@ -152,7 +152,7 @@ def robust_dpo_loss(
 
 
 def ipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
-    """(h_w - h_l - 1 / (2 beta))^2 per pair, (B,)                           (Azar et al. 2024, eq. 17)
+    """(h_w - h_l - 1 / (2 beta))^2 per pair, (B,) (Azar et al. 2024, eq. 17).
 
     A distance to reach: a comparison that everybody decides alike does not drive the odds to
     infinity. Log-probs (B,) summed over the reply as the paper writes them, or averaged over its
@@ -172,7 +172,7 @@ def hinge_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logp
 
 
 def simpo_loss(chosen_avg_logps, rejected_avg_logps, beta, gamma):
-    """-log sigmoid(beta (a_w - a_l) - gamma) per pair, (B,)                 (Meng et al. 2024, eq. 6)
+    """-log sigmoid(beta (a_w - a_l) - gamma) per pair, (B,) (Meng et al. 2024, eq. 6).
 
     The loss uses average log-probability a, as decoding does, so a longer reply gains nothing.
     There is no reference: only a small learning rate holds the policy back, and no optimum in
