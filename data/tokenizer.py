@@ -21,7 +21,7 @@ from pathlib import Path
 import regex  # installed with tiktoken; the standard library's re does not know \p{L}
 import tiktoken
 
-from data.chat import ENDS_OF_TEXT, TEMPLATES, end_of_text_id, extend, name_of, stop_ids
+from data.chat import ENDS_OF_TEXT, TEMPLATES, end_of_text_id, extend, stop_ids, template_name
 
 GPT2 = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 # Each digit cut off before GPT-2's pattern applies (SmolLM2): spaces before a digit then end their piece and stay together.
@@ -102,7 +102,7 @@ def load(directory: str | Path) -> tiktoken.Encoding:
         text = template.read_bytes()
         encoding.template = next(
             (name for name, one in TEMPLATES.items() if one.jinja.encode() == text),
-            name_of(encoding),
+            template_name(encoding),
         )
     return encoding
 
@@ -380,7 +380,7 @@ def chats(directory: str | Path, encoding: tiktoken.Encoding) -> bool:
     """Whether the model in a directory, whose vocabulary this is, can be talked to. ValueError where its template is not known here."""
     lacks = [
         token
-        for token in TEMPLATES[name_of(encoding)].tokens
+        for token in TEMPLATES[template_name(encoding)].tokens
         if token not in encoding._special_tokens
     ]
     if has_template(directory) and lacks:
@@ -408,7 +408,7 @@ def fit(model, encoding: tiktoken.Encoding, chat: bool = True):
 def _pad_token(encoding: tiktoken.Encoding, chat: bool) -> str | None:
     """Never the token that ends a turn, or a base model's document: whoever masks padding by its id would mask the end too, and the model
     would not learn to stop."""
-    turn = TEMPLATES[name_of(encoding)].tokens[-1]
+    turn = TEMPLATES[template_name(encoding)].tokens[-1]
     candidates = ("<|pad|>", *(ENDS_OF_TEXT if chat else ()))
     return next(
         (token for token in candidates if token in encoding._special_tokens and token != turn), None
@@ -427,7 +427,7 @@ def save(encoding: tiktoken.Encoding, directory: str | Path, chat: bool = True) 
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     encoding = extend(encoding) if chat else encoding
-    special, template = encoding._special_tokens, TEMPLATES[name_of(encoding)]
+    special, template = encoding._special_tokens, TEMPLATES[template_name(encoding)]
     # Special tokens stand in the vocabulary too: readers give an added token that is not there the next free id, not its own.
     vocab = {_spell(token): id for token, id in encoding._mergeable_ranks.items()} | special
     flags = {

@@ -93,7 +93,7 @@ def test_llama_3s_own_file_is_ranks_under_another_name(trained, tmp_path):
     assert (
         encoding._special_tokens["<|eot_id|>"] == 128009 and encoding._pat_str == tokenizer.CL100K
     )
-    assert chat.name_of(encoding) == "llama3"
+    assert chat.template_name(encoding) == "llama3"
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
     with pytest.raises(ValueError, match="SentencePiece"):
         tokenizer.load(tmp_path)
