@@ -28,10 +28,9 @@ from pathlib import Path
 import torch
 
 import run
-from data import chat, formats, tokenizer, world
-from data.collate import score_rows
+from data import chat, checkpoints, formats, tokenizer, world
+from data.scores import score_rows
 from data.formats import Preference
-from model import GPT
 
 PRAISE = "great question"  # the flattery of this world; see world.OPENERS
 DIMENSIONS = ["helpful", "harmless", "honest"]
@@ -82,7 +81,9 @@ def strength(differences, agreement):
 
 def replies_at_once(model, longest, samples=1, most=512):
     """How many replies are sampled together, prompts and replies of up to `longest` tokens: keys and values in half a gigabyte."""
-    return max(samples, min(most, 2**29 // model.bytes_of_cache(longest)))
+    c = model.config
+    key_value_bytes = 2 * longest * c.layers * c.kv_heads * c.head_dim * model.embed.weight.itemsize
+    return max(samples, min(most, 2**29 // key_value_bytes))
 
 
 def sample(
@@ -257,7 +258,7 @@ def open_writer(directory, flag, device):
         f"{flag} {directory}: there is no such directory; run sft.py before, or name a checkpoint",
     )
     encoding = chat.extend(tokenizer.load(directory))
-    model = tokenizer.fit(GPT.from_pretrained(directory), encoding).to(device)
+    model = tokenizer.fit(checkpoints.load(directory), encoding).to(device)
     run.require(
         model.config.head == "lm",
         f"{flag} {directory} has a scalar head and writes no replies: name a language model",
@@ -270,7 +271,7 @@ def open_reward_model(directory, encoding, device, flag, trunk=None):
 
     trunk: a model whose frozen weights it may share, if it was adapted from the same checkpoint.
     """
-    model = tokenizer.fit(GPT.from_pretrained(directory, trunk=trunk), encoding).to(device)
+    model = tokenizer.fit(checkpoints.load(directory, trunk=trunk), encoding).to(device)
     run.require(
         model.config.head == "score",
         f"{flag} {directory} has no scalar head: train one with reward.py",
@@ -457,7 +458,7 @@ def check_free(path):
 
 def main(config):
     check_agreement(config.agreement)
-    run.belong(config, READERS)
+    run.check_requires(config, READERS)
     run.require(config.abstain <= 1, f"--abstain must lie in [0, 1], not {config.abstain}")
     check_free(Path(config.out))
     device = run.device(config.device)

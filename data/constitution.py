@@ -45,7 +45,8 @@ import torch
 
 import run
 from data import annotators, chat, formats, tokenizer, world
-from data.collate import in_batches, pad
+from data.collate import pad
+from data.passes import in_batches
 
 OWN = Path(__file__).with_name("constitution.json")
 CLAMP = (0.4, 0.6)  # votes after a chain of thought

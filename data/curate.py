@@ -26,9 +26,8 @@ from pathlib import Path
 import numpy as np
 
 import run
-from data import chat, formats, tokenizer
-from data.collate import score_rows
-from model import GPT
+from data import chat, checkpoints, formats, tokenizer
+from data.scores import score_rows
 
 
 @dataclass
@@ -180,7 +179,7 @@ def flaw(record, config):
 
 def scores(records, directory, device):
     """A reward model's score of each conversation's last answer (N,); nan for one that does not fit its context."""
-    model, encoding = GPT.from_pretrained(directory).to(device).eval(), tokenizer.load(directory)
+    model, encoding = checkpoints.load(directory).to(device).eval(), tokenizer.load(directory)
     run.require(
         model.config.head == "score",
         f"--reward {directory} has no scalar head: train one with reward.py",
