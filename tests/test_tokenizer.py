@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import tiktoken
 
-from data import chat, tokenizer
-from model import GPT
+from data import chat, checkpoints, tokenizer
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 needs_shared = pytest.mark.skipif(
@@ -355,8 +354,8 @@ def test_a_fitted_model_tells_other_tools_where_a_turn_ends_and_what_pads(
     special = encoding._special_tokens
     assert model.config.eos_token_id == [special[token] for token in ends]
     assert model.config.pad_token_id == (pad and special[pad])
-    model.save_pretrained(tmp_path)
-    assert GPT.from_pretrained(tmp_path).config == model.config
+    checkpoints.save(model, tmp_path)
+    assert checkpoints.load(tmp_path).config == model.config
     transformers = pytest.importorskip("transformers")
     peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert peer.generation_config.eos_token_id == model.config.eos_token_id
