@@ -78,9 +78,7 @@ def check(config):
         "separator": {"process": True, "data": True},
     }
     run.check_requires(config, requires)
-    sources = ", ".join(step_labels.SOURCES)
-    known = config.step_labels in step_labels.SOURCES
-    run.require(known, f"--step-labels must be one of {sources}, not {config.step_labels}")
+    run.check_choice(config, "step_labels", step_labels.SOURCES)
     counts = f"{len(config.mixing)} weights for {len(config.heads)} --heads: give one for each"
     same = not config.mixing or len(config.mixing) == len(config.heads)
     run.require(same, f"--mixing has {counts}")

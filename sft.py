@@ -10,7 +10,7 @@ tells them apart (nobody can predict a question, and noise costs gradient).
 
     python sft.py --pretrain                      raw documents of the embedded world  -> out/base
     python sft.py                                 its demonstrations, from out/base    -> out/sft
-    python sft.py --init DIR --data chats.jsonl   any checkpoint, any file that data/formats.py reads
+    python sft.py --init DIR --data chats.jsonl   any checkpoint, any file of conversations
 
 Watch: loss (falls fast, then slowly; 40 % of the world's demonstrations contain mistakes, so it
 levels off above 0), held_out_loss (follows the loss; when it rises while the loss still falls, the

@@ -120,6 +120,23 @@ def check_numbers(config):
     require(getattr(config, "seed", 0) < 2**32, "--seed must be less than 2^32")
 
 
+def check_choice(config, name, choices):
+    value, names = getattr(config, name), ", ".join(choices)
+    require(value in choices, f"{flag_name(name)} must be one of {names}, not {value}")
+
+
+def check_range(config, *names, least=None, most=None, above=None):
+    """Raises ValueError for a flag outside its range: >= least, <= most, > above."""
+    for name in names:
+        value = getattr(config, name)
+        if above is not None:
+            require(value > above, f"{flag_name(name)} must be more than {above}, not {value}")
+        if least is not None:
+            require(value >= least, f"{flag_name(name)} must be at least {least}, not {value}")
+        if most is not None:
+            require(value <= most, f"{flag_name(name)} must be at most {most}, not {value}")
+
+
 def check_requires(config, requires=None):
     """Raises ValueError for a flag that was given but that nothing would read.
 
