@@ -14,7 +14,8 @@ import re
 
 from data.records import Conversation, Document, Preference, Process, Prompt, Unpaired
 
-ASSISTANTS = ("assistant", "gpt", "chatgpt", "bing", "bard", "function_call")  # it writes the call
+# What published files call a role. A function call is the assistant's: the model writes it.
+ASSISTANTS = ("assistant", "gpt", "chatgpt", "bing", "bard", "function_call")
 ROLES = dict.fromkeys(("system", "developer"), "system")
 ROLES |= dict.fromkeys(("user", "human", "prompter"), "user")
 ROLES |= dict.fromkeys(ASSISTANTS, "assistant")
@@ -63,7 +64,7 @@ def as_message(turn):
 
 def as_messages(value, role, field):
     """The turns in a field. A plain string is one turn of `role`; a turn, a list of turns and an
-    HH-RLHF transcript say themselves who speaks."""
+    HH-RLHF transcript name their speakers."""
     if value and isinstance(value, dict | list):
         return [as_message(turn) for turn in ([value] if isinstance(value, dict) else value)]
     text = "" if value == [] else as_text(value, field)
@@ -75,7 +76,7 @@ def as_messages(value, role, field):
 
 
 def transcript(text, role):
-    r"""HH-RLHF's "\n\nHuman: hi\n\nAssistant: hello". role: of a plain string in the same field."""
+    r"""HH-RLHF's "\n\nHuman: hi\n\nAssistant: hello". role: whose field it is: user, assistant."""
     parts = TURN_MARK.split(text)[1:]  # "Human", " hi", "Assistant", " hello"
     pairs = zip(parts[::2], parts[1::2], strict=True)
     messages = [message(ROLES[mark.lower()], content.strip()) for mark, content in pairs]

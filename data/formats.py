@@ -233,9 +233,6 @@ def reading(record, kind):
     return [record]
 
 
-# ------------------------------------------------------------------------------------------- files
-
-
 def load(path):
     """The raw records of a file: [(where, value)]. It holds JSONL, a JSON array, one JSON object or
     plain text, gzipped or not. Plain text gives a {"text"} for each paragraph (lines between blank

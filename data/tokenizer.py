@@ -196,9 +196,8 @@ def _holds_ranks(path: Path) -> bool:
 
 
 def _from_tiktoken(path: Path) -> Encoding:
-    """Lines of base64 bytes and a rank. The pattern and the special tokens come from
-    tokenizer_config.json in the same directory, else from the file's name (NAMED), else they are
-    GPT-2's pattern and no special tokens."""
+    """Lines of base64 bytes and a rank. Pattern and special tokens come from tokenizer_config.json
+    in the same directory, else from the file's name (NAMED); else they are GPT-2's and none."""
     ranks = {}
     for number, line in enumerate(_read_text(path).split("\n"), 1):
         if not line.strip():
@@ -347,8 +346,9 @@ def fit(model, encoding: Encoding, chat: bool = True):
 
 
 def _pad_token(encoding: Encoding, chat: bool) -> str | None:
-    """Never the token that ends a turn or a base model's document: code that masks padding by its
-    id would mask the end too, and the model would not learn to stop."""
+    """<|pad|>, or for a chat model the end of text. Never the token that ends a turn or a base
+    model's document: code that masks padding by its id would mask the end too, and the model would
+    not learn to stop."""
     end_of_turn = TEMPLATES[template_name(encoding)].tokens[-1]
     candidates = ["<|pad|>", *(ENDS_OF_TEXT if chat else ())]
     usable = [token for token in candidates if token in encoding._special_tokens]
@@ -360,10 +360,11 @@ def _pad_token(encoding: Encoding, chat: bool) -> str | None:
 
 def save(encoding: Encoding, directory: str | Path, chat: bool = True) -> None:
     """Writes tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer opens with
-    the same ids. chat: the model was taught the chat format, so the vocabulary gets the chat tokens
-    if it lacks them, eos_token is the end of a turn, and the template is written. (To a file and to
-    a field, since older and newer readers look in one of them.) A base model has no
-    chat_template.jinja, which is how readers know."""
+    the same ids.
+
+    chat: the model was taught the chat format. So the vocabulary gets the chat tokens if it lacks
+    them, eos_token is the end of a turn, and the template is written, to chat_template.jinja and to
+    a field of the config, because older readers look there. A base model has no template."""
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     encoding = extend(encoding) if chat else encoding
@@ -399,7 +400,9 @@ def _tokenizer_json(encoding: Encoding) -> dict:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     pre_tokenizer = {**byte_level, "use_regex": True}
     if encoding._pat_str != GPT2:
-        pattern = {"Regex": _oniguruma(encoding._pat_str)}
+        # Hugging Face's regex engine reads OpenAI's possessive "x{1,3}+" as "(x{1,3})+". OpenAI has
+        # it at the end of an alternative, where the plain form matches the same.
+        pattern = {"Regex": regex.sub(r"(\{[\d,]+\})\+", r"\1", encoding._pat_str)}
         split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
         steps = [split, {**byte_level, "use_regex": False}]
         pre_tokenizer = {"type": "Sequence", "pretokenizers": steps}
@@ -426,16 +429,10 @@ def _spell(token: bytes) -> str:
     return "".join(BYTE_TO_CHAR[byte] for byte in token)
 
 
-def _oniguruma(pattern: str) -> str:
-    """The pattern for Hugging Face's regex engine, which reads OpenAI's possessive "x{1,3}+" as
-    "(x{1,3})+". At the end of an alternative, where OpenAI has it, "x{1,3}" matches the same."""
-    return regex.sub(r"(\{[\d,]+\})\+", r"\1", pattern)
-
-
 def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """The list of merges, recovered from the ids. A token's bytes, merged with lower ids only, end
-    as the two parts that its merge joined. (If more parts remain, it has no merge: only the look-up
-    of a whole word gives this token.)"""
+    as the two parts that its own merge joined. If more parts remain it has no merge, and only the
+    look-up of a whole word gives it."""
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [bytes([byte]) for byte in token]
