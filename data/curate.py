@@ -209,7 +209,7 @@ def curate(records, config):
 
 def main(config):
     check(config)
-    records = [record for path in config.data for record in formats.read(path, "conversation")]
+    records = formats.read_all(config.data, "conversation")
     chosen, dropped = curate(records, config)
     run.require(chosen, f"nothing is left of {len(records)} records: loosen the filters")
     out = Path(config.out)

@@ -151,6 +151,11 @@ def read(path, kind=None):
     return records
 
 
+def read_all(paths, kind=None):
+    """The records of several files."""
+    return [record for path in paths for record in read(path, kind)]
+
+
 def convert_value(value, where, shape):
     """Records, and reasons to drop one, from one value of a file. Raises ValueError, with the
     place, for a value that its format does not allow."""

@@ -10,7 +10,7 @@ def load_prompts(config, encoding, room, say):
     """(ids, messages) of the prompts of --data or the embedded world that leave room for a reply:
     at most `room` tokens. Raises ValueError if there is none."""
     if config.data:
-        records = [record for path in config.data for record in formats.read(path, "prompt")]
+        records = formats.read_all(config.data, "prompt")
     else:
         per_prompt = 1 if config.advantage == "gae" else config.group_size
         records = world.prompts(config.steps * config.batch_size // per_prompt, config.seed)

@@ -34,7 +34,7 @@ def load_records(config, encoding, device, say):
     run.json."""
     if config.data:
         kind = "process" if config.process else "preference"
-        return [record for path in config.data for record in formats.read(path, kind)], {}
+        return formats.read_all(config.data, kind), {}
     writer = checkpoints.open_model(replace(config, lora_rank=0), encoding, device)
     if config.process:
         return step_labels.label_sums(config, writer, encoding, say)
@@ -45,7 +45,6 @@ def load_records(config, encoding, device, say):
 
 def encode(config, records, encoding, context, say):
     """Records -> Data. Raises ValueError if none fits the context."""
-    source = ", ".join(map(str, config.data)) or "the embedded world"
     limit = f"fits the model's context of {context} tokens"
     if config.process:
         separator = (config.separator or "\n") if config.data else world.SEPARATOR
@@ -55,7 +54,7 @@ def encode(config, records, encoding, context, say):
         say(f"reward: {len(examples)} solutions, {steps} rated steps, {dropped} dropped (too long)")
         return Data(examples, labels, [], [len(ids) for ids, _ in examples])
     pairs, labels, usable = encode_pairs(records, encoding, context)
-    run.require(pairs, f"none of the {len(records)} pairs of {source} {limit}")
+    run.require(pairs, f"none of the {len(records)} pairs of {config.source} {limit}")
     dropped = f"{len(records) - len(usable)} dropped (too long, or two equal sides)"
     say(f"reward: {len(pairs)} pairs, {dropped}")
     ratings = rating_labels(usable, config.heads) if config.heads else []

@@ -47,6 +47,11 @@ class Flags:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: str = "auto"  # of matrix products: float32 or bfloat16 (auto: bfloat16 on CUDA)
 
+    @property
+    def source(self):
+        """What the data is called in messages."""
+        return ", ".join(map(str, self.data)) or "the embedded world"
+
 
 def require(condition, sentence):
     """Refuses bad input: ValueError with one sentence, which ends a command with exit code 2."""
