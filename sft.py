@@ -150,7 +150,8 @@ def main(config):
 
     context = model.config.context
     examples, cut, empty = load_examples(config, encoding, context)
-    nothing = f"no record of {config.source} has a supervised token within the context of {context} tokens"
+    limit = f"within the context of {context} tokens"
+    nothing = f"no record of {config.source} has a supervised token {limit}"
     run.require(examples, f"nothing to train on: {nothing}")
     rows, kept = hold_out(len(examples), min(500, 16 * config.batch_size), config.seed)
     held_out, examples = [examples[i] for i in rows], [examples[i] for i in kept]

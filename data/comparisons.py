@@ -50,8 +50,9 @@ def encode(config, records, encoding, context, wanted, device, say):
     if config.loss == "kto":
         kind, why = "judged replies", "too long"
         pairs, labels, usable = encode_unpaired(records, encoding, context, config.seed)
-        sentence = f"KTO learns from good replies and bad ones, and {config.source} holds only one kind"
-        run.require(len(set(labels)) == 2 or not pairs, f"{sentence}: add the other")
+        one_kind = f"{config.source} holds only one kind: add the other"
+        both = len(set(labels)) == 2 or not pairs
+        run.require(both, f"KTO learns from good replies and bad ones, and {one_kind}")
     else:
         pairs, labels, usable = encode_pairs(records, encoding, context)
         labels = [label for label, _ in labels]
