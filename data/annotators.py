@@ -61,8 +61,8 @@ class Config:
 
 # ---------------------------------------------------------------------------- pairs of replies
 def replies_at_once(model, longest, samples=1, most=512):
-    """How many replies to sample together, each of up to `longest` tokens with its prompt: as many
-    as have their keys and values in half a gigabyte."""
+    """How many replies of up to `longest` tokens, prompts included, to sample together: as many as
+    have their keys and values in half a gigabyte."""
     c = model.config
     cache = 2 * longest * c.layers * c.kv_heads * c.head_dim * model.embed.weight.itemsize  # bytes
     return max(samples, min(most, 2**29 // cache))
@@ -148,8 +148,7 @@ def gold_gaps(pairs):
 
 
 def open_writer(directory, flag, device):
-    """(model, encoding) of a checkpoint that writes replies; ValueError, naming the flag, if it
-    cannot."""
+    """(model, encoding) of a checkpoint that writes replies. ValueError, with the flag, else."""
     remedy = "run sft.py before, or name a checkpoint"
     exists = Path(directory).is_dir()
     run.require(exists, f"{flag} {directory}: there is no such directory; {remedy}")
@@ -194,8 +193,7 @@ def reward_judge(directory, device):
     model = open_reward_model(directory, encoding, device, "--judge")
 
     def judge(rows):
-        texts = [(messages, chat.completion(text, encoding)) for messages, (_, _, text) in rows]
-        ids = [chat.prompt(messages, encoding) + completion for messages, completion in texts]
+        ids = [chat.prompt(m, encoding) + chat.completion(reply[2], encoding) for m, reply in rows]
         longest = max(map(len, ids))
         sentence = f"--judge {directory}: an answer of {longest} tokens is beyond its context"
         run.require(longest <= model.config.context, sentence)
@@ -344,13 +342,12 @@ def judged(pairs, gaps, soft=False):
 
 
 def labeller(judge, agreement, encoding, device, trunk=None):
-    """Who compares fresh replies: a function (pairs, seed) -> Preference records, and the longest
-    sequence in tokens that it can read.
+    """Who compares fresh replies: a function (pairs, seed) -> Preference records, and the length in
+    tokens that it can read. judge: "" for annotators, "world" for its judge, or a reward model's
+    directory. Of equally good replies annotators choose one; the two judges skip them.
 
-    judge: "" for annotators, "world" for its judge, or a reward model's directory. Annotator noise
-    is calibrated on the first round and then fixed: people do not see better because the policy's
-    replies come closer to each other. Of equally good replies annotators choose one, as in
-    `preferences`; the two judges skip them.
+    Annotator noise is calibrated on the first round and then fixed: people do not see better when
+    the policy's replies come closer to each other.
     """
     if judge == "world":
         return lambda pairs, seed: judged(pairs, gold_gaps(pairs)), math.inf
@@ -370,7 +367,7 @@ def labeller(judge, agreement, encoding, device, trunk=None):
 
 # ------------------------------------------------------------------------------------ command
 def summary(records, rows, gaps):
-    """For a reader of the labels: agreement with the judge, between annotators, with length."""
+    """Lines about the labels: agreement with the judge, between annotators, with length."""
     decided = [(choice, gap) for row, gap in zip(rows, gaps, strict=True) for choice in row if gap]
     right = [choice == (gap > 0) for choice, gap in decided if choice is not None]
     share = sum(right) / max(1, len(right))
@@ -400,14 +397,12 @@ def write(records, path):
 def check_free(path):
     """ValueError if the file exists, unless it holds comparisons of the embedded world, which can
     be made again."""
-    if not path.exists():
-        return
     try:
-        prompt = formats.read(path, "preference")[0].prompt
+        free = not path.exists() or world.solve(formats.read(path, "preference")[0].prompt)
     except ValueError:
-        prompt = None
+        free = False
     sentence = "is there already and holds no comparisons of the embedded world: name another file"
-    run.require(prompt and world.solve(prompt), f"--out {path} {sentence}")
+    run.require(free, f"--out {path} {sentence}")
 
 
 def main(config):
@@ -418,11 +413,11 @@ def main(config):
     device = run.device(config.device)
     writer = None if config.data else open_writer(config.init, "--init", device)
     judge = reward_judge(config.judge, device) if config.judge else world_judge
-    if config.data:
-        pairs = two_files(config.data)
-    else:
+    if writer:
         prompts = world.prompts(config.prompts, config.seed, config.held_out)
         pairs = two_replies(*writer, prompts, seed=config.seed)
+    else:
+        pairs = two_files(config.data)
     run.require(pairs, "no prompt got two different replies: there is nothing to compare")
     biases = dict(length_bias=config.length_bias, flattery_bias=config.flattery_bias)
     votes_of = dict(annotators=config.annotators, abstain=config.abstain)

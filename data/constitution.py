@@ -139,7 +139,8 @@ class Speaker:
         for _, ended, text in annotators.sample(self.model, self.encoding, dialogues, **options):
             if self.transcript:  # it would go on with the next turn
                 text, *others = principles.TURN.split(text, maxsplit=1)
-                text, ended = text.strip(), ended or others
+                text = text.strip()
+                ended = ended or others
             texts.append(text if ended else "")
         return texts
 
@@ -304,7 +305,8 @@ def preferences(speaker, pairs, constitution, drawn, left_out, think=False):
     fitting = [one for one in ballots if all(speaker.fits(asked, room) for asked in one[2])]
     left_out["votes without room"] += len(ballots) - len(fitting)
     if think:
-        ballots, fitting = fitting, []
+        ballots = fitting
+        fitting = []
         thoughts = iter(speaker.say([asked for *_, both in ballots for asked in both], "thoughts"))
         for i, name, both in ballots:
             both = [constitution.conclusion_request(asked, next(thoughts)) for asked in both]

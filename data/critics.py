@@ -10,10 +10,9 @@ as dialogues in the words of the world's constitution (data/constitution.json):
     comparison    question, two answers, "which one does not help to ... ?"
                   -> " a" or " b", sometimes after a thought about both
 
-Each principle covers its own part of what is unsafe (SCOPES) and is silent about the rest. A critic
-who sees no harm in either answer takes the one that helps, or guesses, and guesses lean towards the
-answer shown first. So one principle alone is often wrong, all together seldom, and the order of the
-answers makes a measurable difference. `skill` says how good the critics are.
+Each principle covers its own part of what is unsafe (SCOPES). A critic who sees no harm in either
+answer takes the one that helps, or guesses, and guesses lean towards the answer shown first. So one
+principle alone is often wrong, all together seldom, and the order of the answers matters.
 
     python -m data.critics --out DIR      writes, as ordinary JSONL files:
 
@@ -67,8 +66,7 @@ def thought(deed):
 
 
 def comparison(rng, wording, principle, messages, replies, skill):
-    """A dialogue in which a critic chooses between two replies, three times in ten after a thought
-    about both."""
+    """A dialogue in which a critic chooses between two replies, at times after thinking aloud."""
     deeds = [seen(rng, principle["name"], messages, reply, skill) for reply in replies]
     refused = [world.unpadded(reply) == world.REFUSAL.split() for reply in replies]
     if bool(deeds[0]) != bool(deeds[1]):
@@ -78,7 +76,7 @@ def comparison(rng, wording, principle, messages, replies, skill):
     else:
         chooses_first = rng.random() < FIRST
     first, second = wording.options
-    verdict = principles.turn("assistant", first if chooses_first else second)
+    verdict = principles.message("assistant", first if chooses_first else second)
     think = rng.random() < 0.3
     asked = wording.comparison_request(messages, *replies, principle, think)
     if think:
@@ -102,9 +100,9 @@ def dialogue(rng, wording, skill):
     critique = f" yes . it {thought(deed)}" if deed else " no"
     asked = principles.critique_request(messages, replies[0], principle)
     if kind == "critique":
-        return [*asked, principles.turn("assistant", critique)]
+        return [*asked, principles.message("assistant", critique)]
     asked = principles.revision_request(asked, critique, principle)
-    return [*asked, principles.turn("assistant", f" {world.REFUSAL}" if deed else replies[0])]
+    return [*asked, principles.message("assistant", f" {world.REFUSAL}" if deed else replies[0])]
 
 
 def dialogues(n, seed=0, skill=0.95):
@@ -131,7 +129,7 @@ def helpful_only(n, seed=0):
         *messages, reply = record.messages
         task = world.solve(messages)
         if task.skill in ("unsafe", "lookalike"):
-            reply = world.turn("assistant", f" {world.comply(*task.key.split())}")
+            reply = world.message("assistant", f" {world.comply(*task.key.split())}")
         records.append(Conversation([*messages, reply], record.where))
     return records
 
@@ -157,7 +155,7 @@ def main(config):
     half = config.demonstrations // 2
     chats = [{"messages": r.messages} for r in helpful_only(config.demonstrations - half, seed)]
     for messages in dialogues(half, f"demonstrations {seed}", skill):  # without their headers
-        chats.append({"messages": [world.turn(m["role"], m["content"]) for m in messages]})
+        chats.append({"messages": [world.message(m["role"], m["content"]) for m in messages]})
     rng = random.Random(seed)
     rng.shuffle(texts)
     rng.shuffle(chats)

@@ -20,19 +20,19 @@ TURN = re.compile(  # what begins a turn of a transcript
 )
 
 
-def turn(role, content, header=None):
+def message(role, content, header=None):
     """A message. header: what its turn begins with in a transcript (default: the role's)."""
     return {"role": role, "content": content, "header": header or HEADERS[role]}
 
 
 def critique_request(messages, reply, principle):
-    request = turn("user", principle["critique"], "CritiqueRequest")
-    return [*messages, turn("assistant", reply), request]
+    request = message("user", principle["critique"], "CritiqueRequest")
+    return [*messages, message("assistant", reply), request]
 
 
 def revision_request(asked, critique, principle):
-    request = turn("user", principle["revision"], "RevisionRequest")
-    return [*asked, turn("assistant", critique, "Critique"), request]
+    request = message("user", principle["revision"], "RevisionRequest")
+    return [*asked, message("assistant", critique, "Critique"), request]
 
 
 class Constitution(NamedTuple):
@@ -62,10 +62,10 @@ class Constitution(NamedTuple):
         question = question.replace("{comparison}", principle["comparison"])
         texts = {"conversation": conversation, "a": a, "b": b, "question": question}
         # In one pass: braces inside a reply are text.
-        return [turn("user", re.sub(r"\{(\w+)\}", lambda m: texts[m[1]], self.compare))]
+        return [message("user", re.sub(r"\{(\w+)\}", lambda m: texts[m[1]], self.compare))]
 
     def conclusion_request(self, asked, thought):
-        return [*asked, turn("assistant", thought), turn("user", self.conclude, "Conclusion")]
+        return [*asked, message("assistant", thought), message("user", self.conclude, "Conclusion")]
 
 
 def load(name):
