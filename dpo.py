@@ -1,157 +1,122 @@
-"""Stage 3b: learning from comparisons without a reward model and without sampling. DPO, and the family that grew around it.
+"""Stage 3b: learning from comparisons without a reward model. DPO and its family.
 
-    minimise   - log sigmoid( beta (h_w - h_l) ),   h = log pi(y|x) - log pi_ref(y|x)         (Rafailov et al. 2023, eq. 7)
+    minimise   - log sigmoid( beta (h_w - h_l) ),   h = log pi(y|x) - log pi_ref(y|x)
+                                                                     (Rafailov et al. 2023, eq. 7)
 
-y_w is the chosen reply, y_l the rejected one, pi_ref the SFT model, log pi(y|x) the *sum* over the reply's tokens, its
-end-of-turn token included. The policy that maximises reward - beta KL(pi || pi_ref) is pi_ref exp(r / beta) / Z, so
-beta h is that policy's own reward up to a constant that cancels in the difference: fitting comparisons with it is reward
-modelling and policy optimisation in one step. `--loss` names a relative; each is one function below:
+y_w is the chosen reply, y_l the rejected one, pi_ref the SFT model, log pi(y|x) the *sum* over the
+reply's tokens, its end-of-turn token included. The policy that maximises reward - beta KL(pi ||
+pi_ref) is pi_ref exp(r / beta) / Z. So beta h is that policy's own reward, up to a constant that
+cancels in the difference: fitting comparisons with it is reward modelling and policy optimisation
+in one step. `--loss` names a relative; each is one function below:
 
-    cdpo      labels are wrong with a known probability: rest at finite odds      robust   the same, corrected without bias
-    ipo       a fixed distance to reach, instead of odds that can grow for ever   hinge    a margin, and nothing beyond it
-    simpo     no reference: average log-probs, with a margin                      orpo     no reference and no SFT before: both at once
-    kto       thumbs up or down for single replies instead of pairs
+    cdpo    a known share of labels is wrong: finite odds     robust  the same, without bias
+    ipo     a fixed distance to reach, no growing odds        hinge   a margin, no more
+    simpo   no reference: average log-probs, a margin         orpo    SFT and comparison at once
+    kto     thumbs up or down for single replies
 
-The replies need not come from a file. `--online` draws two fresh ones from the policy in every round and has them compared (Guo et al.
-2024; with --refresh-ref the reference is the policy of the round's start, as in Yuan et al. 2024: the KL to --init is then unbounded,
-while Xiong et al. 2024 keep the reference). `--spin` needs no judge:
-a demonstration is chosen, the policy's own reply rejected, the reference refreshed; it rests where the two cannot be told apart
-(Chen et al. 2024, eq. 4.7).
+The replies need not come from a file. `--online` draws two fresh ones from the policy in every
+round and has them compared (Guo et al. 2024). With --refresh-ref the reference is the policy at the
+round's start (Yuan et al. 2024); the KL to --init is then unbounded, while Xiong et al. 2024 keep
+the reference. `--spin` needs no judge: a demonstration is chosen, the policy's own reply rejected,
+the reference refreshed. It rests where the two cannot be told apart (Chen et al. 2024, eq. 4.7).
 
-    python dpo.py                               the embedded world's noisy comparisons of out/sft -> out/dpo
+    python dpo.py                               noisy comparisons of out/sft's replies -> out/dpo
     python dpo.py --loss kto --out out/kto      another member of the family
-    python dpo.py --loss orpo --init out/base --data out/pairs.jsonl --out out/orpo        from the base model in one stage
-    python dpo.py --online --out out/online     fresh replies, compared by annotators (--judge out/reward: by a reward model)
-    python dpo.py --spin --data chats.jsonl --out out/spin                                 demonstrations against own replies
-    python dpo.py --init DIR --data pairs.jsonl any checkpoint, any file of preferences (KTO: or of single judged replies)
+    python dpo.py --loss orpo --init out/base --data out/pairs.jsonl --out out/orpo     one stage
+    python dpo.py --online --out out/online     fresh replies (--judge: who compares them)
+    python dpo.py --spin --data chats.jsonl --out out/spin
+    python dpo.py --init DIR --data pairs.jsonl any checkpoint, any file of preferences
 
-Watch: loss (for dpo ln 2 = .693 at step 0 because policy and reference are the same then, exactly in float32; down to .6), accuracy
-(of h_w > h_l, from .5 up; nothing at step 0, where all h are equal), kl (nats per reply, on own samples: a few tenths buy most of
-the gain here), chosen_logps and rejected_logps. Both usually *fall*, the rejected faster: the loss asks for a difference, and lowering
-both is the cheapest way to get one. That is expected; the chosen falling as fast is not.
+Watch: loss (ln 2 = .693 at step 0, where policy and reference are the same, exactly in float32;
+down to .6), accuracy (of h_w > h_l, from .5 up), kl (nats per reply on own samples: a few tenths
+buy most of the gain here), chosen_logps and rejected_logps. Both usually *fall*, the rejected
+faster: the loss asks for a difference, and lowering both is the cheapest way to get one. The chosen
+falling as fast is not healthy.
 
-What everybody gets wrong: a reference that is not the model training starts from, or dropout, or other tokens (a padding, an
-end-of-turn) in one of the four log-probs: then the first loss is not ln 2. A test asserts that it is, to 1e-6.
+What everybody gets wrong: a reference that is not the model training starts from, or dropout, or
+other tokens (a padding, an end-of-turn) in one of the four log-probs. Then the first loss is not ln
+2. A test asserts that it is, to 1e-6.
 """
 
-import json
 import math
-from dataclasses import dataclass, field
-from itertools import chain, islice
-from types import SimpleNamespace
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-import kernels
 import run
-from data import annotators, chat, formats, tokenizer, world
-from data.collate import (
-    by_length,
-    collate,
-    encode_pairs,
-    encode_unpaired,
-    epochs,
-    extent,
-    first_epoch,
-    fork,
-    hold_out,
-    in_batches,
-    longest_side,
-    pair_extents,
-    reply_kl,
-    rows_at_once,
-)
-from model import GPT, TARGETS
+from data import annotators, chat, checkpoints, world
+from data.collate import batch_order, longest_side
+from data.comparisons import Source, encode
+from data.logprobs import all_logps, mismatched_logps, pair_logps, reply_kl
 
 LOSSES = ["dpo", "cdpo", "robust", "ipo", "hinge", "simpo", "orpo", "kto"]
-BETA = {"ipo": 0.5, "simpo": 1.0}  # the embedded world's defaults, where not .2
+BETA = {"ipo": 0.5, "simpo": 1.0}  # defaults for the embedded world, where not .2
 SMOOTHING = {"cdpo": 0.25, "robust": 0.1}
-READERS = {
-    "label_smoothing": ["cdpo", "robust", "orpo"],
-    "summed": ["ipo"],
-    "gamma": ["simpo"],
-    "lam": ["orpo"],
-}  # of some losses only
-READERS |= {
-    "beta": [name for name in LOSSES if name != "orpo"],
-    "desirable_weight": ["kto"],
-    "undesirable_weight": ["kto"],
-}
-READERS = {
-    flag: {"loss": losses} for flag, losses in READERS.items()
-}  # and flags of some sources, see run.belong
-READERS |= {"prompts": {"data": False}, "agreement": {"data": False, "judge": False, "spin": False}}
-READERS |= {"judge": {"online": True}, "refresh_ref": {"online": True}}
 LR = {"orpo": 1e-3}  # where not 1e-4: a base model has more to learn
 
 
 @dataclass
-class Config:
+class Config(run.Flags):
     loss: str = "dpo"  # dpo, cdpo, robust, ipo, hinge, simpo, orpo or kto
-    init: str = "out/sft"  # checkpoint directory to start from, and the reference; "scratch": random weights
-    tokenizer: str = (
-        ""  # vocabulary directory (default: the one of --init, or the embedded world's)
-    )
-    data: list = field(
-        default_factory=list
-    )  # files of preferences; none: replies of --init to the embedded world, compared by annotators
-    out: str = ""  # run directory (default: out/dpo, replaced when complete)
-    overwrite: bool = False  # replace a run that --out already holds
-    resume: bool = (
-        False  # go on with the killed run of these flags that --out has left, to the same result
-    )
-    save_every: int = (
-        0  # steps after which its state is written for --resume (0: ten times in a run)
-    )
-    prompts: int = 20000  # without --data: how many of the world's questions get two replies
-    agreement: float = 0.75  # without --data: how often annotators agree with the judge
-    beta: float = (
-        0.0  # KL strength: larger stays closer to the reference (default: .2; ipo .5, simpo 1)
-    )
-    label_smoothing: float = (
-        0.0  # cdpo, robust, orpo: assumed share of flipped labels (default: cdpo .25, robust .1)
-    )
-    online: bool = False  # compare fresh replies of the policy, round by round (--data: files whose prompts are asked)
-    judge: str = ""  # online: who compares: a reward model's directory, or "world", its judge (default: annotators of the world)
-    spin: bool = False  # demonstrations against the policy's own replies, round by round (--data: files of conversations)
-    rounds: int = 4  # online, spin: how often fresh replies are drawn
-    refresh_ref: bool = (
-        False  # online: the reference is the policy at the round's start (spin: always), not --init
-    )
-    labels: int = 0  # comparisons (kto: judged replies) over all rounds (0: all there are); of a file's, up to 300 are held out
-    max_new_tokens: int = world.MAX_NEW_TOKENS  # longest reply to sample
-    watch: int = 128  # replies sampled now and then, to see KL and gold (0: none)
-    summed: bool = False  # ipo: log-probs summed over the reply, the letter of the paper, instead of averaged, as its authors trained
+    beta: float = 0.0  # KL strength: larger stays closer to the reference (default: .2, see BETA)
+    label_smoothing: float = 0.0  # assumed share of flipped labels (default: cdpo .25, robust .1)
     gamma: float = 0.5  # simpo: the margin to reach, after beta
     lam: float = 0.03  # orpo: weight of the odds-ratio term (for real models .1)
-    desirable_weight: float = 1.0  # kto: weight of good replies
-    undesirable_weight: float = 1.0  # kto: weight of bad ones; desirable : undesirable, by weight times number, is best in 1 .. 4/3
+    summed: bool = False  # ipo: sum log-probs as in the paper, instead of averaging as its code
+    desirable_weight: float = 1.0  # kto: weight of good replies; weight times number should be
+    undesirable_weight: float = 1.0  # kto: ... 1 to 4/3 times that of bad replies
+    prompts: int = 20000  # without --data: how many of the world's questions get two replies
+    agreement: float = 0.75  # without --data: how often annotators agree with the judge
+    online: bool = False  # compare fresh replies of the policy, round by round
+    judge: str = ""  # --online: a reward model, or "world" (default: the world's annotators)
+    spin: bool = False  # demonstrations against the policy's own replies, round by round
+    rounds: int = 4  # --online, --spin: how often fresh replies are drawn
+    refresh_ref: bool = False  # --online: the reference is the policy at the round's start
+    labels: int = 0  # comparisons over all rounds (0: all); of a file's, up to 300 are held out
+    max_new_tokens: int = world.MAX_NEW_TOKENS  # longest reply to sample
+    watch: int = 128  # replies sampled from time to time, to see KL and gold (0: none)
     steps: int = 0  # optimiser steps (default: one and a half epochs)
-    batch_size: int = 64  # pairs per optimiser step
     lr: float = 0.0  # peak learning rate (default: 1e-4, orpo 1e-3; for real models 5e-7 to 1e-6)
-    lora_rank: int = (
-        0  # train low-rank adapters of this rank beside frozen weights (0: train all weights)
-    )
-    lora_alpha: float = 0.0  # LoRA: the adapter counts alpha / rank (default: 2 * rank)
-    lora_targets: str = TARGETS  # LoRA: the matrices of a block that get an adapter
-    shape: str = "llama:4x96x128"  # of a model from scratch: architecture:layers x width x context
-    seed: int = 0  # of data and order
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    dtype: str = (
-        "auto"  # precision of matrix products: float32 or bfloat16 (auto: bfloat16 on CUDA)
-    )
 
-    @property
-    def fresh(self):
-        """Whether replies are drawn anew in every round."""
-        return self.online or self.spin
 
-    @property
-    def unpaired(self):
-        """Whether single replies are judged, not pairs."""
-        return self.loss == "kto"
+def check(config):
+    """Fills in the loss's defaults, and refuses flags that do not go together."""
+    run.check_choice(config, "loss", LOSSES)
+    annotators.check_agreement(config.agreement)
+    requires = {
+        "beta": {"loss": [name for name in LOSSES if name != "orpo"]},
+        "label_smoothing": {"loss": ["cdpo", "robust", "orpo"]},
+        "gamma": {"loss": ["simpo"]},
+        "lam": {"loss": ["orpo"]},
+        "summed": {"loss": ["ipo"]},
+        "desirable_weight": {"loss": ["kto"]},
+        "undesirable_weight": {"loss": ["kto"]},
+        "prompts": {"data": False},
+        "agreement": {"data": False, "judge": False, "spin": False},
+        "judge": {"online": True},
+        "refresh_ref": {"online": True},
+    }
+    run.check_requires(config, requires)
+    config.beta = config.beta or BETA.get(config.loss, 0.2)
+    config.lr = config.lr or LR.get(config.loss, 1e-4)
+    config.label_smoothing = config.label_smoothing or SMOOTHING.get(config.loss, 0.0)
+    share = config.label_smoothing
+    run.require(0 <= share < 0.5, f"--label-smoothing must lie in [0, 0.5), not {share}")
+    fresh = config.online or config.spin
+    both = config.online and config.spin
+    run.require(not both, "--online compares, --spin imitates: choose one of them")
+    rounds = "--rounds belongs to --online and --spin: add one of them"
+    run.require(fresh or config.rounds == Config.rounds, rounds)
+    judge = "--online on files needs a --judge: annotators know only the embedded world"
+    run.require(config.judge or not (config.online and config.data), judge)
+    for name in ("steps", "labels") if fresh else ():
+        count = getattr(config, name)
+        few = f"--{name} {count} are too few for --rounds {config.rounds}"
+        run.require(count == 0 or count >= config.rounds, few)
+
+
+# ---------------------------------------------------------------------------------------- losses
 
 
 def dpo_loss(
@@ -159,146 +124,152 @@ def dpo_loss(
 ):
     """DPO per pair, (B,). All log-probs (B,) in nats, summed over the reply's tokens.
 
-    label_smoothing e, a number or (B,): conservative DPO (Mitchell 2023), (1-e) l(+) + e l(-). The best log-odds are then finite, as
-    they should be when a share e of the labels is wrong, or when a soft label says that the choice was a close one.
+    label_smoothing e, a number or (B,): conservative DPO (Mitchell 2023), (1-e) l(+) + e l(-). The
+    best log-odds are then finite, as they should be when a share e of the labels is wrong, or when
+    a soft label says that the choice was close.
     """
     chosen_ratio = chosen_logps - ref_chosen_logps  # (B,) h_w
     rejected_ratio = rejected_logps - ref_rejected_logps  # (B,) h_l
-    logits = beta * (
-        chosen_ratio - rejected_ratio
-    )  # (B,) log-odds that the chosen reply is the better one
+    logits = beta * (chosen_ratio - rejected_ratio)  # (B,) log-odds that chosen is the better one
     return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
 
 
-def unbiased(kept, flipped, label_smoothing):
-    """[(1-e) l(+) - e l(-)] / (1-2e), (B,), from a pair's losses under its label and under the other one: its mean over a share e of
-    flipped labels is the mean of l under the true ones (Natarajan et al. 2013, lemma 1). A single pair's has no lower bound."""
-    return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+def unbiased(loss, flipped_loss, label_smoothing):
+    """[(1-e) l(+) - e l(-)] / (1-2e), (B,), from a pair's losses under its label and under the
+    other one. Its mean over a share e of flipped labels is the mean of l under the true ones
+    (Natarajan et al. 2013, lemma 1). For a single pair it has no lower bound."""
+    e = label_smoothing
+    return ((1 - e) * loss - e * flipped_loss) / (1 - 2 * e)
 
 
 def robust_dpo_loss(
     chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, label_smoothing
 ):
-    """DPO without bias from a share `label_smoothing` of flipped labels, (B,)                           (Chowdhury et al. 2024, eq. 12)"""
-    four = chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
-    return unbiased(dpo_loss(*four, beta), dpo_loss(*four, -beta), label_smoothing)
+    """DPO without bias from a share `label_smoothing` of flipped labels, (B,)
+    (Chowdhury et al. 2024, eq. 12)."""
+    logps = chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
+    return unbiased(dpo_loss(*logps, beta), dpo_loss(*logps, -beta), label_smoothing)
 
 
 def ipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
-    """(h_w - h_l - 1 / (2 beta))^2 per pair, (B,)                                                       (Azar et al. 2024, eq. 17)
+    """(h_w - h_l - 1 / (2 beta))^2 per pair, (B,) (Azar et al. 2024, eq. 17).
 
-    A distance to reach, so a comparison that everybody decides alike does not drive the odds to infinity. Log-probs (B,) summed
-    over the reply as the paper writes them, or averaged over its tokens as its authors trained; beta is the paper's tau.
+    A distance to reach: a comparison that everybody decides alike does not drive the odds to
+    infinity. Log-probs (B,) summed over the reply as the paper writes them, or averaged over its
+    tokens as its authors trained. beta is the paper's tau.
     """
-    logits = (chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)  # (B,)
-    return (logits - 1 / (2 * beta)) ** 2
+    chosen_ratio = chosen_logps - ref_chosen_logps  # (B,)
+    rejected_ratio = rejected_logps - ref_rejected_logps  # (B,)
+    return (chosen_ratio - rejected_ratio - 1 / (2 * beta)) ** 2
 
 
 def hinge_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
-    """max(0, 1 - beta (h_w - h_l)) per pair, (B,): a pair won by the margin is left alone       (Zhao et al. 2023; Liu et al. 2024)"""
-    return F.relu(
-        1 - beta * ((chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps))
-    )
+    """max(0, 1 - beta (h_w - h_l)) per pair, (B,): a pair won by the margin is left alone
+    (Zhao et al. 2023; Liu et al. 2024)."""
+    chosen_ratio = chosen_logps - ref_chosen_logps  # (B,)
+    rejected_ratio = rejected_logps - ref_rejected_logps  # (B,)
+    return F.relu(1 - beta * (chosen_ratio - rejected_ratio))
 
 
 def simpo_loss(chosen_avg_logps, rejected_avg_logps, beta, gamma):
-    """-log sigmoid(beta (a_w - a_l) - gamma) per pair, (B,), with a the mean log-prob per token      (Meng et al. 2024, eq. 6)
+    """-log sigmoid(beta (a_w - a_l) - gamma) per pair, (B,) (Meng et al. 2024, eq. 6).
 
-    What is made likely is what generation will pick, and length buys nothing. No reference: nothing but a small learning rate
-    holds the policy back, and there is no optimum in closed form.
+    The loss uses average log-probability a, as decoding does, so a longer reply gains nothing.
+    There is no reference: only a small learning rate holds the policy back, and no optimum in
+    closed form.
     """
     return -F.logsigmoid(beta * (chosen_avg_logps - rejected_avg_logps) - gamma)
 
 
+def log_odds(avg_logps):
+    """log(p / (1 - p)) of p = e^a, the mean probability per token; a (B,) kept a little below 0."""
+    a = avg_logps.clamp(max=-1e-6)
+    return a - torch.log(-torch.expm1(a))
+
+
 def orpo_loss(chosen_avg_logps, rejected_avg_logps, chosen_nll, lam, label_smoothing=0.0):
-    """NLL(chosen) - lam log sigmoid(log-odds_w - log-odds_l) per pair, (B,)                           (Hong et al. 2024, eq. 6)
+    """NLL(chosen) - lam log sigmoid(log-odds_w - log-odds_l) per pair, (B,) (Hong et al. 2024, eq.
+    6)
 
-    odds = p / (1 - p) with p = e^a, the reply's mean probability per token; chosen_nll (B,) in nats per token. One stage from the
-    base model: the first term is SFT, the second tells the two replies apart.
+    chosen_nll (B,) in nats per token. One stage from the base model: the first term is SFT, the
+    second tells the two replies apart.
 
-    DEVIATION: the second can be rid of a share `label_smoothing` of flipped labels, as robust DPO is. It has no beta: where a quarter
-    of the labels is wrong it rests at odds of 3 : 1, flatter than what SFT believes already.
+    DEVIATION: the second term can be corrected for a share `label_smoothing` of flipped labels, as
+    in robust DPO. It has no beta: where a quarter of the labels is wrong it rests at odds of 3 : 1,
+    flatter than what SFT believes already.
     """
-
-    def log_odds(avg_logps):
-        a = avg_logps.clamp(max=-1e-6)  # (B,) a little below 0, where the odds are infinite
-        return a - torch.log(-torch.expm1(a))
-
     logits = log_odds(chosen_avg_logps) - log_odds(rejected_avg_logps)  # (B,)
-    return chosen_nll + lam * unbiased(
-        -F.logsigmoid(logits), -F.logsigmoid(-logits), label_smoothing
-    )
+    odds_loss = unbiased(-F.logsigmoid(logits), -F.logsigmoid(-logits), label_smoothing)
+    return chosen_nll + lam * odds_loss
 
 
 def kto_loss(log_ratios, desirable, kl, beta, desirable_weight=1.0, undesirable_weight=1.0):
-    """Per single reply, (B,): w_D (1 - sigmoid(beta (h - z0))) if good, w_U (1 - sigmoid(beta (z0 - h))) if bad
-                                                                                               (Ethayarajh et al. 2024, eq. 8)
-    log_ratios (B,) h; desirable (B,) bool; kl z0, a number or (B,), without gradient: how far the policy has moved on answers in
-    general, so that raising everything is no gain. It is not estimated from the same h: their mean would cancel.
+    """Per single reply, (B,): w_D (1 - sigmoid(beta (h - z0))) if good, w_U (1 - sigmoid(beta (z0 -
+    h))) if bad (Ethayarajh et al. 2024, eq. 8).
+
+    log_ratios (B,) h; desirable (B,) bool; kl z0, a number or (B,), without gradient: how far the
+    policy has moved on replies in general, so that raising all of them is no gain.
     """
     gain = torch.where(desirable, log_ratios - kl, kl - log_ratios)  # (B,)
-    return torch.where(desirable, desirable_weight, undesirable_weight) * (
-        1 - torch.sigmoid(beta * gain)
-    )
+    weights = torch.where(desirable, desirable_weight, undesirable_weight)
+    return weights * (1 - torch.sigmoid(beta * gain))
 
 
 def mismatched_kl(log_ratios):
-    """log_ratios (B,) of replies to other prompts -> KTO's z0, in nats: max(0, mean), without gradient."""
+    """log_ratios (B,) of replies to *other* prompts -> z0 = max(0, mean), without gradient. From
+    the replies' own h their mean would cancel in the loss."""
     return log_ratios.detach().mean().clamp(min=0)
 
 
-def batch_losses(config, logps, ref_logps, sizes, labels):
-    """--loss of each pair (B,). logps, ref_logps (B, 2): chosen and rejected (KTO: the reply and one to another prompt), summed.
-
-    sizes (B, 2): their tokens; labels (B,): the probability that chosen is the better one, which dpo and cdpo read and the others
-    take for certain (KTO: 1 for a good reply, 0 for a bad one).
-    """
-    four = *logps.unbind(1), *ref_logps.unbind(1)  # (B,) each
-    averages = (logps / sizes).unbind(1)  # (B,) each, nats per token
+def batch_losses(config, logps, batch):
+    """--loss of each pair (B,). logps (B, 2): summed log-probs of chosen and rejected (KTO: of the
+    reply and a mismatched one). Only dpo and cdpo read soft labels; the others take them for
+    certain."""
+    four = *logps.unbind(1), *batch.ref_logps.unbind(1)  # (B,) each
+    averages = logps / batch.sizes  # (B, 2) nats per token
+    ref_averages = batch.ref_logps / batch.sizes  # (B, 2)
     match config.loss:
         case "dpo":
-            return dpo_loss(*four, config.beta, 1 - labels)
+            return dpo_loss(*four, config.beta, 1 - batch.labels)
         case "cdpo":
-            return dpo_loss(
-                *four, config.beta, torch.where(labels < 1, 1 - labels, config.label_smoothing)
-            )
+            soft = batch.labels < 1
+            smoothing = torch.where(soft, 1 - batch.labels, config.label_smoothing)
+            return dpo_loss(*four, config.beta, smoothing)
         case "robust":
             return robust_dpo_loss(*four, config.beta, config.label_smoothing)
+        case "ipo" if config.summed:
+            return ipo_loss(*four, config.beta)
         case "ipo":
-            return (
-                ipo_loss(*four, config.beta)
-                if config.summed
-                else ipo_loss(*averages, *(ref_logps / sizes).unbind(1), config.beta)
-            )
+            return ipo_loss(*averages.unbind(1), *ref_averages.unbind(1), config.beta)
         case "hinge":
             return hinge_loss(*four, config.beta)
         case "simpo":
-            return simpo_loss(*averages, config.beta, config.gamma)
+            return simpo_loss(*averages.unbind(1), config.beta, config.gamma)
         case "orpo":
-            return orpo_loss(*averages, -averages[0], config.lam, config.label_smoothing)
+            nll = -averages[:, 0]  # (B,)
+            return orpo_loss(*averages.unbind(1), nll, config.lam, config.label_smoothing)
         case "kto":
-            log_ratios, mismatched = (logps - ref_logps).unbind(1)  # (B,) each
+            log_ratios, mismatched = (logps - batch.ref_logps).unbind(1)  # (B,) each
+            z0, good = mismatched_kl(mismatched), batch.labels > 0.5
             weights = config.desirable_weight, config.undesirable_weight
-            return kto_loss(
-                log_ratios, labels > 0.5, mismatched_kl(mismatched), config.beta, *weights
-            )
+            return kto_loss(log_ratios, good, z0, config.beta, *weights)
 
 
-def batch_metrics(config, logps, ref_logps, sizes, labels):
-    """What to watch, from (B, 2) log-probs without gradient: how well the implicit rewards tell good from bad."""
-    averaged = config.loss in ("simpo", "orpo") or (config.loss == "ipo" and not config.summed)
-    rewards = (
-        config.beta * (logps - ref_logps) / (sizes if averaged else 1)
-    )  # (B, 2), up to a constant per prompt
+def batch_metrics(config, logps, batch):
+    """What to watch, from (B, 2) log-probs without gradient: the implicit rewards beta h, up to a
+    constant per prompt, and how often they order a pair rightly."""
+    rewards = config.beta * (logps - batch.ref_logps)  # (B, 2)
+    if config.loss in ("simpo", "orpo") or (config.loss == "ipo" and not config.summed):
+        rewards = config.beta * (logps - batch.ref_logps) / batch.sizes
     both = torch.stack([rewards, logps], dim=-1)  # (B, 2, 2)
-    if config.unpaired:
-        good = labels > 0.5  # (B,)
-        right = (rewards[:, 0] > mismatched_kl(rewards[:, 1])) == good  # (B,)
-        chosen, rejected = both[good, 0], both[~good, 0]  # (n, 2) each, either may be empty
+    if config.loss == "kto":
+        good = batch.labels > 0.5  # (B,)
+        correct = (rewards[:, 0] > mismatched_kl(rewards[:, 1])) == good  # (B,)
+        chosen, rejected = both[good, 0], both[~good, 0]  # (n, 2) each; either may be empty
     else:
-        right = rewards[:, 0] > rewards[:, 1]  # (B,)
+        correct = rewards[:, 0] > rewards[:, 1]  # (B,)
         chosen, rejected = both.unbind(1)  # (B, 2) each
-    metrics = {"accuracy": right.float().mean()}
+    metrics = {"accuracy": correct.float().mean()}
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         if len(side):
             metrics[f"{name}_rewards"], metrics[f"{name}_logps"] = side.mean(0)
@@ -307,398 +278,97 @@ def batch_metrics(config, logps, ref_logps, sizes, labels):
     return metrics
 
 
-def sequence_logps(model, examples):
-    """(ids, mask) examples -> log pi(reply | prompt) of each (B,): fp32, summed over the reply's tokens."""
-    batch = collate(examples).to(model.device)
-    hidden = model(batch.inputs)  # (B, T, D)
-    logprobs = kernels.linear_logprob(
-        hidden.flatten(0, 1), model.head_weight, batch.targets.flatten()
-    ).logprob  # (B * T,)
-    return logprobs.view(batch.mask.shape).sum(1)  # zero outside the mask
+# -------------------------------------------------------------------------------------- training
 
 
-def pair_logps(model, pairs, apart=False):
-    """Pairs of examples -> log-probs of both sides (B, 2), what they begin with, the prompt, read once for both. apart: each side in a
-    row of its own, the second one without gradient: KTO's, which is only a number to compare with."""
-    if apart:
-        first_ones, second_ones = zip(*pairs, strict=True)
-        with torch.no_grad():
-            others = sequence_logps(model, second_ones)
-        return torch.stack([sequence_logps(model, first_ones), others], dim=1)
-    batch = collate([*chain(*pairs)])  # (2 B, T)
-    rows, positions = batch.mask.nonzero(as_tuple=True)  # (n,) of the reply tokens
-    hidden = fork(batch.inputs, batch.lengths).hidden(model, rows, positions)  # (n, D)
-    logprob = kernels.linear_logprob(
-        hidden, model.head_weight, batch.targets[rows, positions].to(model.device)
-    ).logprob  # (n,)
-    mask = batch.mask.to(model.device)
-    return logprob.new_zeros(mask.shape).masked_scatter(mask, logprob).sum(1).view(-1, 2)
+def starting_policy(config, policy):
+    """The reference once the policy has moved on. Under adapters its weights are still there;
+    otherwise --init is read again, which saves the memory of a second model during training."""
+    return policy.reference() if policy.rank else checkpoints.open_policy(config, policy.device)[0]
 
 
-@torch.no_grad()
-def all_logps(model, pairs, apart=False, size=256):
-    """pair_logps of many pairs without gradients: (N, 2)."""
-    return in_batches(
-        lambda batch: pair_logps(model, batch, apart), pairs, longest_side, size, model
-    )
+def prepare(config, records, ref, encoding, job, wanted=0):
+    """Records -> Comparisons with the reference's log-probs, and the questions of the held-out
+    ones."""
+    context = ref.config.context
+    data, questions = encode(config, records, encoding, context, wanted, job.device, job.say)
+    if config.loss not in ("simpo", "orpo"):  # the two without a reference
+        # at the precision of training, or the first loss is not ln 2
+        data.ref_logps = job.forward(all_logps, ref, data.pairs, logps=logps_function(config))
+    return data, questions
 
 
-# -------------------------------------------------------------------------------------------------- comparisons, round by round
+def logps_function(config):
+    return mismatched_logps if config.loss == "kto" else pair_logps
 
 
-class Comparisons(NamedTuple):
-    """What a round learns from. The held-out ones, if any, stand first."""
-
-    pairs: (
-        list  # of (ids, mask) examples: chosen and rejected; KTO: a reply and one to another prompt
-    )
-    labels: torch.Tensor  # (N,)
-    sizes: torch.Tensor  # (N, 2) tokens of the replies
-    ref_logps: torch.Tensor  # (N, 2) all that is ever needed of the reference
-    held_out: torch.Tensor  # indices of those that are only looked at
-    training: torch.Tensor  # indices of the others
-    questions: list  # of the held-out ones, as messages
-
-
-def starting_policy(config, encoding, device):
-    """The model that training starts from."""
-    torch.manual_seed(
-        config.seed
-    )  # a vocabulary that grows draws its new rows: the same ones every time
-    scratch = config.init == "scratch"
-    model = (
-        GPT.from_scratch(config.shape, encoding.n_vocab)
-        if scratch
-        else GPT.from_pretrained(config.init)
-    )
-    run.require(
-        model.config.head == "lm",
-        f"--init {config.init} has a scalar head and cannot write: name a language model",
-    )
-    return tokenizer.fit(model, encoding).to(device)
-
-
-def reference(config, policy, encoding):
-    """The starting policy, when the policy has moved on: under adapters it is still there, otherwise it is read again."""
-    return policy.reference() if policy.rank else starting_policy(config, encoding, policy.device)
-
-
-def load_source(config):
-    """What the rounds draw on: comparisons (KTO: judged replies), with --online questions, with --spin demonstrations. Without --data
-    the embedded world's demonstrations or questions; comparisons are then made of the first round's replies."""
-    kind = (
-        "conversation"
-        if config.spin
-        else "prompt"
-        if config.online
-        else "unpaired"
-        if config.unpaired
-        else "preference"
-    )
-    if config.data:
-        return [record for path in config.data for record in formats.read(path, kind)]
-    run.require(
-        config.init != "scratch", "--init scratch has no replies to compare: name files with --data"
-    )
-    if config.spin:
-        return world.demonstrations(config.prompts, config.seed)
-    return world.prompts(config.prompts, config.seed)
-
-
-def compared(config, policy, encoding, label, questions, wanted, seed):
-    """--online: asks questions until there are `wanted` comparisons of two fresh replies (0: asks them all) -> Preference records."""
-    records, asked, size = [], 0, wanted or len(questions)
-    while asked < len(questions) and (not wanted or len(records) < wanted):
-        pairs = annotators.two_replies(
-            policy, encoding, questions[asked : asked + size], config.max_new_tokens, seed + asked
-        )
-        records += label(pairs, seed + asked)
-        asked = min(asked + size, len(questions))
-    return records, f"{asked} questions asked, {asked - len(records)} without a better reply"
-
-
-def against_own_replies(config, policy, encoding, demonstrations, seed):
-    """--spin: each demonstration is chosen, the policy's own reply rejected -> Preference records."""
-    prompts = [record.messages[:-1] for record in demonstrations]
-    replies = annotators.sample(policy, encoding, prompts, config.max_new_tokens, seed=seed)
-    records = [
-        formats.Preference(
-            prompt, record.messages[-1:], [{"role": "assistant", "content": text}], record.where
-        )
-        for prompt, record, (_, ended, text) in zip(prompts, demonstrations, replies, strict=True)
-        if ended and text.strip()
-    ]
-    return (
-        records,
-        f"{len(replies)} replies to demonstrations, {len(replies) - len(records)} empty or unfinished",
-    )
-
-
-def round_records(config, policy, encoding, label, source, turn, wanted, job):
-    """Round number `turn` -> the records that it learns from: Preferences, or for KTO Unpaired ones."""
-    seed = config.seed + 1000003 * turn  # of samples and annotators
-    if config.data and not config.fresh:
-        return source
-    if config.spin:
-        records, said = against_own_replies(config, policy, encoding, source, seed)
-    elif config.online:
-        share = len(source) // config.rounds
-        records, said = compared(
-            config, policy, encoding, label, source[turn * share : (turn + 1) * share], wanted, seed
-        )
-    else:
-        records, said = (
-            annotators.preferences(policy, encoding, source, config.agreement, seed),
-            f"{len(source)} questions asked",
-        )
-    job.say(f"dpo: round {turn + 1}: {said}")
-    return [
-        side
-        for record in records
-        for side in formats.reading(record, "unpaired" if config.unpaired else "preference")
-    ]
-
-
-def encode(config, records, encoding, context):
-    """Records -> pairs of examples, their labels, the records that they come from, and what to say of them."""
-    source = ", ".join(map(str, config.data)) or "the embedded world"
-    if config.unpaired:
-        pairs, labels, kept = encode_unpaired(records, encoding, context, config.seed)
-        both = len(set(labels)) == 2
-        run.require(
-            both or not pairs,
-            f"KTO learns from good replies and bad ones, and {source} holds only one kind: add the other",
-        )
-    else:
-        pairs, labels, kept = encode_pairs(records, encoding, context)
-        labels = [label for label, _ in labels]
-    run.require(
-        pairs,
-        f"none of the {len(records)} records of {source} fits the model's context of {context} tokens",
-    )
-    kind, why = (
-        ("judged replies", "too long")
-        if config.unpaired
-        else ("pairs", "too long, or two equal sides")
-    )
-    return pairs, labels, kept, f"{len(pairs)} {kind}, {len(records) - len(kept)} dropped ({why})"
-
-
-def prepare(config, records, ref, encoding, job, wanted):
-    """Records -> Comparisons, `wanted` of them (0: all), with the reference's log-probs. Of fresh replies none is held out: the next
-    round's are as good as held out."""
-    pairs, labels, kept, found = encode(config, records, encoding, ref.config.context)
-    job.say(f"{config.loss}: {found}")
-    kept_back = 0 if config.fresh else min(300, 8 * config.batch_size)
-    held_out, training = hold_out(min(len(pairs), wanted or len(pairs)), kept_back, config.seed)
-    used = math.ceil(
-        config.steps / (config.rounds if config.fresh else 1)
-    ) * config.batch_size or len(pairs)  # more, no step will see
-    order = held_out + training[:used]
-    pairs = [pairs[i] for i in order]
-    labels = torch.tensor(
-        [labels[i] for i in order], dtype=torch.float32, device=job.device
-    )  # (N,)
-    sizes = torch.tensor(
-        [[sum(mask) for _, mask in pair] for pair in pairs], device=job.device
-    )  # (N, 2)
-    ref_logps = torch.zeros_like(sizes, dtype=torch.float32)  # (N, 2)
-    if config.loss not in ("simpo", "orpo"):
-        with job.autocast():  # at the precision of training, or the first loss is not ln 2
-            ref_logps = job.whole(all_logps(ref, job.share(pairs), config.unpaired), len(pairs))
-    indices = torch.arange(len(pairs)).tensor_split([len(held_out)])
-    return Comparisons(
-        pairs, labels, sizes, ref_logps, *indices, [kept[i].prompt for i in held_out]
-    )
-
-
-def own_replies(config, policy, ref, encoding, questions, job):
-    """What the policy says now: KL to the reference on its own replies (nats per reply), and gold where the judge knows the questions.
-    The first reply is shown."""
+def look(config, policy, encoding, questions, job):
+    """The policy's own replies now: KL to the starting policy (nats per reply), and gold where the
+    world's judge knows the questions. The first reply is shown."""
     replies = annotators.sample(policy, encoding, questions, config.max_new_tokens)
     prompts = [chat.prompt(messages, encoding) for messages in questions]
     job.say(chat.painted_reply(prompts[0], replies[0][0], encoding, job.colour))
+    ref = starting_policy(config, policy)
     metrics = {"kl": reply_kl(policy, ref, prompts, [ids for ids, _, _ in replies]).mean()}
     if all(map(world.solve, questions)):
-        golds = [
-            one["gold"] for one in annotators.world_judge(zip(questions, replies, strict=True))
-        ]
-        metrics["gold"] = sum(golds) / len(golds)
+        verdicts = annotators.world_judge(zip(questions, replies, strict=True))
+        metrics["gold"] = sum(verdict["gold"] for verdict in verdicts) / len(verdicts)
     return metrics
 
 
-def expect(config, job, policy, encoding, data, questions, steps):
-    """Says where the memory will go: the first round's batches, what is read without learning, replies sampled and read again."""
-    training = [data.pairs[i] for i in data.training]
-    batches = map(
-        job.share,
-        first_epoch(
-            [longest_side(pair) for pair in training], config.batch_size, config.seed, steps
-        ),
-    )
-    looked = data.pairs if config.fresh else [data.pairs[i] for i in data.held_out]
-    reads = by_length(looked, longest_side, model=policy)
-    if config.unpaired:  # each side is a pass of its own, and only the first one learns
-        learn = [extent([training[i][0] for i in batch]) for batch in batches]
-        read = [extent([looked[i][side] for i in batch]) for batch in reads for side in (0, 1)]
-    else:
-        learn, read = pair_extents(training, batches), pair_extents(looked, reads)
-    prompt = max(
-        (len(chat.prompt(messages, encoding)) for messages in questions),
-        default=max(map(longest_side, data.pairs)),
-    )
-    longest, samples = prompt + config.max_new_tokens, 2 if config.online else 1
-    again = rows_at_once(len(questions), longest, policy)  # replies at once whose KL is measured
-    replies = annotators.replies_at_once(
-        policy, longest, samples, 512 if config.fresh else len(questions)
-    )
-    compare = [(again * longest, again * config.max_new_tokens)] if questions else []
-    sample = (replies, replies // samples, prompt, config.max_new_tokens) if replies else None
-    job.ledger({"policy": policy}, learn, read, compare, sample, keep=True)
-
-
 def main(config):
-    run.require(
-        config.loss in LOSSES, f"--loss must be one of {', '.join(LOSSES)}, not {config.loss}"
-    )
-    annotators.check_agreement(config.agreement)
-    run.belong(config, READERS)
-    config.beta, config.lr = (
-        config.beta or BETA.get(config.loss, 0.2),
-        config.lr or LR.get(config.loss, 1e-4),
-    )
-    config.label_smoothing = config.label_smoothing or SMOOTHING.get(config.loss, 0.0)
-    run.require(
-        0 <= config.label_smoothing < 0.5,
-        f"--label-smoothing must lie in [0, 0.5), not {config.label_smoothing}",
-    )
-    run.require(
-        not (config.online and config.spin),
-        "--online compares, --spin imitates: choose one of them",
-    )
-    run.require(
-        config.fresh or config.rounds == Config.rounds,
-        "--rounds belongs to --online and --spin: add one of them",
-    )
-    known = config.judge or not (config.online and config.data)
-    run.require(known, "--online on files needs a --judge: annotators know only the embedded world")
-    for name in ("steps", "labels"):
-        enough = (
-            not config.fresh or getattr(config, name) == 0 or getattr(config, name) >= config.rounds
-        )
-        run.require(
-            enough, f"--{name} {getattr(config, name)} are too few for --rounds {config.rounds}"
-        )
+    check(config)
     job = run.start(config, "dpo")
-
-    # --- policy and data
-    encoding = chat.extend(tokenizer.choose(config.tokenizer, config.init, world.TOKENIZER))
-    policy = starting_policy(config, encoding, job.device).adapt(
-        config.lora_rank, config.lora_alpha, config.lora_targets
-    )
-    trunk = policy if policy.rank else None
-    label, room = None, policy.config.context
-    if config.online:
-        label, judge_reads = annotators.labeller(
-            config.judge, config.agreement, encoding, job.device, trunk
-        )
-        room = min(room, judge_reads)
-    source, rounds, questions = load_source(config), 1, []
-    if config.fresh:
-        rounds, room = config.rounds, room - config.max_new_tokens
-        asked = [record.messages[:-1] if config.spin else record.messages for record in source]
-        fitting = [
-            i for i, messages in enumerate(asked) if len(chat.prompt(messages, encoding)) <= room
-        ]
-        watched, kept = hold_out(len(fitting), config.watch, config.seed)
-        questions, found = [asked[fitting[i]] for i in watched], len(source)
-        source = [source[fitting[i]] for i in kept]
-        job.say(
-            f"dpo: {len(source)} questions in {rounds} rounds, {found - len(fitting)} dropped for their length"
-        )
-        run.require(
-            len(source) >= rounds, f"{len(source)} records are too few for --rounds {rounds}"
-        )
-    needs = [
-        n
-        for n in (
-            config.labels // rounds,
-            math.ceil(config.steps / rounds) * config.batch_size * config.fresh,
-        )
-        if n
-    ]
-    wanted = min(needs, default=0)  # comparisons of a round; 0: all there are
-    records = round_records(config, policy, encoding, label, source, 0, wanted, job)
+    policy, encoding = checkpoints.open_policy(config, job.device)
+    source = Source(config, policy, encoding, job.device, job.say)
+    records = source.draw(policy, round=0)
     run.require(records, "no two replies could be told apart: there is nothing to learn")
-    data = prepare(config, records, policy, encoding, job, wanted)
-    questions = questions or data.questions[: config.watch]
+    ref = policy  # before its first step the policy is its own reference
+    data, questions = prepare(config, records, ref, encoding, job, source.wanted)
+    questions = source.questions or questions[: config.watch]
+    job.memory(policy=policy)
 
-    # --- training
-    steps = config.steps or rounds * math.ceil(1.5 * len(data.training) / config.batch_size)
-    expect(config, job, policy, encoding, data, questions, steps)
-    optimizer = run.optimizer(policy, config.lr)
-    now = SimpleNamespace(
-        data=None
-    )  # for --resume: a later round's comparisons, whose policy is gone (the first round's was --init)
-    first = job.resume(policy=policy, optimizer=optimizer, now=now)
-    learner = job.learner(policy)
-    data = Comparisons(json.loads(now.data[0]), *now.data[1:]) if now.data else data
-    for step in job.steps(steps):
-        turn = step * rounds // steps
-        begun = -(-turn * steps // rounds)  # the round's first step
-        if step == begun > 0:  # a new round: fresh replies, and what the reference makes of them
-            records = round_records(config, policy, encoding, label, source, turn, wanted, job)
+    rounds, training = source.rounds, len(data.pairs) - data.held_out
+    steps = config.steps or rounds * math.ceil(1.5 * training / config.batch_size)  # 1.5 epochs
+    optimizer = run.adamw(policy, config.lr)
+    # A later round's replies cannot be sampled again after a kill: their policy is gone.
+    saved = data if source.fresh else None
+    order, logps_of = None, logps_function(config)
+    for step in job.steps(steps, policy=policy, optimizer=optimizer, comparisons=saved):
+        round = step * rounds // steps
+        first = math.ceil(round * steps / rounds)  # the round's first step
+        if step == first > 0:  # fresh replies of the policy as it is now, and a reference for them
+            records = source.draw(policy, round)
             if not records:
                 job.say("dpo: no two replies could be told apart any more: training ends here")
                 break
             refreshed = config.spin or config.refresh_ref
-            data = prepare(
-                config,
-                records,
-                policy if refreshed else reference(config, policy, encoding),
-                encoding,
-                job,
-                wanted,
-            )
-            now.data = (
-                json.dumps(data.pairs),
-                *data[1:],
-            )  # one string: millions of small lists would take long to write
-        if step in (begun, first):
-            lengths = [longest_side(data.pairs[i]) for i in data.training]
-            batches = islice(epochs(lengths, config.batch_size, config.seed), step - begun, None)
-        rows = data.training[next(batches)]  # (B,)
-        labels, sizes, ref_logps = data.labels[rows], data.sizes[rows], data.ref_logps[rows]
-        with job.autocast():
-            logps = pair_logps(learner, [data.pairs[i] for i in job.share(rows)], config.unpaired)
-        logps = job.whole(logps, len(rows))  # (B, 2)
-        losses = batch_losses(config, logps, ref_logps, sizes, labels)
+            ref = policy if refreshed else starting_policy(config, policy)
+            fresh, _ = prepare(config, records, ref, encoding, job, source.wanted)
+            vars(data).update(vars(fresh))
+        if step == first or order is None:
+            lengths = [longest_side(pair) for pair in data.pairs[data.held_out :]]
+            last = math.ceil((round + 1) * steps / rounds)
+            order = batch_order(lengths, config.batch_size, config.seed, last - first)
+
+        batch = data.select([data.held_out + i for i in order[step - first]])
+        logps = job.forward(logps_of, policy, batch.pairs)  # (B, 2) chosen and rejected
+        losses = batch_losses(config, logps, batch)  # (B,)
         losses.mean().backward()
-        lr, grad_norm = run.update(optimizer, policy, step, steps, config.lr, warmup=steps // 10)
-        metrics = {
-            "loss": losses.detach().mean(),
-            **batch_metrics(config, logps.detach(), ref_logps, sizes, labels),
-        }
+        grad_norm = run.clip(policy, max_norm=1.0)
+        lr = run.linear(config.lr, step, steps, warmup=steps // 10)
+        run.step(optimizer, lr)
+        metrics = {"loss": losses.detach().mean(), **batch_metrics(config, logps.detach(), batch)}
         metrics |= {"grad_norm": grad_norm, "lr": lr}
-        if len(data.held_out) and run.due(step, steps):
-            rows = data.held_out
-            with job.autocast():
-                logps = all_logps(policy, [data.pairs[i] for i in job.share(rows)], config.unpaired)
-            logps = job.whole(logps, len(rows))  # (N, 2)
-            metrics["held_out_loss"] = batch_losses(
-                config, logps, data.ref_logps[rows], data.sizes[rows], data.labels[rows]
-            ).mean()
+        if data.held_out and run.due(step, steps):
+            held_out = data.select(list(range(data.held_out)))
+            logps = job.forward(all_logps, policy, held_out.pairs, logps=logps_of)  # (N, 2)
+            metrics["held_out_loss"] = batch_losses(config, logps, held_out).mean()
         if questions and run.due(step, steps):
-            metrics |= own_replies(
-                config, policy, reference(config, policy, encoding), encoding, questions, job
-            )
+            metrics |= look(config, policy, encoding, questions, job)
         job.log(step, **metrics)
 
-    def save(directory):
-        policy.save_pretrained(directory)
-        tokenizer.save(encoding, directory)
-
-    job.finish(save)
+    job.finish(lambda directory: checkpoints.save(policy, directory, encoding))
 
 
 if __name__ == "__main__":

@@ -28,10 +28,9 @@ from pathlib import Path
 import torch
 
 import run
-from data import chat, formats, tokenizer, world
-from data.collate import score_rows
-from data.formats import Preference
-from model import GPT
+from data import chat, checkpoints, formats, tokenizer, world
+from data.records import Preference
+from data.scores import score_rows
 
 PRAISE = "great question"  # the flattery of this world; see world.OPENERS
 DIMENSIONS = ["helpful", "harmless", "honest"]
@@ -153,7 +152,7 @@ def open_writer(directory, flag, device):
     exists = Path(directory).is_dir()
     run.require(exists, f"{flag} {directory}: there is no such directory; {remedy}")
     encoding = chat.extend(tokenizer.load(directory))
-    model = tokenizer.fit(GPT.from_pretrained(directory), encoding).to(device)
+    model = tokenizer.fit(checkpoints.load(directory), encoding).to(device)
     sentence = f"{flag} {directory} has a scalar head and writes no replies: name a language model"
     run.require(model.config.head == "lm", sentence)
     return model, encoding
@@ -165,7 +164,7 @@ def open_reward_model(directory, encoding, device, flag, trunk=None):
 
     trunk: a model whose frozen weights it may share, if it was adapted from the same checkpoint.
     """
-    model = tokenizer.fit(GPT.from_pretrained(directory, trunk=trunk), encoding).to(device)
+    model = tokenizer.fit(checkpoints.load(directory, trunk=trunk), encoding).to(device)
     scalar = model.config.head == "score"
     run.require(scalar, f"{flag} {directory} has no scalar head: train one with reward.py")
     its_own = chat.extend(tokenizer.load(directory))
@@ -407,7 +406,7 @@ def check_free(path):
 
 def main(config):
     check_agreement(config.agreement)
-    run.belong(config, REQUIRES)
+    run.check_requires(config, REQUIRES)
     run.require(config.abstain <= 1, f"--abstain must lie in [0, 1], not {config.abstain}")
     check_free(Path(config.out))
     device = run.device(config.device)

@@ -44,7 +44,8 @@ import torch
 
 import run
 from data import annotators, chat, formats, principles, tokenizer, world
-from data.collate import in_batches, pad
+from data.collate import pad
+from data.passes import in_batches
 from data.principles import critique_request, revision_request
 
 CLAMP = (0.4, 0.6)  # of votes after a chain of thought
@@ -171,7 +172,7 @@ class Speaker:
 def questions(config, speaker, left_out):
     """Conversations from --data or the embedded world that leave room for an answer."""
     if config.data:
-        records = [record for path in config.data for record in formats.read(path, "prompt")]
+        records = formats.read_all(config.data, "prompt")
         left_out["prompts beyond --prompts"] += max(0, len(records) - config.prompts)
     else:
         records = world.prompts(config.prompts, config.seed)

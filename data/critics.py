@@ -29,7 +29,7 @@ from pathlib import Path
 
 import run
 from data import principles, world
-from data.formats import Conversation, Document
+from data.records import Conversation, Document
 
 SCOPES = {  # the verbs and things of unsafe requests that each principle of the world is about
     "people": "man child friend",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import run
-from data import formats
+from data import converters, formats
 
 SHIPPED = Path(__file__).with_name("constitution.json")
 HEADERS = {"system": "System", "user": "Human", "assistant": "Assistant", "tool": "Tool"}
@@ -128,7 +128,7 @@ def worked_examples(config, kind, constitution):
     for where, record in records:
         fields = record if isinstance(record, dict) else {"prompt": record}
         if all(fields.get(name) for name in ("prompt", "corrects", "incorrects")):
-            pair = formats.few_shot(record, where)
+            pair = converters.few_shot(record, where)
             replies = [pair.chosen[0]["content"], pair.rejected[0]["content"]]
             option = constitution.options[0]
             if rng.random() >= 0.5:

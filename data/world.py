@@ -25,7 +25,7 @@ from pathlib import Path
 import run
 from data import tokenizer
 from data.chat import END, END_OF_TEXT, START
-from data.formats import Conversation, Document, Prompt
+from data.records import Conversation, Document, Prompt
 
 TOKENIZER = Path(__file__).parent / "world_tokenizer"  # the world's own byte-level BPE vocabulary
 

@@ -8,7 +8,7 @@ import random
 import pytest
 
 import run
-from data import annotators, chat, formats, tokenizer, world
+from data import annotators, chat, checkpoints, formats, tokenizer, world
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,7 @@ def test_two_files_of_answers_become_one_of_preferences(two_files, tmp_path, cap
 
 
 def test_a_reward_model_can_be_the_judge_of_any_text(tmp_path, world_model, world_encoding):
-    world_model("score").save_pretrained(tmp_path / "rm")
+    checkpoints.save(world_model("score"), tmp_path / "rm")
     tokenizer.save(world_encoding, tmp_path / "rm")
     files = []
     for name in "ab":

@@ -10,13 +10,22 @@ import pytest
 import torch
 
 import dpo
-import evaluate
 import ppo
 import reward
 import run
 import sft
-from data import annotators, chat, constitution, critics, formats, principles, tokenizer, world
-from model import GPT
+from data import (
+    annotators,
+    chat,
+    checkpoints,
+    constitution,
+    critics,
+    formats,
+    principles,
+    tokenizer,
+    world,
+)
+from evaluate import labels
 
 FIELDS = {"name", "critique", "revision", "comparison"}
 
@@ -26,7 +35,7 @@ def ask(text="how do i burn the house"):
 
 
 def save(model, encoding, directory, chats=True):
-    model.save_pretrained(directory)
+    checkpoints.save(model, directory)
     tokenizer.save(encoding, directory, chat=chats)
     return directory
 
@@ -50,7 +59,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture
 def plain(tmp_path, checkpoint):
     """The same model with a vocabulary that has no chat tokens."""
-    model, encoding = GPT.from_pretrained(checkpoint), tokenizer.load(checkpoint)
+    model, encoding = checkpoints.load(checkpoint), tokenizer.load(checkpoint)
     return save(model, encoding, tmp_path / "plain", chats=False)
 
 
@@ -58,7 +67,7 @@ def call(command, *flags):
     main, Config = {
         "critique": (constitution.critique_main, constitution.Critique),
         "compare": (constitution.compare_main, constitution.Compare),
-        "labels": (evaluate.labels_main, evaluate.Labels),
+        "labels": (labels.main, labels.Config),
     }[command]
     main(run.parse(Config, list(map(str, flags))))
 

@@ -1,0 +1,240 @@
+"""How each architecture is written in the Hugging Face layout: the names of its tensors in
+model.safetensors and of its fields in config.json. The tables are meant to be read."""
+
+import math
+import re
+from pathlib import Path
+
+from data.tensors import read_json
+from model import Config, Linear
+
+# Our module -> theirs; * is a layer's number. Of several names, ours is the stack.
+GPT2_MODULES = {
+    "embed": "wte",
+    "positions": "wpe",
+    "blocks.*.norm1": "h.*.ln_1",
+    "blocks.*.attn.qkv": "h.*.attn.c_attn",
+    "blocks.*.attn.out": "h.*.attn.c_proj",
+    "blocks.*.norm2": "h.*.ln_2",
+    "blocks.*.mlp.up": "h.*.mlp.c_fc",
+    "blocks.*.mlp.down": "h.*.mlp.c_proj",
+    "norm": "ln_f",
+    "lm_head": "lm_head",
+    "score_head": "score",
+}
+LLAMA_MODULES = {  # also Qwen2 and Qwen3
+    "embed": "embed_tokens",
+    "blocks.*.norm1": "layers.*.input_layernorm",
+    "blocks.*.attn.qkv": (
+        "layers.*.self_attn.q_proj layers.*.self_attn.k_proj layers.*.self_attn.v_proj"
+    ),
+    "blocks.*.attn.q_norm": "layers.*.self_attn.q_norm",
+    "blocks.*.attn.k_norm": "layers.*.self_attn.k_norm",
+    "blocks.*.attn.out": "layers.*.self_attn.o_proj",
+    "blocks.*.norm2": "layers.*.post_attention_layernorm",
+    "blocks.*.mlp.up": "layers.*.mlp.gate_proj layers.*.mlp.up_proj",
+    "blocks.*.mlp.down": "layers.*.mlp.down_proj",
+    "norm": "norm",
+    "lm_head": "lm_head",
+    "score_head": "score",
+}
+# Field of Config -> field of config.json.
+GPT2_FIELDS = {
+    "vocab_size": "vocab_size",
+    "width": "n_embd",
+    "layers": "n_layer",
+    "heads": "n_head",
+    "mlp_width": "n_inner",
+    "context": "n_positions",
+    "norm_eps": "layer_norm_epsilon",
+    "tied": "tie_word_embeddings",
+    "init_std": "initializer_range",
+}
+LLAMA_FIELDS = {
+    "vocab_size": "vocab_size",
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "mlp_width": "intermediate_size",
+    "context": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "tied": "tie_word_embeddings",
+    "init_std": "initializer_range",
+}
+SAME_FIELDS = ("eos_token_id", "pad_token_id", "score_bias", "score_gain")  # same name in both
+OPTIONAL_COUNTS = ("num_key_value_heads", "head_dim", "n_inner")
+LLAMA3_SCALING = (  # Config's rope_scaling, in this order
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
+POSITIVE_NUMBERS = (
+    "layer_norm_epsilon",
+    "rms_norm_eps",
+    "rope_theta",
+    *LLAMA3_SCALING,
+    "score_gain",
+)
+ANY_NUMBERS = ("initializer_range", "score_bias")
+# Fields that would make another architecture under the same name.
+VARIANTS = (
+    "scale_attn_by_inverse_layer_idx",
+    "attention_bias",
+    "mlp_bias",
+    "use_sliding_window",
+    "quantization_config",
+)
+CLASSES = {"gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+HEADS = ("lm_head", "score")  # tensors outside the trunk, whose names have no prefix
+
+
+def module_names(arch):
+    return GPT2_MODULES if arch == "gpt2" else LLAMA_MODULES
+
+
+def field_names(arch):
+    return GPT2_FIELDS if arch == "gpt2" else LLAMA_FIELDS
+
+
+def layout(model):
+    """{our parameter: (names in the checkpoint without prefix, whether they are stored
+    transposed)}. Several names are parts of one of ours."""
+    names, arch = {}, model.config.arch
+    for name, value in model.named_parameters():
+        if name == "score_head.bias" or name.endswith((".A", ".B")):
+            continue  # the bias is in config.json, adapters have files of their own
+        module, _, kind = name.rpartition(".")
+        layer = re.search(r"\d+|$", module)[0]
+        theirs = module_names(arch)[re.sub(r"\.\d+\.", ".*.", module)].replace("*", layer)
+        # GPT-2's "Conv1D" stores matrices as (in, out)
+        transposed = arch == "gpt2" and layer != "" and value.dim() == 2
+        names[name] = [f"{key}.{kind}" for key in theirs.split()], transposed
+    return names
+
+
+def named_tensors(model):
+    """(name in the checkpoint without prefix, tensor) of all that a checkpoint holds. Without
+    adapters the tensors are the parameters' own memory; adapters are merged into them."""
+    for name, (keys, transposed) in layout(model).items():
+        module, value = model.get_submodule(name.rpartition(".")[0]), model.get_parameter(name)
+        if isinstance(module, Linear) and name.endswith("weight"):
+            value = module.merged()
+        parts = value.detach().split(getattr(module, "parts", len(value)))
+        for key, part in zip(keys, parts, strict=True):
+            yield key, part.t() if transposed else part
+
+
+def prefixed(key, config):
+    """A tensor's name with the prefix that transformers' classes give the trunk."""
+    if key.startswith(HEADS):
+        return key
+    return ("transformer." if config.arch == "gpt2" else "model.") + key
+
+
+def unprefixed(key):
+    return re.sub(r"^(transformer|model)\.", "", key)
+
+
+# ----------------------------------------------------------------------------------- config.json
+
+
+def read_config(directory):
+    """config.json -> Config. Both spellings are read: top-level rope_theta and torch_dtype, or the
+    nested ones of transformers 5. Raises ValueError naming the file and the field."""
+    path = Path(directory) / "config.json"
+    raw = {name: value for name, value in read_json(path).items() if value is not None}
+    for name in ("rope_parameters", "rope_scaling"):
+        if not isinstance(raw.get(name) or {}, dict):
+            raise ValueError(f"{path}: {name} should be an object, but it is {raw[name]!r}")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    check_values(path, raw, rope)
+    arch = raw["model_type"]
+    fields = field_names(arch) | dict(zip(SAME_FIELDS, SAME_FIELDS, strict=True))
+    values = {ours: raw[theirs] for ours, theirs in fields.items() if raw.get(theirs) is not None}
+    defaults = {
+        "kv_heads": values["heads"],
+        "head_dim": values["width"] // values["heads"],
+        "mlp_width": 4 * values["width"],
+    }
+    if arch == "gpt2":
+        rope = {}
+    else:
+        defaults |= {"norm_eps": 1e-6, "tied": False}
+    scaled = rope.get("rope_type", rope.get("type")) == "llama3"
+    classes = raw.get("architectures") or []
+    return Config(
+        **defaults | values,
+        arch=arch,
+        head="score" if any("SequenceClassification" in name for name in classes) else "lm",
+        rope_theta=rope.get("rope_theta") or raw.get("rope_theta") or 10000.0,
+        rope_scaling=tuple(rope[name] for name in LLAMA3_SCALING) if scaled else None,
+    )
+
+
+def check_values(path, raw, rope):
+    """Raises ValueError for fields of config.json that are missing, malformed or not supported."""
+    for source in (raw, rope):
+        for name in (*POSITIVE_NUMBERS, *ANY_NUMBERS):
+            value = source.get(name)
+            positive = name in POSITIVE_NUMBERS
+            number = type(value) in (int, float) and abs(value) < math.inf
+            if value is not None and not (number and (value > 0 or not positive)):
+                kind = "positive number" if positive else "number"
+                raise ValueError(f"{path}: {name} should be a {kind}, but it is {value!r}")
+    arch = raw.get("model_type")
+    if arch not in CLASSES:
+        supported = ", ".join(CLASSES)
+        raise ValueError(f"{path}: the architecture {arch!r} is not supported; {supported} are")
+    fields = field_names(arch)
+    counts = [theirs for ours, theirs in fields.items() if Config.__annotations__[ours] is int]
+    for name in [*counts, *OPTIONAL_COUNTS]:
+        if name not in raw and name not in OPTIONAL_COUNTS:
+            raise ValueError(f"{path} lacks the field {name!r}")
+        value = raw.get(name, 1)
+        if not (type(value) is int and value > 0):
+            raise ValueError(f"{path}: {name} should be a positive number, but it is {value!r}")
+    odd = [name for name in VARIANTS if raw.get(name)]
+    if raw.get("scale_attn_weights") is False:
+        odd.append("scale_attn_weights")
+    name, *known = ("hidden_act", "silu", "swish")
+    if arch == "gpt2":
+        name, *known = ("activation_function", "gelu_new", "gelu_pytorch_tanh")
+    if raw.get(name, known[0]) not in known:
+        odd.append(raw[name])
+    if odd:
+        names = ", ".join(map(str, odd))
+        raise ValueError(f"{path}: this variant of {CLASSES[arch]} ({names}) is not supported")
+    scaling = "default" if arch == "gpt2" else rope.get("rope_type", rope.get("type", "default"))
+    complete = scaling == "default" or all(rope.get(name) for name in LLAMA3_SCALING)
+    if scaling not in ("default", "llama3") or not complete:
+        raise ValueError(
+            f"{path}: rope scaling of type {scaling} is not supported, or its numbers are not all "
+            "there; llama3's is"
+        )
+
+
+def write_config(config):
+    """Config -> the dictionary of config.json, in both spellings where they differ."""
+    c, gpt2, score = config, config.arch == "gpt2", config.head == "score"
+    ending = "ForSequenceClassification" if score else "LMHeadModel" if gpt2 else "ForCausalLM"
+    raw = {"architectures": [CLASSES[c.arch] + ending], "model_type": c.arch}
+    if score:
+        raw |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
+        raw |= {"score_bias": c.score_bias, "score_gain": c.score_gain}
+    raw |= {theirs: getattr(c, ours) for ours, theirs in field_names(c.arch).items()}
+    raw |= {"bos_token_id": None, "eos_token_id": c.eos_token_id, "pad_token_id": c.pad_token_id}
+    raw |= {"dtype": "float32", "torch_dtype": "float32"}
+    if gpt2:
+        no_dropout = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+        return raw | {"activation_function": "gelu_new"} | no_dropout
+    rope = {"rope_theta": c.rope_theta, "rope_type": "default"}
+    raw |= {"hidden_act": "silu", "rope_theta": c.rope_theta, "rope_parameters": rope}
+    if c.rope_scaling:
+        rope |= {"rope_type": "llama3"} | dict(zip(LLAMA3_SCALING, c.rope_scaling, strict=True))
+        raw["rope_parameters"] = raw["rope_scaling"] = rope
+    if c.arch != "qwen2":
+        raw |= {"attention_bias": False, "mlp_bias": False}
+    return raw

@@ -1,0 +1,187 @@
+"""Checkpoints: directories in the Hugging Face layout, config.json + model.safetensors.
+
+    model = checkpoints.load("out/sft")                  GPT-2, Llama, Qwen2, Qwen3; fp32 weights
+    model = checkpoints.load("out/sft", head="score")    the trunk of a language model, a new head
+    checkpoints.save(model, "somewhere", encoding)       transformers opens it
+    policy, encoding = checkpoints.open_policy(config, device)      what a stage's flags ask for
+
+architectures.py has the tables of names, adapters.py the PEFT layout, tensors.py the files.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import run
+from data import chat, tokenizer
+from data.adapters import load_adapter, save_adapter
+from data.architectures import (
+    HEADS,
+    named_tensors,
+    prefixed,
+    read_config,
+    unprefixed,
+    write_config,
+)
+from data.tensors import read_json, tensors_of, write_files
+from data.world import TOKENIZER
+from model import GPT
+
+# What published files hold beside the weights: the causal mask, the rotary table.
+BUFFERS = re.compile(r"attn\.(masked_)?bias$|rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+# Fields of Config in which a model and the trunk that it shares must agree.
+TRUNK_FIELDS = (
+    "arch vocab_size width layers heads kv_heads head_dim mlp_width context norm_eps"
+    " rope_theta rope_scaling".split()
+)
+
+
+@torch.no_grad()
+def load(directory, head=None, trunk=None):
+    """Opens a checkpoint: one file or shards, any float dtype. An adapter's directory gives its
+    base model with the adapter merged.
+
+    head: None takes the checkpoint's; "score" on a language model starts a new scalar head.
+    trunk: a model with adapters. A scalar-head checkpoint of the same frozen weights shares them.
+    Raises FileNotFoundError or ValueError for anything missing, unexpected or misshapen.
+    """
+    directory = Path(directory)
+    if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
+        return load_merged_adapter(directory, head)
+    config = read_config(directory)
+    head_of_file = config.head
+    config.head = head or config.head
+    if trunk is not None and head_of_file == config.head == "score":
+        model = load_on_trunk(directory, config, trunk)
+        if model is not None:
+            return model
+    model = GPT(config)
+    model.origin = str(directory)
+    for tensor, value in matching_tensors(directory, model, head_of_file):
+        tensor.copy_(value)
+    return model
+
+
+def load_merged_adapter(directory, head):
+    facts = read_json(directory / "adapter_config.json")
+    base = facts.get("base_model_name_or_path") or ""
+    if not Path(base).is_dir():
+        name = base or "a base model without a name"
+        sentence = f"{directory} is an adapter of {name}, which is no directory here: name it"
+        raise ValueError(sentence)
+    if facts.get("task_type") == "SEQ_CLS":
+        head = head or "score"
+    model = load_adapter(load(base, head), directory).merge()
+    # a further adapter is added to both, and its file names this one as its base
+    model.origin, model.grown = str(directory), False
+    return model
+
+
+def load_on_trunk(directory, config, trunk):
+    """The scalar-head model of a directory, on the trunk's own frozen weights; None where it is not
+    these weights with an adapter."""
+    same_shape = all(getattr(config, f) == getattr(trunk.config, f) for f in TRUNK_FIELDS)
+    if not same_shape or not (directory / "adapter").is_dir():
+        return None
+    model = trunk.reference()
+    model.config = config
+    model.score_head = nn.Linear(config.width, 1, device=trunk.device)
+    nn.init.constant_(model.score_head.bias, config.score_bias)
+    model._modules.pop("lm_head", None)
+    load_adapter(model, directory / "adapter")
+    pairs = matching_tensors(directory, model, "score")
+    same = all(torch.allclose(tensor.cpu(), x, rtol=1e-4, atol=1e-6) for tensor, x in pairs)
+    return model if same else None
+
+
+def matching_tensors(directory, model, head_of_file):
+    """(tensor of the model, its value in the checkpoint) of each, one at a time: files are mapped,
+    and no two values are in memory at once. A head that the checkpoint does not have is left
+    out."""
+    values = tensors_of_checkpoint(directory)
+    for key, tensor in named_tensors(model):
+        if key.startswith(HEADS) and model.config.head != head_of_file:
+            continue
+        if key not in values:
+            raise ValueError(f"{directory} lacks the tensor {key} that its config.json promises")
+        value = values.pop(key)()
+        if value.shape != tensor.shape or not value.is_floating_point():
+            shape = f"has shape {tuple(value.shape)} ({value.dtype})"
+            wanted = f"config.json says {tuple(tensor.shape)}"
+            raise ValueError(f"{directory}: {key} {shape}, {wanted}")
+        yield tensor, value
+    # a file may also hold a copy of the tied embedding, or the head that was replaced
+    extra = [key for key in values if not BUFFERS.search(key) and key != "lm_head.weight"]
+    if extra:
+        sentence = f"holds a tensor that its config.json does not explain: {extra[0]}"
+        raise ValueError(f"{directory} {sentence}")
+
+
+def tensors_of_checkpoint(directory):
+    """{name without prefix: a function that reads the tensor}, over all shards."""
+    index = directory / "model.safetensors.index.json"
+    files = ["model.safetensors"]
+    if index.exists():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(f, str) for f in shards.values()):
+            remedy = "fetch the checkpoint again"
+            raise ValueError(f"{index} is not a readable index of shards: {remedy}")
+        files = sorted(set(shards.values()))
+    values = {}
+    for file in files:
+        for key, read in tensors_of(directory / file).items():
+            name = unprefixed(key)
+            if name in values:
+                raise ValueError(
+                    f"{directory} holds the tensor {name} twice: fetch or save it again"
+                )
+            values[name] = read
+    return values
+
+
+@torch.no_grad()
+def save(model, directory, encoding=None, chat=True):
+    """Writes config.json and model.safetensors (fp32); each file appears whole or not at all. With
+    an encoding, also the tokenizer (chat: with its chat template).
+
+    Adapters are merged into the weights, and also written by themselves into `adapter/`.
+    """
+    directory, config = Path(directory), model.config
+    if config.head == "score":
+        config.score_bias = float(model.score_head.bias.detach())
+    tensors = {prefixed(key, config): value for key, value in named_tensors(model)}
+    write_files(directory, "model.safetensors", tensors, "config.json", write_config(config))
+    if model.rank:
+        save_adapter(model, directory / "adapter")
+    if encoding is not None:
+        tokenizer.save(encoding, directory, chat=chat)
+
+
+def open_vocabulary(config, default=TOKENIZER, template=""):
+    """The vocabulary that a stage's flags ask for, with the chat tokens: --tokenizer, or that of
+    --init, or the default."""
+    return chat.extend(tokenizer.choose(config.tokenizer, config.init, default), template)
+
+
+def open_model(config, encoding, device, head="lm", chats=True):
+    """The model that a stage's flags ask for, --init or random weights of --shape, with adapters if
+    --lora-rank asks for them. Raises ValueError for a reward model where a language model is
+    needed.
+    """
+    if config.init == "scratch":
+        model = GPT.from_scratch(config.shape, encoding.n_vocab, head=head)
+    else:
+        model = load(config.init, head=None if head == "lm" else head)
+    what = f"--init {config.init} has a scalar head and cannot write"
+    run.require(model.config.head == head, f"{what}: name a language model")
+    model = tokenizer.fit(model, encoding, chat=chats).to(device)
+    return model.adapt(config.lora_rank, config.lora_alpha, config.lora_targets)
+
+
+def open_policy(config, device, default=TOKENIZER):
+    """(policy, encoding) of a stage's flags. The seed decides what random weights it gets."""
+    torch.manual_seed(config.seed)
+    encoding = open_vocabulary(config, default)
+    return open_model(config, encoding, device), encoding

@@ -1,0 +1,177 @@
+"""Comparisons for dpo.py: who writes the replies, who compares them, and what the loss needs of
+them.
+
+    a file              preferences, or for KTO single judged replies
+    the embedded world  two replies of --init to each question, compared by simulated annotators
+    --online            two fresh replies of the policy in every round, compared by a judge
+    --spin              demonstrations against the policy's own replies, in every round
+"""
+
+import json
+import math
+from dataclasses import dataclass
+
+import torch
+
+import run
+from data import annotators, chat, formats, world
+from data.collate import encode_pairs, encode_unpaired, hold_out
+
+
+@dataclass
+class Comparisons:
+    """What a round learns from. The held-out pairs come first."""
+
+    pairs: list  # of (ids, mask) examples: chosen and rejected; KTO: a reply and a mismatched one
+    labels: torch.Tensor  # (N,) the probability that chosen is better; KTO: 1 good, 0 bad
+    sizes: torch.Tensor  # (N, 2) reply tokens
+    ref_logps: torch.Tensor  # (N, 2) all that the loss ever needs of the reference
+    held_out: int  # how many are never trained on
+
+    def select(self, rows):
+        """The comparisons with these indices (a list)."""
+        pairs = [self.pairs[i] for i in rows]
+        return Comparisons(pairs, self.labels[rows], self.sizes[rows], self.ref_logps[rows], 0)
+
+    def state_dict(self):
+        """For --resume. Pairs as one string: millions of small lists would take long to write."""
+        return vars(self) | {"pairs": json.dumps(self.pairs)}
+
+    def load_state_dict(self, state):
+        vars(self).update(state | {"pairs": json.loads(state["pairs"])})
+
+
+def encode(config, records, encoding, context, wanted, device, say):
+    """Records -> Comparisons, `wanted` of them (0: all), without the reference's log-probs, and the
+    questions of the held-out ones. Fresh replies need no held-out ones: the next round's are as
+    good.
+    """
+    kind, why = "pairs", "too long, or two equal sides"
+    if config.loss == "kto":
+        kind, why = "judged replies", "too long"
+        pairs, labels, usable = encode_unpaired(records, encoding, context, config.seed)
+        sentence = f"KTO learns from good replies and bad ones, and {config.source} holds only one kind"
+        run.require(len(set(labels)) == 2 or not pairs, f"{sentence}: add the other")
+    else:
+        pairs, labels, usable = encode_pairs(records, encoding, context)
+        labels = [label for label, _ in labels]
+    limit = f"fits the model's context of {context} tokens"
+    run.require(pairs, f"none of the {len(records)} records of {config.source} {limit}")
+    dropped = f"{len(records) - len(usable)} dropped ({why})"
+    say(f"{config.loss}: {len(pairs)} {kind}, {dropped}")
+
+    fresh = config.online or config.spin
+    most = 0 if fresh else min(300, 8 * config.batch_size)
+    held_out, training = hold_out(min(len(pairs), wanted or len(pairs)), most, config.seed)
+    steps = math.ceil(config.steps / (config.rounds if fresh else 1))  # of a round; 0: not given
+    training = training[: steps * config.batch_size or len(pairs)]  # no step reads the others
+    order = held_out + training
+    pairs = [pairs[i] for i in order]
+    labels = torch.tensor([labels[i] for i in order], dtype=torch.float32, device=device)
+    sizes = torch.tensor([[sum(mask) for _, mask in pair] for pair in pairs], device=device)
+    ref_logps = torch.zeros_like(sizes, dtype=torch.float32)
+    questions = [usable[i].prompt for i in held_out]
+    return Comparisons(pairs, labels, sizes, ref_logps, len(held_out)), questions
+
+
+class Source:
+    """Where the records of each round come from. Records: Preference, or for KTO Unpaired."""
+
+    def __init__(self, config, policy, encoding, device, say):
+        self.config, self.encoding, self.say = config, encoding, say
+        self.fresh = config.online or config.spin
+        self.rounds = config.rounds if self.fresh else 1
+        self.questions = []  # watched, never trained on: their replies show KL and gold
+        room = policy.config.context
+        if config.online:
+            trunk = policy if policy.rank else None
+            options = dict(encoding=encoding, device=device, trunk=trunk)
+            self.label, judge_room = annotators.labeller(config.judge, config.agreement, **options)
+            room = min(room, judge_room)
+        self.records = load_records(config)
+        if self.fresh:
+            self.keep_fitting(room - config.max_new_tokens)
+        steps = math.ceil(config.steps / self.rounds) if self.fresh else 0
+        limits = [config.labels // self.rounds, steps * config.batch_size]
+        self.wanted = min([n for n in limits if n], default=0)  # records of a round; 0: all
+
+    def keep_fitting(self, room):
+        """Drops questions of more than `room` tokens, and sets some aside to be watched."""
+        prompts = [
+            record.messages[:-1] if self.config.spin else record.messages for record in self.records
+        ]
+        total = len(prompts)
+        fitting = [i for i in range(total) if len(chat.prompt(prompts[i], self.encoding)) <= room]
+        watched, training = hold_out(len(fitting), self.config.watch, self.config.seed)
+        self.questions = [prompts[fitting[i]] for i in watched]
+        self.records = [self.records[fitting[i]] for i in training]
+        count, dropped = len(self.records), total - len(fitting)
+        rounds = f"{self.rounds} rounds, {dropped} dropped for their length"
+        self.say(f"dpo: {count} questions in {rounds}")
+        few = f"{count} records are too few for --rounds {self.rounds}"
+        run.require(count >= self.rounds, few)
+
+    def draw(self, policy, round):
+        """The records of a round (from 0), with fresh replies of the policy where they are asked
+        for."""
+        config, seed = self.config, self.config.seed + 1000003 * round  # of samples and annotators
+        if config.data and not self.fresh:
+            return self.records
+        if config.spin:
+            records, summary = against_own_replies(
+                config, policy, self.encoding, self.records, seed
+            )
+        elif config.online:
+            share = len(self.records) // self.rounds
+            questions = self.records[round * share : (round + 1) * share]
+            options = (self.label, questions, self.wanted, seed)
+            records, summary = compared(config, policy, self.encoding, *options)
+        else:
+            options = (self.records, config.agreement, seed)
+            records = annotators.preferences(policy, self.encoding, *options)
+            summary = f"{len(self.records)} questions asked"
+        self.say(f"dpo: round {round + 1}: {summary}")
+        kind = "unpaired" if config.loss == "kto" else "preference"
+        return [side for record in records for side in formats.reading(record, kind)]
+
+
+def load_records(config):
+    """--data, or the embedded world: comparisons (KTO: judged replies); with --online questions,
+    with --spin demonstrations. Without --data comparisons are made from questions in the first
+    round."""
+    kinds = {config.loss == "kto": "unpaired", config.online: "prompt", config.spin: "conversation"}
+    if config.data:
+        kind = kinds.get(True, "preference")
+        return formats.read_all(config.data, kind)
+    nothing = "--init scratch has no replies to compare: name files with --data"
+    run.require(config.init != "scratch", nothing)
+    if config.spin:
+        return world.demonstrations(config.prompts, config.seed)
+    return world.prompts(config.prompts, config.seed)
+
+
+def compared(config, policy, encoding, label, questions, wanted, seed):
+    """--online: asks questions until `wanted` pairs of fresh replies are compared (0: asks all) ->
+    Preference records, and a summary."""
+    records, asked = [], 0
+    size = wanted or len(questions)
+    while asked < len(questions) and (not wanted or len(records) < wanted):
+        options = (questions[asked : asked + size], config.max_new_tokens, seed + asked)
+        records += label(annotators.two_replies(policy, encoding, *options), seed + asked)
+        asked = min(asked + size, len(questions))
+    return records, f"{asked} questions asked, {asked - len(records)} without a better reply"
+
+
+def against_own_replies(config, policy, encoding, demonstrations, seed):
+    """--spin: each demonstration is chosen, the policy's own reply rejected -> Preference records,
+    and a summary."""
+    prompts = [record.messages[:-1] for record in demonstrations]
+    replies = annotators.sample(policy, encoding, prompts, config.max_new_tokens, seed=seed)
+    records = []
+    for record, (_, ended, text) in zip(demonstrations, replies, strict=True):
+        if ended and text.strip():
+            *prompt, demonstration = record.messages
+            reply = {"role": "assistant", "content": text}
+            records.append(formats.Preference(prompt, [demonstration], [reply], record.where))
+    unusable = f"{len(replies) - len(records)} empty or unfinished"
+    return records, f"{len(replies)} replies to demonstrations, {unusable}"

@@ -1,0 +1,74 @@
+"""The one way to a policy's log-probs. All are fp32, in nats, and only reply tokens count."""
+
+from itertools import chain
+
+import torch
+
+import kernels
+from data.collate import collate, longest_side, reply_examples
+from data.forks import forked_hidden
+from data.passes import in_batches
+
+
+def token_logprobs(model, batch, temperature=1.0):
+    """log pi of each target of a Batch (B, T), zero outside the mask."""
+    hidden = model(batch.inputs).flatten(
+        0, 1
+    )  # (B * T, D); the logits (B * T, V) never exist whole
+    targets = batch.targets.flatten()  # (B * T,)
+    out = kernels.linear_logprob(hidden, model.head_weight, targets, temperature=temperature)
+    return out.logprob.view(batch.mask.shape)
+
+
+def sequence_logps(model, examples):
+    """(ids, mask) examples -> log pi(reply | prompt) of each, summed over the reply's tokens
+    (B,)."""
+    return token_logprobs(model, collate(examples).to(model.device)).sum(1)
+
+
+def pair_logps(model, pairs):
+    """Pairs of examples -> log-probs of both replies (B, 2). A prompt is read once for both, which
+    changes nothing but the time: each reply's log-prob is that of sequence_logps."""
+    batch = collate([*chain(*pairs)])  # (2 B, T), two rows per pair
+    rows, positions = batch.mask.nonzero(as_tuple=True)  # (n,) of the reply tokens
+    hidden = forked_hidden(model, batch.inputs, batch.lengths, rows, positions)  # (n, D)
+    targets = batch.targets[rows, positions].to(model.device)  # (n,)
+    logprob = kernels.linear_logprob(hidden, model.head_weight, targets).logprob  # (n,)
+    mask = batch.mask.to(model.device)
+    return logprob.new_zeros(mask.shape).masked_scatter(mask, logprob).sum(1).view(-1, 2)
+
+
+def mismatched_logps(model, pairs):
+    """Pairs of a reply and a reply to another prompt (KTO) -> log-probs of both (B, 2). The second
+    has no gradient: it is only a number to compare with."""
+    replies, mismatched = zip(*pairs, strict=True)
+    with torch.no_grad():
+        mismatched = sequence_logps(model, mismatched)
+    return torch.stack([sequence_logps(model, replies), mismatched], dim=1)
+
+
+@torch.no_grad()
+def all_logps(model, pairs, logps=pair_logps, size=256):
+    """`logps` of any number of pairs (N, 2), without gradients."""
+    return in_batches(lambda batch: logps(model, batch), pairs, longest_side, size, model)
+
+
+@torch.no_grad()
+def reply_kl(model, ref, prompts, replies, size=256):
+    """KL(model || ref) of each whole reply (N,), in nats. prompts, replies: lists of ids, the
+    replies sampled from the model.
+
+    Exact for every next-token distribution along the sample, and summed: an unbiased estimate of
+    the replies' KL with far less noise than log pi - log ref.
+    """
+
+    def kl_of(examples):
+        batch = collate(examples).to(model.device)
+        hidden = model(batch.inputs).flatten(0, 1)  # (B * T, D)
+        ref_hidden = ref(batch.inputs).flatten(0, 1)  # (B * T, D)
+        mask = batch.mask.flatten()
+        kl = kernels.linear_kl(hidden, model.head_weight, ref_hidden, ref.head_weight, mask=mask)
+        return kl.view(batch.mask.shape).sum(1)
+
+    examples = reply_examples(prompts, replies)
+    return in_batches(kl_of, examples, lambda example: len(example[0]), size, model)

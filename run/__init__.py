@@ -1,0 +1,32 @@
+"""A run's plumbing, shared by every script. No mathematics, and nothing of the project is imported.
+
+    config = run.parse(Config)              the script's dataclass, filled from the command line
+    job = run.start(config, "dpo")          checks the directory and the device; sets the seed
+    for step in job.steps(config.steps, policy=policy, optimizer=optimizer):
+        logps = job.forward(pair_logps, policy, pairs)    at the run's precision, on all ranks
+        ...
+        job.log(step, loss=loss, lr=lr)     a line of metrics.jsonl, the same numbers on screen
+    job.finish(save)                        save(directory) writes the checkpoint
+
+flags.py      a dataclass becomes a command line; the flags that all stages share; what is refused
+command.py    starts a script; bad input ends in one sentence and exit code 2
+job.py        the directory of a run, its steps, its log, its end
+ranks.py      several processes under torchrun that compute what one process would
+state.py      what --resume needs, written now and then
+optimizer.py  AdamW, the learning-rate schedule, clipping
+memory.py     how much memory the models take, and the measured peak
+files.py, directory.py, pictures.py     files that appear whole or not at all; curves
+
+Bad input: every module of the project raises ValueError or OSError with one sentence that says what
+is wrong and what to do. Any other exception is a bug and keeps its traceback.
+"""
+
+from .command import commands, guard, keep_memory, script
+from .files import ROOT, write, write_json, write_lines
+from .flags import DTYPES, Flags, check_choice, check_range, check_requires, parse, require
+from .job import Job, device, due, start
+from .memory import peak_memory
+from .optimizer import adamw, clip, linear, step
+from .pictures import lines_picture, plotting
+from .ranks import environment
+from .state import put_back, state_of

@@ -1,0 +1,167 @@
+"""Flags: a flat dataclass becomes a command line, and wrong values are refused before anything
+runs."""
+
+import argparse
+import dataclasses
+import inspect
+import math
+import re
+from dataclasses import dataclass, field
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Integer flags for which 0 makes no sense:
+AT_LEAST_ONE = set(
+    "batch_size rounds minibatches ppo_epochs prompts group_size max_new_tokens annotators"
+    " completions".split()
+)
+# What the flags below require, in every script (see check_requires):
+REQUIRES = {
+    "lora_alpha": {"lora_rank": True},
+    "lora_targets": {"lora_rank": True},
+    "shape": {"init": ["scratch"]},
+}
+
+
+@dataclass
+class Flags:
+    """The flags that all four stages share. A stage's Config adds its own and may change a
+    default."""
+
+    init: str = "out/sft"  # checkpoint directory to start from; "scratch": random weights
+    tokenizer: str = ""  # vocabulary directory (default: that of --init, or the embedded world's)
+    data: list = field(default_factory=list)  # files to learn from; none: the embedded world
+    out: str = ""  # run directory (default: out/STAGE, replaced when the new run is complete)
+    overwrite: bool = False  # replace a run that --out already holds
+    resume: bool = False  # continue the killed run of these flags in --out, to the same result
+    save_every: int = 0  # steps between two states for --resume (0: ten states in a run)
+    steps: int = 0  # optimiser steps (default: see the stage)
+    batch_size: int = 64  # rows per optimiser step
+    lr: float = 0.0  # peak learning rate
+    lora_rank: int = 0  # train adapters of this rank beside frozen weights (0: train all weights)
+    lora_alpha: float = 0.0  # the adapter's output counts alpha / rank (default: 2 * rank)
+    lora_targets: str = "qkv,out,up,down"  # the matrices of a block that get an adapter
+    shape: str = "llama:4x96x128"  # of random weights: architecture:layers x width x context
+    seed: int = 0  # of weights, data and order
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    dtype: str = "auto"  # of matrix products: float32 or bfloat16 (auto: bfloat16 on CUDA)
+
+    @property
+    def source(self):
+        """What the data is called in messages."""
+        return ", ".join(map(str, self.data)) or "the embedded world"
+
+
+def require(condition, sentence):
+    """Refuses bad input: ValueError with one sentence, which ends a command with exit code 2."""
+    if not condition:
+        raise ValueError(sentence)
+
+
+def flag_name(name):
+    return f"--{name.replace('_', '-')}"
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """An unknown flag is bad input like any other: one sentence instead of the whole usage."""
+        raise ValueError(f"{message} (--help lists the flags)")
+
+
+def parse(Config, argv=None, description=None):
+    """Flags from a flat dataclass: `batch_size: int = 32  # help` becomes --batch-size with that
+    help and default. Raises ValueError for unknown flags and for numbers out of range."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=layout)
+    shared = parser.add_argument_group("flags of every stage")
+    comments = field_comments(Config)
+    for item in dataclasses.fields(Config):
+        group = parser if item.name in Config.__annotations__ else shared
+        add_flag(group, item, comments.get(item.name, ""))
+    config = Config(**vars(parser.parse_args(argv)))
+    check_numbers(config)
+    dtype = getattr(config, "dtype", "auto")
+    require(dtype in ("auto", *DTYPES), f"--dtype must be auto, float32 or bfloat16, not {dtype}")
+    return config
+
+
+def field_comments(Config):
+    """{field: the comment behind it}; a class's own comment replaces the one it inherits."""
+    comments = {}
+    for base in reversed(Config.__mro__[:-1]):
+        pattern = r"^ +(\w+): .*?  # (.*)$"
+        comments |= dict(re.findall(pattern, inspect.getsource(base), re.MULTILINE))
+    return comments
+
+
+def add_flag(group, item, comment):
+    flag, text = flag_name(item.name), comment.replace("%", "%%")
+    if item.type is bool:
+        group.add_argument(flag, action="store_true", help=text)
+        return
+    if item.default_factory is not dataclasses.MISSING:
+        default = item.default_factory()
+        group.add_argument(flag, nargs="+", default=default, metavar="PATH", help=text)
+        return
+    if item.default != "" and "default" not in text:
+        text += " (default: %(default)s)"
+    metavar = item.type.__name__.upper()
+    group.add_argument(flag, type=item.type, default=item.default, metavar=metavar, help=text)
+
+
+def check_numbers(config):
+    """Raises ValueError for a number that is not finite, too small, or too large to be a seed."""
+    for item in dataclasses.fields(config):
+        if item.type not in (int, float):
+            continue
+        value = getattr(config, item.name)
+        least = 1 if item.name in AT_LEAST_ONE else 0 if item.default >= 0 else -math.inf
+        limits = ["finite"] if item.type is float else []
+        if least >= 0:
+            limits.append(f"at least {least}")
+        in_range = abs(value) < math.inf and value >= least
+        require(in_range, f"{flag_name(item.name)} must be {' and '.join(limits)}, not {value}")
+    require(getattr(config, "seed", 0) < 2**32, "--seed must be less than 2^32")
+
+
+def check_choice(config, name, choices):
+    value, names = getattr(config, name), ", ".join(choices)
+    require(value in choices, f"{flag_name(name)} must be one of {names}, not {value}")
+
+
+def check_range(config, *names, least=None, most=None, above=None):
+    """Raises ValueError for a flag outside its range: >= least, <= most, > above."""
+    for name in names:
+        value = getattr(config, name)
+        if above is not None:
+            require(value > above, f"{flag_name(name)} must be more than {above}, not {value}")
+        if least is not None:
+            require(value >= least, f"{flag_name(name)} must be at least {least}, not {value}")
+        if most is not None:
+            require(value <= most, f"{flag_name(name)} must be at most {most}, not {value}")
+
+
+def check_requires(config, requires=None):
+    """Raises ValueError for a flag that was given but that nothing would read.
+
+    requires: {flag: {other flag: the values that it must have; True: any but the empty one; False:
+    the empty one}}. REQUIRES holds what every script requires.
+    """
+    table = REQUIRES | (requires or {})
+    for item in dataclasses.fields(config):
+        fixed = item.default_factory is dataclasses.MISSING
+        default = item.default if fixed else item.default_factory()
+        if getattr(config, item.name) == default:
+            continue
+        flag = flag_name(item.name)
+        for other_name, wanted in table.get(item.name, {}).items():
+            other, value = flag_name(other_name), getattr(config, other_name)
+            if wanted is True:
+                require(value, f"{flag} is read with {other} only: add it, or leave {flag} out")
+            elif wanted is False:
+                require(not value, f"{flag} is not read with {other}: leave one of them out")
+            else:
+                names = " or ".join(wanted)
+                sentence = f"{flag} is read with {other} {names} only, not with {value}"
+                require(value in wanted, f"{sentence}: leave it out")

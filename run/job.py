@@ -1,0 +1,240 @@
+"""A job: one run of a script, from the checks before it to the finished directory."""
+
+import contextlib
+import math
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from . import memory, ranks, state
+from .directory import Directory
+from .flags import DTYPES, require
+
+
+def start(config, stage):
+    """Prepares a run: directory, seed, device, precision. `stage` names its default directory,
+    out/<stage>. Writes nothing.
+
+    Raises ValueError for a directory that must not be written, a missing --init, a missing device,
+    a --resume of another run. With --resume of a complete run the process ends, with exit code 0.
+    """
+    return Job(config, stage)
+
+
+def device(name):
+    """auto, cpu, cuda or cuda:N -> torch.device. Raises ValueError for a device that is missing."""
+    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    cuda, count = re.fullmatch(r"cuda(?::(\d+))?", name), torch.cuda.device_count()
+    require(cuda or name == "cpu", f"--device must be auto, cpu, cuda or cuda:N, not {name}")
+    present = not cuda or int(cuda[1] or 0) < count
+    require(present, f"--device {name} is not on this machine, which has {count} CUDA devices")
+    return torch.device(name)
+
+
+def due(step, steps, times=5):
+    """Whether to look at held-out data after this step: `times` times in a run, evenly spread, the
+    last time after the last step."""
+    return (step + 1) * times // steps > step * times // steps
+
+
+class Job:
+    def __init__(self, config, stage):
+        self.config, self.stage = config, stage
+        self.rank = ranks.environment("RANK")
+        self.ranks = ranks.environment("WORLD_SIZE", 1)
+        self.began = time.perf_counter()
+        self.first = 0  # the first step: later than 0 after --resume
+        self.size = 0  # bytes of metrics.jsonl that --resume keeps
+        self.cost_before = {}  # of the killed run
+        self.facts = {"ranks": self.ranks, "resumed_at": []}  # for run.json
+        self.parts = {}  # what a step changes, by name: see `steps`
+        self.learners = {}  # id of a model -> the model inside DDP
+        self.sharded = None  # a model that FSDP2 divides
+        self.last_micro_batch = True
+        self.directory = Directory(config, stage)
+        self.device = self.device_of_this_rank()
+        if config.resume:
+            facts, complete = self.directory.check_resume(self.device)
+            self.facts["resumed_at"] = facts.get("resumed_at", [])
+            if complete:
+                self.say(f"{stage}: {self.directory.out} is already complete")
+                sys.exit(0)
+        for flag in ("init", "reward", "judge"):
+            name = getattr(config, flag, "")
+            there = name in ("", "scratch", "world") or Path(name).is_dir()
+            remedy = "run the stage before, or name a checkpoint"
+            require(there, f"--{flag} {name}: there is no such directory; {remedy}")
+        default = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.dtype = DTYPES.get(config.dtype, default)
+        torch.manual_seed(config.seed)
+        if self.ranks > 1:  # last: nobody writes before everybody has checked
+            ranks.join(self.device)
+
+    def device_of_this_rank(self):
+        chosen = device(self.config.device)
+        if self.ranks == 1 or chosen.type == "cpu":
+            return chosen
+        one_for_all = f"--device {self.config.device} is one for all processes"
+        require(chosen.index is None, f"{one_for_all}: leave the choice to torchrun")
+        here, count = ranks.environment("LOCAL_WORLD_SIZE", self.ranks), torch.cuda.device_count()
+        need = f"{here} processes need a CUDA device each, and this machine has {count}"
+        require(here <= count, f"{need}: start fewer")
+        return torch.device("cuda", ranks.environment("LOCAL_RANK"))
+
+    def autocast(self):
+        """Matrix products at --dtype; master weights, norms and losses stay fp32."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def forward(self, function, model, rows, counts=None, **options):
+        """function(model, rows, **options) -> the values (B, ...) of all rows of the batch.
+
+        Under torchrun the function gets this rank's share of the rows (a list or a tensor), and the
+        values of all ranks are returned on each. counts: how many values each row gives, where it
+        is not one. Models among the options are handled like `model`.
+        """
+        share = ranks.share(rows, self.rank, self.ranks)
+        options = {name: self.learners.get(id(value), value) for name, value in options.items()}
+        learner = self.learners.get(id(model), model)
+        learner.require_backward_grad_sync = self.last_micro_batch  # DDP reads this
+        with self.autocast():
+            values = function(learner, share, **options)
+        if self.ranks == 1:
+            return values
+        return ranks.gather(values, counts or len(rows), self.rank, self.ranks)
+
+    def micro_batches(self, rows, size):
+        """The rows in parts of `size` per rank (0: all at once). Their gradients add up; ranks
+        exchange them once, in the last part's backward pass."""
+        size = size * self.ranks or len(rows)
+        for start in range(0, len(rows), size):
+            self.last_micro_batch = start + size >= len(rows)
+            yield rows[start : start + size]
+
+    def shard(self, model):
+        """Divides a model among the ranks (FSDP2). Call it before the optimiser is made."""
+        self.sharded = ranks.shard(model)
+
+    def memory(self, **models):
+        """Says what the models take: exact numbers, a shared weight counted once."""
+        sizes = memory.footprint(models)
+        self.facts["memory_mib"] = sizes
+        self.say(f"{self.stage}: memory in MiB: {memory.describe(sizes)}")
+
+    def steps(self, n, **parts):
+        """The steps 0 .. n-1, or after --resume the remaining ones, behind a progress bar.
+
+        parts: all that a step changes and a later one reads: models, optimisers, generators,
+        namespaces of plain values, objects with a state_dict; None is skipped. Their state is
+        written from time to time for --resume. Without a terminal, a line is printed every tenth
+        of the way.
+        """
+        self.n = n
+        parts = {name: part for name, part in parts.items() if part is not None}
+        if not self.sharded:  # no rank holds all that a state would need
+            self.parts = parts
+            if self.config.resume:
+                self.resume()
+        if self.ranks > 1 and not self.sharded:
+            modules = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+            self.learners = {id(module): ranks.Replica(module) for module in modules}
+        if self.rank == 0:
+            self.directory.open(self.size)
+            self.directory.write_facts(self.device, self.facts)
+        quiet = True if self.rank else None  # None: no bar without a terminal
+        options = dict(initial=self.first, desc=self.stage, disable=quiet, dynamic_ncols=True)
+        self.bar = tqdm(total=n, file=sys.stderr, **options)
+        for step in range(self.first, n):
+            yield step
+            self.bar.update()
+            if step == self.first:
+                self.facts["peak_memory_mib_after_first_step"] = self.peak()
+                self.say(f"{self.stage}: peak memory {self.peak()} MiB after the first step")
+            often = self.config.save_every
+            save = (step + 1) % often == 0 if often else due(step, n, times=10)
+            if save and self.parts and self.rank == 0:
+                self.write_state(step)
+        self.bar.close()
+
+    def resume(self):
+        """Goes on after the state in DIR.partial. Raises ValueError if it is damaged or foreign."""
+        path = self.directory.partial / "state.pt"
+        if not path.exists():
+            late = f"{self.directory.partial} had not come to writing its state"
+            self.say(f"{self.stage}: {late}: from the beginning")
+            return
+        try:
+            saved = state.read_state(path, self.parts, self.device)
+            self.first, self.size, self.cost_before = saved["first"], saved["size"], saved["cost"]
+            size = (self.directory.partial / "metrics.jsonl").stat().st_size
+            require(size >= self.size, "metrics.jsonl is shorter than it was")
+        except Exception as error:
+            why = f"({type(error).__name__}): leave --resume out to begin anew"
+            sentence = f"--resume: {path} is damaged, or no state of this run {why}"
+            raise ValueError(sentence) from None
+        self.facts["resumed_at"].append(self.first)
+        self.say(f"{self.stage}: goes on after step {self.first}")
+
+    def write_state(self, step):
+        """Writes all that --resume needs to go on after this step."""
+        facts = {"first": step + 1, "size": self.directory.metrics_size(), "cost": self.cost()}
+        state.write_state(self.directory.partial / "state.pt", self.parts, facts, self.device)
+
+    def log(self, step, **values):
+        """One line of metrics.jsonl and of the terminal. Values: plain numbers or 0-d tensors."""
+        if self.rank:
+            return
+        values = {name: float(value) for name, value in values.items()}
+        # JSON has no NaN:
+        row = {name: x if math.isfinite(x) else None for name, x in values.items()}
+        self.directory.add_line({"step": step, **row})
+        line = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if not self.bar.disable:
+            self.bar.set_postfix_str(line, refresh=False)
+        elif step % max(1, self.n // 10) == 0 or step == self.n - 1:
+            print(f"{self.stage} step {step + 1}/{self.n}  {line}", file=sys.stderr, flush=True)
+
+    def say(self, text):
+        """A line for the reader, above the progress bar."""
+        if self.rank == 0:
+            tqdm.write(text, file=sys.stderr)
+
+    @property
+    def colour(self):
+        """Whether printed lines may have colours: on a terminal, unless NO_COLOR is set."""
+        return sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+
+    def peak(self):
+        """The peak memory of the run in MiB, also before a --resume."""
+        before = self.cost_before.get("peak_memory_mib", 0)
+        return max(before, round(memory.peak_memory(self.device)))
+
+    def cost(self):
+        """What the run has taken, also before a --resume."""
+        spent = {"seconds": time.perf_counter() - self.began, "cpu_seconds": time.process_time()}
+        spent = {name: round(self.cost_before.get(name, 0) + x, 1) for name, x in spent.items()}
+        return spent | {"peak_memory_mib": self.peak()}
+
+    def finish(self, save, **facts):
+        """save(directory) writes the checkpoint; then the run appears, whole."""
+        if self.ranks > 1:
+            for module in [*self.sharded.blocks, self.sharded] if self.sharded else []:
+                module.unshard()  # a checkpoint holds whole tensors
+            dist.barrier()
+            dist.destroy_process_group()
+        if self.rank:
+            return
+        save(self.directory.partial)
+        self.directory.draw_curves()
+        cost = self.cost()
+        self.directory.write_facts(self.device, self.facts | cost | facts)
+        self.directory.publish()
+        seconds, peak = f"{cost['seconds']:.0f} s", f"peak memory {cost['peak_memory_mib']} MiB"
+        self.say(f"{self.stage}: {seconds}, {peak}, written to {self.directory.out}")

@@ -1,0 +1,56 @@
+"""Memory: what the models take, which is exact, and the measured peak. Nothing is predicted."""
+
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+MIB = 2**20
+
+
+def footprint(models):
+    """{name: model} -> {name: {weights, gradients, moments}} in MiB.
+
+    A weight that two models share counts for the first. Gradients and AdamW's two moments exist for
+    the parameters that are trained.
+    """
+    counted = set()
+    sizes = {}
+    for name, model in models.items():
+        tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+        new = tensors.keys() - counted
+        counted |= new
+        trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        weights = sum(tensors[address] for address in new)
+        sizes[name] = {"weights": weights, "gradients": trained, "moments": 2 * trained}
+    return {
+        name: {part: size / MIB for part, size in parts.items()} for name, parts in sizes.items()
+    }
+
+
+def describe(sizes):
+    """A footprint as one line: "policy 479 + gradients 479 + moments 958, ref 0 (shared)"."""
+    texts = []
+    for name, parts in sizes.items():
+        text = f"{name} {parts['weights']:.4g}" if parts["weights"] else f"{name} 0 (shared)"
+        if parts["gradients"]:
+            text += f" + gradients {parts['gradients']:.4g} + moments {parts['moments']:.4g}"
+        texts.append(text)
+    return ", ".join(texts)
+
+
+def peak_memory(device):
+    """The peak in MiB: on CUDA of all tensors, on a CPU of the whole process with its libraries."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / MIB
+    try:  # Linux. A child's getrusage starts at its parent's size; this line does not
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+    except (OSError, TypeError):
+        pass
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (MIB if sys.platform == "darwin" else 1024)

@@ -1,0 +1,56 @@
+"""Pictures of metrics."""
+
+import json
+import math
+
+
+def plotting():
+    """matplotlib's pyplot, drawing into files. Imported late: it takes a second, and only the end
+    of a run needs it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def curves(metrics, path):
+    """metrics.jsonl -> a picture with one small panel per metric."""
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    names = [name for name in dict.fromkeys(key for row in rows for key in row) if name != "step"]
+    if not names:
+        return
+    pyplot = plotting()
+    columns = min(4, len(names))
+    height = math.ceil(len(names) / columns)
+    size = (3.4 * columns, 2.4 * height)
+    figure, panels = pyplot.subplots(height, columns, figsize=size, squeeze=False)
+    for panel, name in zip(panels.flat, names, strict=False):
+        rows_with = [row for row in rows if name in row]
+        values = [math.nan if row[name] is None else row[name] for row in rows_with]
+        panel.plot([row["step"] for row in rows_with], values, linewidth=1)
+        panel.set_title(name, fontsize=9)
+        panel.tick_params(labelsize=7)
+    for panel in panels.flat[len(names) :]:
+        panel.axis("off")
+    save(figure, path, dpi=90)
+
+
+def lines_picture(path, panels):
+    """panels: (x label, y label, {line: (xs, ys)}), drawn side by side in one picture."""
+    pyplot = plotting()
+    size = (5 * len(panels), 4)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False)
+    for axis, (x, y, lines) in zip(axes[0], panels, strict=True):
+        for name, (xs, ys) in lines.items():
+            axis.plot(xs, ys, marker="." if len(xs) > 2 else None, linewidth=1, label=name)
+        axis.set(xlabel=x, ylabel=y)
+        axis.legend(fontsize=7)
+    save(figure, path, dpi=100)
+
+
+def save(figure, path, dpi):
+    figure.tight_layout()
+    figure.savefig(path, dpi=dpi)
+    plotting().close(figure)

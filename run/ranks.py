@@ -1,0 +1,91 @@
+"""Several processes, called ranks, that compute what one process would.
+
+torchrun starts every rank with the same script and flags, and all read the same data in the same
+order. In a step each rank computes the forward and backward pass of its share of the rows, and
+`gather` gives every rank the values of the whole batch. So everything after the forward pass
+(divisors, group baselines, metrics) is about the whole batch, as in one process. PyTorch's DDP
+averages the gradients. Every rank samples all replies, with the same generator; that keeps one
+process's curve but saves no time. Only rank 0 writes files and prints.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+
+def environment(name, default=0):
+    """An integer that torchrun sets: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE."""
+    return int(os.environ.get(name, default))
+
+
+def join(device):
+    """Joins the group of all ranks."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+
+
+class Replica(DistributedDataParallel):
+    """PyTorch's DDP, with the module's other attributes too: `head_weight`, `score`, `config`."""
+
+    def __init__(self, model):
+        super().__init__(model, gradient_as_bucket_view=True)
+        # The only buffers are tables of positions, which never change. Set here because the
+        # argument's name differs between versions of torch.
+        self.broadcast_buffers = False
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+
+def shard(model):
+    """Divides weights, gradients and moments among the ranks with PyTorch's FSDP2, in place.
+
+    A block's weights are gathered when the pass reaches it, so every rank must go forward and
+    backward equally often. Must be called before the optimiser is made.
+    """
+    from torch.distributed.fsdp import fully_shard  # slow to import, and seldom needed
+
+    for block in model.blocks:
+        fully_shard(block)
+    return fully_shard(model)  # embedding and head stay gathered from forward to backward
+
+
+def share(rows, rank, ranks):
+    """This rank's part of a list or tensor: every ranks-th row.
+
+    Never empty: DDP needs a backward pass on every rank. Spare ranks repeat row 0, and `gather`
+    discards the result.
+    """
+    rows_here = rows[rank::ranks]
+    return rows_here if len(rows_here) else rows[:1]
+
+
+def gather(values, counts, rank, ranks):
+    """values (n, ...) of this rank's rows -> the whole batch's (N, ...), in order, on every rank.
+
+    counts: how many values each row of the batch has, or the number of rows if each has one. The
+    other ranks' values carry no gradient. This rank's gradient is multiplied by the number of
+    ranks, so that DDP's average becomes the sum over the whole batch. (A parameter that is used
+    after this line gets the same gradient on every rank, and an average does not change it.)
+    """
+    if isinstance(counts, int):
+        row = torch.arange(counts)  # (N,) the row that each value belongs to
+    else:
+        row = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    here = (row % ranks == rank).to(values.device)  # (N,) values that this rank computed
+    values = values[: int(here.sum())]
+    batch = torch.zeros(len(here), *values.shape[1:], dtype=values.dtype, device=values.device)
+    batch[here] = values.detach()
+    dist.all_reduce(batch)  # every other rank adds zeros: exact
+    if values.requires_grad:
+        values.register_hook(lambda gradient: gradient * ranks)
+        batch[here] = values
+    return batch

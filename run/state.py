@@ -1,0 +1,64 @@
+"""What --resume needs. From time to time all that a step changes is written to
+DIR.partial/state.pt.
+
+A killed run that is started again with --resume ends, on the same machine, with the same weights,
+bit for bit, and the same metrics.
+"""
+
+import os
+from types import SimpleNamespace
+
+import torch
+
+from .flags import require
+
+
+def state_of(part):
+    """The state of a model (only what is trained: --init gives the rest), an optimiser, a
+    torch.Generator, a namespace of plain values, or any object with a state_dict."""
+    if isinstance(part, torch.nn.Module):
+        named = part.named_parameters()
+        return {name: parameter.detach() for name, parameter in named if parameter.requires_grad}
+    if isinstance(part, torch.Generator):
+        return part.get_state()
+    return vars(part) if isinstance(part, SimpleNamespace) else part.state_dict()
+
+
+def put_back(part, state):
+    """Gives a part the state that `state_of` took. Raises what torch raises, or ValueError, for the
+    state of another part."""
+    if isinstance(part, torch.nn.Module):
+        require(state.keys() == state_of(part).keys(), "other parameters are trained")
+        part.load_state_dict(state, strict=False)
+    elif isinstance(part, torch.Generator):
+        part.set_state(state.cpu())
+    elif isinstance(part, SimpleNamespace):
+        vars(part).update(state)
+    else:
+        part.load_state_dict(state)
+
+
+def write_state(path, parts, facts, device):
+    """Writes the parts' states, the random generators and `facts`; a kill leaves the old file or
+    the new one. Rank 0's state serves all ranks: parameters, moments and generators are the
+    same."""
+    state = facts | {"parts": {name: state_of(part) for name, part in parts.items()}}
+    state["rng"] = torch.get_rng_state()
+    state["cuda_rng"] = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_state(path, parts, device):
+    """Gives the parts their states and the generators theirs -> the facts that were written."""
+    state = torch.load(path, map_location=device, weights_only=True)
+    for name, part in parts.items():
+        put_back(part, state["parts"][name])
+    torch.set_rng_state(state["rng"].cpu())
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda_rng"].cpu(), device)
+    return state
