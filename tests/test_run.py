@@ -107,6 +107,10 @@ def test_defaults_are_those_of_the_dataclass():
     assert first == Config() and first.data is not second.data
 
 
+def flag(name):
+    return name.replace("_", "-")
+
+
 def comment_of(Config, name):
     """The comment behind a flag, in the nearest class that declares it."""
     owner = next(base for base in Config.__mro__ if name in vars(base).get("__annotations__", ()))
@@ -123,16 +127,13 @@ def test_help_shows_every_flag_with_its_comment_and_default(name, capsys):
     assert exit.value.code == 0
     out = capsys.readouterr().out
     assert out.count(script.__doc__.strip()) == 1  # the equation as it stands
-    text = " ".join(out.split())
+    entries = re.split(r"\n  (?=--)", out[out.index("options:") :])  # one for each flag
+    entries = {entry.split()[0]: " ".join(entry.split()) for entry in entries}
     for item in fields(script.Config):
-        comment = comment_of(script.Config, item.name)
-        start = text.index(f"--{item.name.replace('_', '-')} ", text.index("options:"))
-        shown = text[start:]
-        if " --" not in comment:
-            shown = shown.split(" --")[0]
-        assert comment in shown
+        comment, entry = comment_of(script.Config, item.name), entries[f"--{flag(item.name)}"]
+        assert comment in entry
         if item.type in (int, float) and "default" not in comment:
-            assert f"{comment} (default: {item.default})" in shown
+            assert f"{comment} (default: {item.default})" in entry
 
 
 def test_a_stage_s_own_comment_and_default_replace_those_of_the_shared_flags(capsys):
@@ -143,8 +144,8 @@ def test_a_stage_s_own_comment_and_default_replace_those_of_the_shared_flags(cap
     assert "peak learning rate" not in stage + shared and "--lr " not in shared
     for item in fields(run.Flags):
         if item.name != "lr":
-            flag = f"--{item.name.replace('_', '-')} "
-            assert flag in shared and comment_of(run.Flags, item.name) in shared
+            assert f"--{flag(item.name)} " in shared
+            assert comment_of(run.Flags, item.name) in shared
     assert run.parse(Inherited, []).lr == 0.25 and run.Flags().lr == 0.0
 
 
@@ -154,10 +155,10 @@ def test_percent_sign_in_a_comment_survives(capsys):
     assert "none: 100 % made up" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("flag", ["--batch 5", "--overw", "--step 5", "--sead 1", "5"])
-def test_abbreviated_and_unknown_flags_are_refused(flag):
-    with pytest.raises(ValueError, match=f"unrecognized arguments: {flag}"):
-        run.parse(Config, flag.split())
+@pytest.mark.parametrize("argv", ["--batch 5", "--overw", "--step 5", "--sead 1", "5"])
+def test_abbreviated_and_unknown_flags_are_refused(argv):
+    with pytest.raises(ValueError, match=f"unrecognized arguments: {argv}"):
+        run.parse(Config, argv.split())
 
 
 # --------------------------------------------------------------------------- errors and exit codes
