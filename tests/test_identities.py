@@ -333,7 +333,7 @@ def test_three_steps_of_sft_end_in_the_same_weights_whatever_the_micro_batch(
         for name, value in a.items():
             assert b[name] == pytest.approx(value, rel=1e-5), name
     ours, theirs, before = (
-        GPT.from_pretrained(directory).state_dict() for directory in (whole, parts, flags["init"])
+        checkpoints.load(directory).state_dict() for directory in (whole, parts, flags["init"])
     )
     moved = max(float((ours[name] - before[name]).abs().max()) for name in before)
     assert moved > 1e-3  # three steps of Adam: about 3 lr
@@ -353,7 +353,7 @@ def test_sft_reports_the_loss_and_the_supervised_tokens_of_its_whole_step(
         batch_size=4,
     )
     examples = [chat.render(messages, world_encoding) for messages in four]
-    expected = slow_sft_loss(GPT.from_pretrained(init), examples)
+    expected = slow_sft_loss(checkpoints.load(init), examples)
     assert metrics[0]["loss"] == pytest.approx(float(expected.detach()), rel=1e-5)
     assert metrics[0]["tokens"] == sum(sum(mask) for _, mask in examples)
 
@@ -556,7 +556,7 @@ def test_dpo_s_run_starts_at_ln_2_and_lowers_its_own_loss(
         "margin"
     ] == pytest.approx(0, abs=1e-5)
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.01 and metrics[-1]["margin"] > 0
-    assert GPT.from_pretrained(out).config.head == "lm"
+    assert checkpoints.load(out).config.head == "lm"
 
 
 def test_a_reply_s_logp_is_the_sum_over_its_tokens_and_end_token_whatever_the_batch(
@@ -639,7 +639,7 @@ def test_ppo_s_run_starts_at_a_ratio_of_1_and_saves_its_policy(run_stage, checkp
     assert metrics[0]["kl"] == pytest.approx(
         0, abs=1e-3
     )  # policy and reference are the same before the first step
-    assert GPT.from_pretrained(out).config.head == "lm"
+    assert checkpoints.load(out).config.head == "lm"
 
 
 def test_the_rollout_trains_on_exactly_what_was_sampled(rolled):
@@ -744,7 +744,7 @@ def test_a_run_without_a_critic_starts_at_a_ratio_of_1(run_stage, checkpoint, ad
     assert metrics[1]["beta"] == pytest.approx(
         0.2 * (1 - 0.2 * 16 / 10000)
     )  # no KL yet: beta falls as fast as it may
-    assert GPT.from_pretrained(out).config.head == "lm"
+    assert checkpoints.load(out).config.head == "lm"
 
 
 # --------------------------------------------------------------------------------------------------------------- reward model
@@ -791,7 +791,7 @@ def test_normalised_rewards_have_mean_0_and_deviation_1_and_the_gain_is_kept(
     before = torch.cat(list(reward.score_all(model, pairs)))
     reward.normalise(model, pairs)
     model.save_pretrained(tmp_path)
-    again = GPT.from_pretrained(tmp_path)
+    again = checkpoints.load(tmp_path)
     scores = torch.cat(list(reward.score_all(again, pairs)))
     assert abs(float(scores.mean())) < 1e-5 and float(scores.std()) == pytest.approx(1, abs=1e-5)
     assert torch.equal(scores.argsort(), before.argsort())
@@ -812,7 +812,7 @@ def test_the_reward_run_normalises_what_it_saves_and_starts_the_next_stage(
     )
     out, metrics = run_stage(reward, init=checkpoint(), data=[path], steps=6, batch_size=8, lr=1e-3)
     assert metrics[-1]["loss"] < metrics[0]["loss"]
-    model = GPT.from_pretrained(out)
+    model = checkpoints.load(out)
     pairs, _, _ = encode_pairs(formats.read(path, "preference"), world_encoding, 128)
     scores = torch.cat(list(reward.score_all(model, pairs)))
     assert abs(float(scores.mean())) < 1e-4 and float(scores.std()) == pytest.approx(1, abs=1e-4)

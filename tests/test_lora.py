@@ -25,7 +25,7 @@ def opened(tiny, tmp_path):
 
     def open_(arch="llama", head="lm", name="base", **changes):
         tiny(arch, head=head, **(ARCHS[arch] | changes)).save_pretrained(tmp_path / name)
-        return GPT.from_pretrained(tmp_path / name)
+        return checkpoints.load(tmp_path / name)
 
     return open_
 
@@ -76,10 +76,10 @@ def test_merged_and_unmerged_logits_agree(opened, arch, tmp_path):
     apart = model.logits(model(IDS))
     model.save_pretrained(tmp_path / "saved")
     merged, beside = (
-        GPT.from_pretrained(tmp_path / "saved"),
+        checkpoints.load(tmp_path / "saved"),
         opened(arch, name="again").load_adapter(tmp_path / "saved/adapter"),
     )
-    for other in (merged, beside, GPT.from_pretrained(tmp_path / "saved/adapter"), model.merge()):
+    for other in (merged, beside, checkpoints.load(tmp_path / "saved/adapter"), model.merge()):
         assert (other.logits(other(IDS)) - apart).abs().max() < 1e-5 * apart.abs().max()
     assert merged.rank == model.rank == 0 and beside.rank == 3
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -117,12 +117,12 @@ def test_random_weights_are_nothing_to_adapt(tiny):
 def test_reference_critic_and_reward_model_share_the_trunk(opened, tmp_path):
     """The fourth check is what PPO does: a reward model that was trained with LoRA from the same checkpoint costs its adapter only."""
     trunk = bytes_of(opened())
-    trained(GPT.from_pretrained(tmp_path / "base", head="score").adapt(4)).save_pretrained(
+    trained(checkpoints.load(tmp_path / "base", head="score").adapt(4)).save_pretrained(
         tmp_path / "reward"
     )
-    policy = GPT.from_pretrained(tmp_path / "base").adapt(2)
-    alone = GPT.from_pretrained(tmp_path / "reward")
-    reward_model = GPT.from_pretrained(tmp_path / "reward", trunk=policy)
+    policy = checkpoints.load(tmp_path / "base").adapt(2)
+    alone = checkpoints.load(tmp_path / "reward")
+    reward_model = checkpoints.load(tmp_path / "reward", trunk=policy)
     torch.testing.assert_close(
         reward_model.score(reward_model(IDS)), alone.score(alone(IDS)), rtol=1e-4, atol=1e-4
     )
@@ -148,14 +148,14 @@ def test_reference_critic_and_reward_model_share_the_trunk(opened, tmp_path):
 
 def test_a_reward_model_of_another_trunk_is_opened_whole(opened, tmp_path):
     opened()
-    trained(GPT.from_pretrained(tmp_path / "base", head="score").adapt(4)).save_pretrained(
+    trained(checkpoints.load(tmp_path / "base", head="score").adapt(4)).save_pretrained(
         tmp_path / "reward"
     )
     other = trained(opened(name="other")).save_pretrained(tmp_path / "other")
-    policy = GPT.from_pretrained(tmp_path / "other").adapt(2)
+    policy = checkpoints.load(tmp_path / "other").adapt(2)
     reward_model, alone = (
-        GPT.from_pretrained(tmp_path / "reward", trunk=policy),
-        GPT.from_pretrained(tmp_path / "reward"),
+        checkpoints.load(tmp_path / "reward", trunk=policy),
+        checkpoints.load(tmp_path / "reward"),
     )
     assert other is None and reward_model.rank == 0
     assert torch.equal(reward_model.score(reward_model(IDS)), alone.score(alone(IDS)))
@@ -178,11 +178,11 @@ def test_a_critic_beside_a_reward_model_of_its_own_trunk_costs_an_adapter_and_a_
 def test_rows_of_a_grown_vocabulary_go_with_the_adapter(opened, tied, tmp_path):
     model = trained(opened(tied=tied).grow(64).adapt(2))
     model.save_pretrained(tmp_path / "saved")
-    again = GPT.from_pretrained(tmp_path / "saved/adapter")
+    again = checkpoints.load(tmp_path / "saved/adapter")
     torch.testing.assert_close(
         again.logits(again(IDS + 40)), model.logits(model(IDS + 40)), rtol=1e-4, atol=1e-4
     )
-    small = trained(GPT.from_pretrained(tmp_path / "base").adapt(2))
+    small = trained(checkpoints.load(tmp_path / "base").adapt(2))
     small.save_pretrained(tmp_path / "small")
     assert not any(
         "embed" in key for key in load_file(tmp_path / "small/adapter/adapter_model.safetensors")
@@ -191,24 +191,24 @@ def test_rows_of_a_grown_vocabulary_go_with_the_adapter(opened, tied, tmp_path):
 
 def test_a_reward_model_of_another_shape_is_opened_whole(opened, tmp_path):
     opened(layers=3)
-    trained(GPT.from_pretrained(tmp_path / "base", head="score").adapt(4)).save_pretrained(
+    trained(checkpoints.load(tmp_path / "base", head="score").adapt(4)).save_pretrained(
         tmp_path / "reward"
     )
     policy = opened(name="other").adapt(2)
-    assert GPT.from_pretrained(tmp_path / "reward", trunk=policy).config.layers == 3
+    assert checkpoints.load(tmp_path / "reward", trunk=policy).config.layers == 3
 
 
 def test_a_shared_reward_model_never_writes_into_the_policy(opened, tmp_path):
     """An adapter with grown rows carries the whole embedding; where the policy's is another, nothing is shared and nothing overwritten."""
     trained(opened().grow(64).adapt(2)).save_pretrained(tmp_path / "grown")
-    trained(GPT.from_pretrained(tmp_path / "base", head="score").grow(64).adapt(4)).save_pretrained(
+    trained(checkpoints.load(tmp_path / "base", head="score").grow(64).adapt(4)).save_pretrained(
         tmp_path / "reward"
     )
-    policy = GPT.from_pretrained(tmp_path / "grown").adapt(2)
+    policy = checkpoints.load(tmp_path / "grown").adapt(2)
     before = policy.embed.weight.clone()
-    reward_model = GPT.from_pretrained(tmp_path / "reward", trunk=policy)
+    reward_model = checkpoints.load(tmp_path / "reward", trunk=policy)
     assert torch.equal(policy.embed.weight, before)
-    alone = GPT.from_pretrained(tmp_path / "reward")
+    alone = checkpoints.load(tmp_path / "reward")
     torch.testing.assert_close(
         reward_model.score(reward_model(IDS)), alone.score(alone(IDS)), rtol=1e-4, atol=1e-4
     )
@@ -275,12 +275,12 @@ def test_peft_opens_our_adapters_and_we_open_its(opened, arch, head, tmp_path):
 @torch.no_grad()
 def test_an_adapter_with_a_score_head_opens_as_a_reward_model(opened, arch, tmp_path):
     opened(arch)
-    model = trained(GPT.from_pretrained(tmp_path / "base", head="score").adapt(2))
+    model = trained(checkpoints.load(tmp_path / "base", head="score").adapt(2))
     model.config.score_gain = 1.5
     model.save_pretrained(tmp_path / "reward")
     again, whole = (
-        GPT.from_pretrained(tmp_path / "reward/adapter"),
-        GPT.from_pretrained(tmp_path / "reward"),
+        checkpoints.load(tmp_path / "reward/adapter"),
+        checkpoints.load(tmp_path / "reward"),
     )
     assert (
         again.config.head == "score"
@@ -292,19 +292,19 @@ def test_an_adapter_with_a_score_head_opens_as_a_reward_model(opened, arch, tmp_
             other.score(other(IDS)), model.score(model(IDS)), rtol=1e-4, atol=1e-4
         )
     with pytest.raises(ValueError, match="no place.*score"):
-        GPT.from_pretrained(tmp_path / "reward/adapter", head="lm")
+        checkpoints.load(tmp_path / "reward/adapter", head="lm")
     model.score_head.weight = torch.nn.Parameter(torch.zeros(2, 32))
     model.save_adapter(tmp_path / "two")
     with pytest.raises(ValueError, match="a head of shape .2, 32., a score needs .1, 32."):
-        GPT.from_pretrained(tmp_path / "two")
+        checkpoints.load(tmp_path / "two")
 
 
 @torch.no_grad()
 def test_an_adapter_of_an_adapted_model_names_it_as_its_base(opened, tmp_path):
     trained(opened().adapt(2)).save_adapter(tmp_path / "first")
-    model = trained(GPT.from_pretrained(tmp_path / "first").grow(67).adapt(3), seed=2)
+    model = trained(checkpoints.load(tmp_path / "first").grow(67).adapt(3), seed=2)
     model.save_adapter(tmp_path / "second")
-    again = GPT.from_pretrained(tmp_path / "second")
+    again = checkpoints.load(tmp_path / "second")
     torch.testing.assert_close(
         again.logits(again(IDS)), model.logits(model(IDS)), rtol=1e-4, atol=1e-4
     )
@@ -327,7 +327,7 @@ def test_an_adapter_of_queries_and_values_alone_leaves_the_keys(opened, tmp_path
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config
     )
     theirs.save_pretrained(tmp_path / "theirs")
-    ours = GPT.from_pretrained(tmp_path / "base").load_adapter(tmp_path / "theirs")
+    ours = checkpoints.load(tmp_path / "base").load_adapter(tmp_path / "theirs")
     torch.testing.assert_close(ours.logits(ours(IDS)), theirs(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
@@ -361,7 +361,7 @@ def test_a_bad_adapter_is_refused_in_one_sentence(opened, fault, tmp_path):
     damage, word = FAULTS[fault]
     damage(tmp_path / "saved/adapter")
     with pytest.raises((ValueError, FileNotFoundError), match=word) as caught:
-        GPT.from_pretrained(tmp_path / "base").load_adapter(tmp_path / "saved/adapter")
+        checkpoints.load(tmp_path / "base").load_adapter(tmp_path / "saved/adapter")
     assert "\n" not in str(caught.value)
 
 
@@ -464,8 +464,8 @@ def test_ppo_needs_little_more_than_sft(measured):
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_leaves_a_whole_model_and_its_adapter(measured, stage):
     home = measured[1]
-    model = GPT.from_pretrained(home / stage)
-    base = GPT.from_pretrained(home / ("base" if stage == "sft" else "sft"), head=model.config.head)
+    model = checkpoints.load(home / stage)
+    base = checkpoints.load(home / ("base" if stage == "sft" else "sft"), head=model.config.head)
     beside = base.load_adapter(home / stage / "adapter")
     torch.testing.assert_close(beside(IDS), model(IDS), rtol=1e-5, atol=1e-5)
     assert torch.equal(base.embed.weight, model.embed.weight) and beside.rank == 4

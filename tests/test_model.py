@@ -60,7 +60,7 @@ def test_published_checkpoints_give_their_logits_and_greedy_tokens(reference, sp
     directory, expected = reference
     shutil.copy(directory / spelling, tmp_path / "config.json")
     shutil.copy(directory / "model.safetensors", tmp_path)
-    model = GPT.from_pretrained(tmp_path)
+    model = checkpoints.load(tmp_path)
     with torch.no_grad():
         for which in "ab":
             assert (
@@ -73,7 +73,7 @@ def test_published_checkpoints_give_their_logits_and_greedy_tokens(reference, sp
 
 def test_in_fp64_the_logits_are_the_published_ones_to_rounding_of_the_rope_table(reference):
     directory, expected = reference
-    model = GPT.from_pretrained(directory).double()
+    model = checkpoints.load(directory).double()
     with torch.no_grad():
         assert relative(all_logits(model, expected["ids_b"]), expected["logits64_b"]) < 1e-6
 
@@ -84,7 +84,7 @@ def test_every_gradient_norm_is_the_published_one(reference):
         json.loads((directory / "expected.json").read_text()),
         np.load(directory / "expected.npz"),
     )
-    model = GPT.from_pretrained(directory).double()
+    model = checkpoints.load(directory).double()
     ids = torch.as_tensor(arrays["ids_b"])
     loss = kernels.linear_cross_entropy(model(ids[None, :-1])[0], model.head_weight, ids[1:])
     loss.backward()
@@ -111,7 +111,7 @@ def test_a_ragged_batch_continues_as_transformers_continues_its_left_padded_one(
     rows = zip(expected["leftpad_ids"], expected["leftpad_mask"], strict=True)
     prompts = [ids[mask.astype(bool)].tolist() for ids, mask in rows]
     assert len(set(map(len, prompts))) > 1
-    replies = GPT.from_pretrained(directory).generate(prompts, 20, temperature=0)
+    replies = checkpoints.load(directory).generate(prompts, 20, temperature=0)
     assert replies == expected["leftpad_greedy"].tolist()
 
 
@@ -127,12 +127,12 @@ def test_rope_theta_is_read_in_both_spellings(shared, tmp_path):
             raw.get("rope_parameters", raw)["rope_theta"] = 500.0
 
         rewrite(directory, set_theta)
-        outputs.append(GPT.from_pretrained(directory)(torch.arange(20)[None]))
+        outputs.append(checkpoints.load(directory)(torch.arange(20)[None]))
     assert torch.equal(*outputs)
     assert (
         relative(
             outputs[0].detach(),
-            GPT.from_pretrained(shared / "hf/llama")(torch.arange(20)[None]).detach(),
+            checkpoints.load(shared / "hf/llama")(torch.arange(20)[None]).detach(),
         )
         > 1e-2
     )
@@ -143,7 +143,7 @@ def test_rope_theta_is_read_in_both_spellings(shared, tmp_path):
 
 def test_published_checkpoints_survive_a_save_and_a_load_bit_for_bit(reference, tmp_path):
     directory, expected = reference
-    model = GPT.from_pretrained(directory)
+    model = checkpoints.load(directory)
     saved(model, tmp_path)
     theirs, ours = (
         load_file(directory / "model.safetensors"),
@@ -152,7 +152,7 @@ def test_published_checkpoints_survive_a_save_and_a_load_bit_for_bit(reference, 
     assert ours.keys() == theirs.keys()
     for key in theirs:
         assert torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype, key
-    again = GPT.from_pretrained(tmp_path)
+    again = checkpoints.load(tmp_path)
     assert again.config == model.config
     ids = expected["ids_a"]
     with torch.no_grad():
@@ -163,7 +163,7 @@ def test_published_checkpoints_survive_a_save_and_a_load_bit_for_bit(reference, 
 def test_the_config_that_is_written_has_the_fields_that_transformers_reads_in_both_spellings(
     shared, arch, tmp_path
 ):
-    saved(GPT.from_pretrained(shared / "hf" / arch), tmp_path)
+    saved(checkpoints.load(shared / "hf" / arch), tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     shape = "n_ vocab_size model_type architectures layer_norm activation hidden_ intermediate num_ head_dim max_position rms_ tie_ rope"
     for spelling in SPELLINGS:
@@ -178,7 +178,7 @@ def test_the_config_that_is_written_has_the_fields_that_transformers_reads_in_bo
 @pytest.mark.parametrize("tied", [True, False])
 def test_any_shape_survives_a_save_and_a_load_bit_for_bit(tiny, arch, tied, tmp_path):
     model = tiny(arch, tied=tied, eos_token_id=7, pad_token_id=3)
-    again = GPT.from_pretrained(saved(model, tmp_path))
+    again = checkpoints.load(saved(model, tmp_path))
     assert again.config == model.config
     state = again.state_dict()
     assert state.keys() == model.state_dict().keys()
@@ -200,7 +200,7 @@ def test_score_checkpoints_keep_their_bias_and_gain(tiny, arch, tmp_path):
     model = tiny(arch, head="score", score_gain=2.5)
     with torch.no_grad():
         model.score_head.bias.fill_(0.3)
-    again = GPT.from_pretrained(saved(model, tmp_path))
+    again = checkpoints.load(saved(model, tmp_path))
     ids = torch.arange(24).view(2, 12)
     assert torch.equal(again.score(again(ids)), model.score(model(ids)))
     assert again.config.head == "score" and again.config.score_gain == 2.5
@@ -217,13 +217,13 @@ def test_score_checkpoints_keep_their_bias_and_gain(tiny, arch, tmp_path):
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_score_head_starts_on_the_trunk_of_a_language_model(tiny, arch, tied, tmp_path):
     language_model = tiny(arch, tied=tied)
-    model = GPT.from_pretrained(saved(language_model, tmp_path), head="score")
+    model = checkpoints.load(saved(language_model, tmp_path), head="score")
     ids = torch.arange(24).view(2, 12)
     assert torch.equal(model(ids), language_model(ids))
     assert model.score(model(ids)).shape == (2, 12) and float(model.score_head.bias.detach()) == 0
     scale = model.score_head.weight.std() * (model.config.width + 1) ** 0.5
     assert 0.5 < float(scale.detach()) < 1.7  # 1 / sqrt(D + 1)
-    assert GPT.from_pretrained(saved(model, tmp_path / "again")).config.head == "score"
+    assert checkpoints.load(saved(model, tmp_path / "again")).config.head == "score"
 
 
 def test_a_head_that_a_checkpoint_lacks_is_a_clear_error(tiny):
@@ -271,8 +271,8 @@ def test_names_without_prefix_and_several_files_load_alike(reference, kind, tmp_
     else:
         save_file(tensors, tmp_path / "model.safetensors")
     ours, theirs = (
-        GPT.from_pretrained(tmp_path).state_dict(),
-        GPT.from_pretrained(directory).state_dict(),
+        checkpoints.load(tmp_path).state_dict(),
+        checkpoints.load(directory).state_dict(),
     )
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -291,7 +291,7 @@ def test_growing_the_vocabulary_keeps_every_old_row(tiny, tied, tmp_path):
         and (new - mean).norm(dim=1).max() < 4 * before.embed.weight.norm(dim=1).mean()
     )
     assert all(parameter.requires_grad for parameter in model.parameters())
-    assert GPT.from_pretrained(saved(model, tmp_path)).config.vocab_size == 64
+    assert checkpoints.load(saved(model, tmp_path)).config.vocab_size == 64
 
 
 def test_a_model_from_scratch_has_the_shape_that_was_asked_for():
@@ -490,7 +490,7 @@ def test_a_bad_checkpoint_is_refused_in_one_sentence_that_names_the_file(
     damage, word = FAULTS[fault]
     damage(directory)
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        GPT.from_pretrained(directory)
+        checkpoints.load(directory)
     sentence = str(caught.value)
     assert (
         str(directory) in sentence
@@ -829,7 +829,7 @@ def test_transformers_models_give_their_logits_and_greedy_tokens(peer, tmp_path)
     theirs = peer()
     theirs.save_pretrained(tmp_path)
     ours, ids = (
-        GPT.from_pretrained(tmp_path),
+        checkpoints.load(tmp_path),
         torch.randint(1, 61, (3, 40), generator=torch.Generator().manual_seed(1)),
     )
     assert relative(ours.logits(ours(ids)), theirs(ids).logits) < 1e-5
@@ -847,14 +847,14 @@ def test_transformers_models_give_their_logits_and_greedy_tokens(peer, tmp_path)
 def test_what_we_save_opens_in_transformers_with_the_same_logits(peer, tmp_path):
     transformers = pytest.importorskip("transformers")
     peer().save_pretrained(tmp_path / "theirs")
-    ours = GPT.from_pretrained(tmp_path / "theirs")
+    ours = checkpoints.load(tmp_path / "theirs")
     theirs, found = transformers.AutoModelForCausalLM.from_pretrained(
         saved(ours, tmp_path / "ours"), output_loading_info=True
     )
     assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ids = torch.arange(1, 60)[None]
     assert relative(ours.logits(ours(ids)), theirs(ids).logits) < 1e-5
-    assert GPT.from_pretrained(tmp_path / "ours").config == ours.config
+    assert checkpoints.load(tmp_path / "ours").config == ours.config
 
 
 @torch.no_grad()
@@ -862,7 +862,7 @@ def test_reward_models_of_either_side_score_alike_up_to_the_constant_bias(peer, 
     transformers = pytest.importorskip("transformers")
     theirs = peer(score=True)
     theirs.save_pretrained(tmp_path / "theirs")
-    ours = GPT.from_pretrained(tmp_path / "theirs")
+    ours = checkpoints.load(tmp_path / "theirs")
     ids, lengths = (
         torch.randint(1, 61, (4, 20), generator=torch.Generator().manual_seed(2)),
         torch.tensor([20, 7, 13, 1]),
@@ -890,7 +890,7 @@ def test_files_in_half_precision_open_as_fp32_master_weights(tiny, dtype, tmp_pa
         key: value.to(dtype) for key, value in load_file(tmp_path / "model.safetensors").items()
     }
     save_file(halves, tmp_path / "model.safetensors")
-    model = GPT.from_pretrained(tmp_path)
+    model = checkpoints.load(tmp_path)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert torch.equal(model.embed.weight, halves["model.embed_tokens.weight"].float())
 
@@ -926,5 +926,5 @@ def test_a_checkpoint_is_read_without_a_second_copy(tiny, tmp_path, monkeypatch)
         }
 
     monkeypatch.setattr(model_module, "tensors_of", watched)
-    GPT.from_pretrained(tmp_path)
+    checkpoints.load(tmp_path)
     assert max(most) <= 4 and len(most) == 4 * 9 + 2

@@ -83,7 +83,7 @@ def test_several_heads_train_and_leave_an_ordinary_checkpoint(mixing, policy, pl
         "--out",
         place / "rm",
     )
-    parts, model = load_file(place / "rm" / "heads.safetensors"), GPT.from_pretrained(place / "rm")
+    parts, model = load_file(place / "rm" / "heads.safetensors"), checkpoints.load(place / "rm")
     mixed = (
         parts["mixing"] @ parts["weight"]
     ) * model.config.score_gain  # normalisation scales what the heads add up to
@@ -227,7 +227,7 @@ def test_a_process_model_trains_on_the_world_s_sums(labels, policy, place):
         "--out",
         place / "prm",
     )
-    assert GPT.from_pretrained(place / "prm").config.head == "score"
+    assert checkpoints.load(place / "prm").config.head == "score"
     assert metrics(place / "prm")[-1]["loss"] < 20
     facts = json.loads((place / "prm" / "run.json").read_text())
     assert ("monte_carlo_agreement" in facts) == (labels == "monte-carlo")
