@@ -1,5 +1,6 @@
-"""Claims that hold exactly between the rooms: what was sampled is what is trained on, a step is its micro-batches, the loss sees the
-assistant's tokens and nothing else, a score sits on the last one, and nothing depends on padding."""
+"""Claims that hold exactly between the rooms: what was sampled is what is trained on, a step is its
+micro-batches, the loss sees the assistant's tokens and nothing else, a score sits on the last one,
+and nothing depends on padding."""
 
 import copy
 import json
@@ -68,7 +69,8 @@ def preferences():
 
 @pytest.fixture
 def checkpoint(tmp_path, world_model, world_encoding):
-    """checkpoint(head, seed): the directory of such a model with its tokenizer, as a stage leaves it."""
+    """checkpoint(head, seed): the directory of such a model with its tokenizer, as a stage leaves
+    it."""
 
     def write(head="lm", seed=0, **changes):
         directory = tmp_path / f"{head}{seed}"
@@ -81,7 +83,8 @@ def checkpoint(tmp_path, world_model, world_encoding):
 
 @pytest.fixture
 def run_stage(tmp_path, capsys):
-    """run_stage(script, **flags): runs a script's main on the CPU and gives its run directory and its metrics, line by line."""
+    """run_stage(script, **flags): runs a script's main on the CPU and gives its run directory and
+    its metrics, line by line."""
 
     def run(script, **flags):
         out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
@@ -104,7 +107,7 @@ def jsonl(tmp_path):
     return write
 
 
-# ------------------------------------------------------------------------------------------------------ what is supervised
+# ------------------------------------------------------------------------------- what is supervised
 
 
 def test_after_the_shift_every_assistant_token_and_its_end_is_a_target_and_nothing_else(
@@ -207,7 +210,8 @@ def test_the_end_token_s_gradient_reaches_the_model(world_model, world_encoding)
     sft.batch_loss(model, batch, batch.weights.sum()).backward()
     untrained = copy.deepcopy(batch.mask) & (batch.targets != end)
     assert int(batch.mask.sum() - untrained.sum()) == 4
-    # raising an end token's logit pays at the four places where it is the target: its row must be pulled towards their hidden states
+    # raising an end token's logit pays at the four places where it is the target: its row must be
+    # pulled towards their hidden states
     hidden = model(batch.inputs)
     probabilities = model.logits(hidden).softmax(-1)[..., end]
     wanted = (
@@ -221,7 +225,8 @@ def test_the_end_token_s_gradient_reaches_the_model(world_model, world_encoding)
 
 
 def test_every_stage_trains_on_the_same_tokens_of_a_reply(preferences, world_encoding):
-    """A reply's ids are the same whether generation starts there, DPO sums over it, or the reward model reads it."""
+    """A reply's ids are the same whether generation starts there, DPO sums over it, or the reward
+    model reads it."""
     pairs, _, kept = encode_pairs(preferences, world_encoding, 128)
     assert kept == preferences
     for record, pair in zip(preferences, pairs, strict=True):
@@ -267,7 +272,7 @@ def test_an_epoch_shows_every_example_once_in_an_order_of_its_own():
     assert spread < 10  # of 89: rows of a batch are of similar length
 
 
-# --------------------------------------------------------------------------------------------------- one step, many batches
+# --------------------------------------------------------------------------- one step, many batches
 
 
 def slow_sft_loss(model, examples):
@@ -358,7 +363,7 @@ def test_sft_reports_the_loss_and_the_supervised_tokens_of_its_whole_step(
     assert metrics[0]["tokens"] == sum(sum(mask) for _, mask in examples)
 
 
-# ----------------------------------------------------------------------------------------------------------------------- DPO
+# ---------------------------------------------------------------------------------------------- DPO
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -382,7 +387,8 @@ def test_the_first_dpo_loss_is_ln_2(world_model, world_encoding, preferences, ar
 
 @pytest.fixture(scope="module")
 def forking(world_encoding, preferences):
-    """Pairs that part early, late and never: preferences, nothing in common, one side going on, too long together for the context."""
+    """Pairs that part early, late and never: preferences, nothing in common, one side going on, too
+    long together for the context."""
     pairs, _, _ = encode_pairs(preferences, world_encoding, 128)
     rows = [
         ([3, 4, 5], [6, 7]),
@@ -441,7 +447,8 @@ def test_a_fork_holds_every_token_once_and_the_ledger_knows_its_length(forking):
 def test_reference_and_policy_are_read_at_the_same_precision(
     jsonl, checkpoint, preferences, tmp_path, dtype
 ):
-    """The first loss is ln 2 and the first ratio 1 in bfloat16, too, up to what the company in a batch makes of a rounding."""
+    """The first loss is ln 2 and the first ratio 1 in bfloat16, too, up to what the company in a
+    batch makes of a rounding."""
     path = jsonl(
         [{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in preferences]
     )
@@ -574,12 +581,13 @@ def test_a_reply_s_logp_is_the_sum_over_its_tokens_and_end_token_whatever_the_ba
     assert mask[-1] and ids[-1] == world_encoding._special_tokens["<|im_end|>"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------- PPO
+# ---------------------------------------------------------------------------------------------- PPO
 
 
 @pytest.fixture
 def rolled(world_model, world_encoding):
-    """rolled(**flags): a rollout of tiny random models on world prompts, with all that it was made of."""
+    """rolled(**flags): a rollout of tiny random models on world prompts, with all that it was made
+    of."""
 
     def roll(arch="llama", n=24, **flags):
         defaults = dict(
@@ -599,7 +607,8 @@ def rolled(world_model, world_encoding):
             world_model("score", 3) if config.advantage == "gae" else None,
         )
         prompts = [chat.prompt(record.messages, world_encoding) for record in world.prompts(n)]
-        # random models seldom say <|im_end|>: every eighth token ends a reply here, so that replies of every length do
+        # random models seldom say <|im_end|>: every eighth token ends a reply here, so that replies
+        # of every length do
         stops = list(range(0, world_encoding.n_vocab, 8))
         generator = torch.Generator().manual_seed(0)
         out = ppo.rollout(
@@ -652,7 +661,8 @@ def test_the_rollout_trains_on_exactly_what_was_sampled(rolled):
 
 
 def test_the_score_sits_on_the_last_reply_token(rolled):
-    """With no KL penalty, lam 1 and discount 1/2, a return is the score halved once per token that is still to come."""
+    """With no KL penalty, lam 1 and discount 1/2, a return is the score halved once per token that
+    is still to come."""
     r = rolled(beta=0.0, lam=1.0, gamma=0.5)
     for row, reply in enumerate(r.replies):
         returns = r.returns[row][r.batch.mask[row]]
@@ -747,7 +757,7 @@ def test_a_run_without_a_critic_starts_at_a_ratio_of_1(run_stage, checkpoint, ad
     assert checkpoints.load(out).config.head == "lm"
 
 
-# --------------------------------------------------------------------------------------------------------------- reward model
+# ------------------------------------------------------------------------------------- reward model
 
 
 def test_scores_do_not_change_with_padding_order_or_company(

@@ -1,5 +1,5 @@
-"""LoRA: an adapter changes nothing at first, is nothing but a product of low rank, travels in the PEFT layout, and lets four models share
-one trunk."""
+"""LoRA: an adapter changes nothing at first, is nothing but a product of low rank, travels in the
+PEFT layout, and lets four models share one trunk."""
 
 import json
 
@@ -111,11 +111,12 @@ def test_random_weights_are_nothing_to_adapt(tiny):
         tiny().adapt(2)
 
 
-# --------------------------------------------------------------------------------------------------------- one trunk, four models
+# --------------------------------------------------------------------------- one trunk, four models
 
 
 def test_reference_critic_and_reward_model_share_the_trunk(opened, tmp_path):
-    """The fourth check is what PPO does: a reward model that was trained with LoRA from the same checkpoint costs its adapter only."""
+    """The fourth check is what PPO does: a reward model that was trained with LoRA from the same
+    checkpoint costs its adapter only."""
     trunk = bytes_of(opened())
     trained(checkpoints.load(tmp_path / "base", head="score").adapt(4)).save_pretrained(
         tmp_path / "reward"
@@ -199,7 +200,8 @@ def test_a_reward_model_of_another_shape_is_opened_whole(opened, tmp_path):
 
 
 def test_a_shared_reward_model_never_writes_into_the_policy(opened, tmp_path):
-    """An adapter with grown rows carries the whole embedding; where the policy's is another, nothing is shared and nothing overwritten."""
+    """An adapter with grown rows carries the whole embedding; where the policy's is another,
+    nothing is shared and nothing overwritten."""
     trained(opened().grow(64).adapt(2)).save_pretrained(tmp_path / "grown")
     trained(checkpoints.load(tmp_path / "base", head="score").grow(64).adapt(4)).save_pretrained(
         tmp_path / "reward"
@@ -221,7 +223,7 @@ def test_without_adapters_copies_share_no_weight(opened):
         assert torch.equal(other(IDS), model(IDS))
 
 
-# ------------------------------------------------------------------------------------------------------------------- the PEFT layout
+# ---------------------------------------------------------------------------------- the PEFT layout
 
 
 def test_the_adapter_s_files_name_what_peft_names(opened, tmp_path):
@@ -371,7 +373,7 @@ def test_an_adapter_for_a_deeper_model_is_refused(opened, tmp_path):
         opened().load_adapter(tmp_path / "saved/adapter")
 
 
-# ------------------------------------------------------------------------------------------------------------------ four stages
+# -------------------------------------------------------------------------------------- four stages
 
 
 STAGES = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo}
@@ -379,7 +381,8 @@ STAGES = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo}
 
 @pytest.fixture(scope="module", params=["rows of one length", "ragged rows"])
 def measured(request, weighed, tmp_path_factory):
-    """{stage: (the parts of the ledger, the peak measured from there on)} of the four stages with LoRA, each from the one before."""
+    """{stage: (the parts of the ledger, the peak measured from there on)} of the four stages with
+    LoRA, each from the one before."""
     home, found, ragged = tmp_path_factory.mktemp("stages"), {}, request.param == "ragged rows"
     pairs = home / "pairs.jsonl"
     rows = [(a, b, 1 + (a * b) % 6 if ragged else 5) for a in range(10, 18) for b in range(10, 18)]

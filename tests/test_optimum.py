@@ -1,8 +1,10 @@
-"""Claims about what each objective converges to, in a world small enough to enumerate: expectations are sums, optima are formulas.
+"""Claims about what each objective converges to, in a world small enough to enumerate: expectations
+are sums, optima are formulas.
 
-Two prompts; a reply is up to three tokens of {a, b}, the last of which is the end token where it is shorter: 15 replies. A policy
-is a table of next-token logits per prompt and prefix, so that every distribution over replies can be reached. The losses are the
-real ones of the stage scripts, minimised over all replies (or pairs of them) at once, in fp64.
+Two prompts; a reply is up to three tokens of {a, b}, the last of which is the end token where it is
+shorter: 15 replies. A policy is a table of next-token logits per prompt and prefix, so that every
+distribution over replies can be reached. The losses are the real ones of the stage scripts,
+minimised over all replies (or pairs of them) at once, in fp64.
 
     python -m tests.test_optimum PICTURE.png       draws the closed forms and what the losses reach
 """
@@ -32,7 +34,8 @@ for row, reply in enumerate(REPLIES):
 
 
 def token_logprobs(table):
-    """table (P, prefixes, 3) logits -> log-prob of each token of each reply (P, R, T), zero outside the mask."""
+    """table (P, prefixes, 3) logits -> log-prob of each token of each reply (P, R, T), zero outside
+    the mask."""
     return table.log_softmax(-1)[:, STATE, TOKEN].masked_fill(~MASK, 0.0)
 
 
@@ -63,7 +66,8 @@ def minimise(objective, table, steps=300):
 
 
 def climb(surrogate, table, steps=4000, lr=0.05):
-    """Gradient steps on a surrogate that is remade at every step (a policy gradient is the gradient of no fixed function)."""
+    """Gradient steps on a surrogate that is remade at every step (a policy gradient is the gradient
+    of no fixed function)."""
     table = table.clone().requires_grad_()
     optimizer = torch.optim.Adam([table], lr=lr)
     for step in range(steps):
@@ -103,7 +107,8 @@ FIRST, SECOND = torch.triu_indices(
 
 
 def population(loss, table, ref_table, preference, *arguments):
-    """Mean of a pairwise loss over pairs drawn from the reference; preference (P, pairs): how often the first is chosen."""
+    """Mean of a pairwise loss over pairs drawn from the reference; preference (P, pairs): how often
+    the first is chosen."""
     now, ref = logps(table), logps(ref_table)
     weight = ref.exp()[:, FIRST] * ref.exp()[:, SECOND]  # (P, pairs)
     first, second, ref_first, ref_second = (
@@ -156,7 +161,8 @@ def test_ipo_reaches_its_own_optimum_and_not_dpo_s(laboratory):
 
 
 def two_replies(loss, preference, *arguments):
-    """Odds log pi_w - log pi_l that a loss settles on, for two replies that the reference finds equally likely."""
+    """Odds log pi_w - log pi_l that a loss settles on, for two replies that the reference finds
+    equally likely."""
     logit = torch.zeros(1, dtype=F64, requires_grad=True)
     zero = torch.zeros(1, dtype=F64)
     optimizer = torch.optim.LBFGS(
@@ -193,13 +199,15 @@ def test_flipped_labels_move_dpo_by_a_formula_and_robust_dpo_not_at_all(flipped)
 
 
 def test_the_hinge_forgets_by_how_much_a_reply_is_better():
-    """Its optimum is the margin for every preference above 1/2: the probabilities themselves are lost."""
+    """Its optimum is the margin for every preference above 1/2: the probabilities themselves are
+    lost."""
     assert two_replies(hinge_loss, 0.6, 1.0) == pytest.approx(1, abs=1e-3)
     assert two_replies(hinge_loss, 0.95, 1.0) == pytest.approx(1, abs=1e-3)
 
 
 def ppo_surrogate(table, ref_table, rewards, lam=1.0):
-    """PPO's loss at its first minibatch (ratio 1), exactly: every reply, weighted by its probability; KL in the token rewards."""
+    """PPO's loss at its first minibatch (ratio 1), exactly: every reply, weighted by its
+    probability; KL in the token rewards."""
     logprobs, ref_logprobs = token_logprobs(table), token_logprobs(ref_table)  # (P, R, T)
     old = logprobs.detach()
     token_rewards = -BETA * (old - ref_logprobs)  # (P, R, T)
@@ -223,7 +231,8 @@ def test_ppo_with_the_kl_in_its_rewards_reaches_the_kl_regularised_optimum(labor
 
 
 def rloo_surrogate(table, ref_table, rewards):
-    """Leave-one-out with two samples, exactly: every pair of replies, weighted by its probability."""
+    """Leave-one-out with two samples, exactly: every pair of replies, weighted by its
+    probability."""
     now = logps(table)  # (P, R)
     old = now.detach()
     worth = rewards - BETA * (old - logps(ref_table))  # (P, R)
@@ -248,7 +257,8 @@ def test_rloo_reaches_the_kl_regularised_optimum(laboratory):
 
 
 def reward_and_estimate(table, ref_table, rewards, kind):
-    """The loss of those who differentiate an estimate of the KL on samples of the policy, without an importance weight."""
+    """The loss of those who differentiate an estimate of the KL on samples of the policy, without
+    an importance weight."""
     now, ref = logps(table), logps(ref_table)  # (P, R)
     weight = now.detach().exp()
     return -(weight * (rewards * now - BETA * kernels.kl_estimate(now, ref, kind))).sum()
@@ -301,7 +311,8 @@ def test_best_of_n_stays_under_its_kl_bound(laboratory, n):
 
 
 def draw(path):
-    """The first prompt's replies: pi_ref (grey), the closed form (line) and what each objective reaches (dots)."""
+    """The first prompt's replies: pi_ref (grey), the closed form (line) and what each objective
+    reaches (dots)."""
     from matplotlib import pyplot
 
     table, ref, rewards = world()

@@ -1,5 +1,5 @@
-"""Real files, GPT-2's own vocabulary, a model of GPT-2's architecture: every stage runs 20 steps, with and without adapters, learns, and
-takes the memory that it said it would."""
+"""Real files, GPT-2's own vocabulary, a model of GPT-2's architecture: every stage runs 20 steps,
+with and without adapters, learns, and takes the memory that it said it would."""
 
 import json
 
@@ -19,8 +19,8 @@ STAGES = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo}
 
 @pytest.fixture(scope="module", params=[0, 8], ids=["all weights", "LoRA"])
 def chain(request, shared, weighed, tmp_path_factory):
-    """{stage: (its metrics, its ledger's peak, the peak measured)} of a chain on the demonstrations and comparisons beside DESIGN.md; the
-    same shapes as the published GPT-2."""
+    """{stage: (its metrics, its ledger's peak, the peak measured)} of a chain on the demonstrations
+    and comparisons beside DESIGN.md; the same shapes as the published GPT-2."""
     home = tmp_path_factory.mktemp("real")
     torch.manual_seed(0)
     GPT.from_scratch("gpt2:2x128x512", 50257).save_pretrained(home / "base")

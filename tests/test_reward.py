@@ -1,4 +1,5 @@
-"""Reward models beyond one head: several dimensions, rated steps, and the measures of what they are worth."""
+"""Reward models beyond one head: several dimensions, rated steps, and the measures of what they are
+worth."""
 
 import json
 import math
@@ -38,7 +39,7 @@ def metrics(directory):
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-# -------------------------------------------------------------------------------------------------------- several heads
+# ------------------------------------------------------------------------------------ several heads
 
 
 def test_a_mixture_of_linear_heads_is_one_head(world_model):
@@ -121,7 +122,7 @@ def test_centring_pulls_scores_to_0_and_nothing_else():
     )  # a shift of both: their difference gets no gradient
 
 
-# ----------------------------------------------------------------------------------------------------------- rated steps
+# -------------------------------------------------------------------------------------- rated steps
 
 
 def test_step_loss_is_the_logarithmic_loss_of_the_labels():
@@ -253,7 +254,7 @@ def test_a_process_model_trains_on_published_files(place, shared, world_encoding
     assert metrics(place / "prm")[0]["loss"] == pytest.approx(math.log(2), abs=0.6)
 
 
-# ------------------------------------------------------------------------------------------------------------- long sums
+# ---------------------------------------------------------------------------------------- long sums
 
 
 def test_grades_follow_the_first_mistake():
@@ -321,7 +322,7 @@ def test_monte_carlo_labels_of_one_who_never_errs_are_the_exact_ones(monkeypatch
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- measures
+# ----------------------------------------------------------------------------------------- measures
 
 
 def test_calibration_error_of_honest_probabilities_is_0_and_of_boasts_is_their_excess():

@@ -1,4 +1,5 @@
-"""Claims about learning in rounds (dpo.py --online, --spin): who is compared with whom, by whom, and against which reference."""
+"""Claims about learning in rounds (dpo.py --online, --spin): who is compared with whom, by whom,
+and against which reference."""
 
 import json
 import math
