@@ -125,7 +125,7 @@ def test_random_weights_are_nothing_to_adapt(tiny):
 
 
 def test_reference_critic_and_reward_model_share_the_trunk(opened, tmp_path):
-    """As in PPO: a reward model trained with LoRA from the same checkpoint adds its adapter only."""
+    """As in PPO: a reward model trained with LoRA from the same base adds its adapter only."""
     trunk = bytes_of(opened())
     save_reward_model(tmp_path)
     policy = checkpoints.load(tmp_path / "base").adapt(2)
