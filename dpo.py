@@ -1,5 +1,4 @@
-"""Stage 3b: learning from comparisons without a reward model and without sampling: DPO and its
-family.
+"""Stage 3b: learning from comparisons without a reward model. DPO and its family.
 
     minimise   - log sigmoid( beta (h_w - h_l) ),   h = log pi(y|x) - log pi_ref(y|x)
                                                                      (Rafailov et al. 2023, eq. 7)
@@ -10,10 +9,10 @@ pi_ref) is pi_ref exp(r / beta) / Z. So beta h is that policy's own reward, up t
 cancels in the difference: fitting comparisons with it is reward modelling and policy optimisation
 in one step. `--loss` names a relative; each is one function below:
 
-    cdpo    labels are wrong with a known probability: finite odds     robust  the same, without bias
-    ipo     a fixed distance to reach, instead of growing odds         hinge   a margin, no more
-    simpo   no reference: average log-probs, with a margin             orpo    SFT and comparison at once
-    kto     thumbs up or down for single replies instead of pairs
+    cdpo    a known share of labels is wrong: finite odds     robust  the same, without bias
+    ipo     a fixed distance to reach, no growing odds        hinge   a margin, no more
+    simpo   no reference: average log-probs, a margin         orpo    SFT and comparison at once
+    kto     thumbs up or down for single replies
 
 The replies need not come from a file. `--online` draws two fresh ones from the policy in every
 round and has them compared (Guo et al. 2024). With --refresh-ref the reference is the policy at the
@@ -24,7 +23,7 @@ the reference refreshed. It rests where the two cannot be told apart (Chen et al
     python dpo.py                               noisy comparisons of out/sft's replies -> out/dpo
     python dpo.py --loss kto --out out/kto      another member of the family
     python dpo.py --loss orpo --init out/base --data out/pairs.jsonl --out out/orpo     one stage
-    python dpo.py --online --out out/online     fresh replies (--judge out/reward: by a reward model)
+    python dpo.py --online --out out/online     fresh replies (--judge: who compares them)
     python dpo.py --spin --data chats.jsonl --out out/spin
     python dpo.py --init DIR --data pairs.jsonl any checkpoint, any file of preferences
 
@@ -64,9 +63,7 @@ class Config(run.Flags):
     label_smoothing: float = 0.0  # assumed share of flipped labels (default: cdpo .25, robust .1)
     gamma: float = 0.5  # simpo: the margin to reach, after beta
     lam: float = 0.03  # orpo: weight of the odds-ratio term (for real models .1)
-    summed: bool = (
-        False  # ipo: summed log-probs, the paper's letter (default: averaged, as trained)
-    )
+    summed: bool = False  # ipo: sum log-probs as in the paper, instead of averaging as its code
     desirable_weight: float = 1.0  # kto: weight of good replies; weight times number should be
     undesirable_weight: float = 1.0  # kto: ... 1 to 4/3 times that of bad replies
     prompts: int = 20000  # without --data: how many of the world's questions get two replies
@@ -75,9 +72,7 @@ class Config(run.Flags):
     judge: str = ""  # --online: a reward model, or "world" (default: the world's annotators)
     spin: bool = False  # demonstrations against the policy's own replies, round by round
     rounds: int = 4  # --online, --spin: how often fresh replies are drawn
-    refresh_ref: bool = (
-        False  # --online: the reference is the policy at the round's start, not --init
-    )
+    refresh_ref: bool = False  # --online: the reference is the policy at the round's start
     labels: int = 0  # comparisons over all rounds (0: all); of a file's, up to 300 are held out
     max_new_tokens: int = world.MAX_NEW_TOKENS  # longest reply to sample
     watch: int = 128  # replies sampled from time to time, to see KL and gold (0: none)
@@ -87,9 +82,7 @@ class Config(run.Flags):
 
 def check(config):
     """Fills in the loss's defaults, and refuses flags that do not go together."""
-    run.require(
-        config.loss in LOSSES, f"--loss must be one of {', '.join(LOSSES)}, not {config.loss}"
-    )
+    run.check_choice(config, "loss", LOSSES)
     annotators.check_agreement(config.agreement)
     requires = {
         "beta": {"loss": [name for name in LOSSES if name != "orpo"]},
@@ -159,7 +152,7 @@ def robust_dpo_loss(
 
 
 def ipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
-    """(h_w - h_l - 1 / (2 beta))^2 per pair, (B,)                           (Azar et al. 2024, eq. 17)
+    """(h_w - h_l - 1 / (2 beta))^2 per pair, (B,) (Azar et al. 2024, eq. 17).
 
     A distance to reach: a comparison that everybody decides alike does not drive the odds to
     infinity. Log-probs (B,) summed over the reply as the paper writes them, or averaged over its
@@ -179,7 +172,7 @@ def hinge_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logp
 
 
 def simpo_loss(chosen_avg_logps, rejected_avg_logps, beta, gamma):
-    """-log sigmoid(beta (a_w - a_l) - gamma) per pair, (B,)                 (Meng et al. 2024, eq. 6)
+    """-log sigmoid(beta (a_w - a_l) - gamma) per pair, (B,) (Meng et al. 2024, eq. 6).
 
     The loss uses average log-probability a, as decoding does, so a longer reply gains nothing.
     There is no reference: only a small learning rate holds the policy back, and no optimum in

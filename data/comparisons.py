@@ -46,18 +46,18 @@ def encode(config, records, encoding, context, wanted, device, say):
     questions of the held-out ones. Fresh replies need no held-out ones: the next round's are as
     good.
     """
-    source = ", ".join(map(str, config.data)) or "the embedded world"
     kind, why = "pairs", "too long, or two equal sides"
     if config.loss == "kto":
         kind, why = "judged replies", "too long"
         pairs, labels, usable = encode_unpaired(records, encoding, context, config.seed)
-        sentence = f"KTO learns from good replies and bad ones, and {source} holds only one kind"
-        run.require(len(set(labels)) == 2 or not pairs, f"{sentence}: add the other")
+        one_kind = f"{config.source} holds only one kind: add the other"
+        both = len(set(labels)) == 2 or not pairs
+        run.require(both, f"KTO learns from good replies and bad ones, and {one_kind}")
     else:
         pairs, labels, usable = encode_pairs(records, encoding, context)
         labels = [label for label, _ in labels]
     limit = f"fits the model's context of {context} tokens"
-    run.require(pairs, f"none of the {len(records)} records of {source} {limit}")
+    run.require(pairs, f"none of the {len(records)} records of {config.source} {limit}")
     dropped = f"{len(records) - len(usable)} dropped ({why})"
     say(f"{config.loss}: {len(pairs)} {kind}, {dropped}")
 
@@ -143,7 +143,7 @@ def load_records(config):
     kinds = {config.loss == "kto": "unpaired", config.online: "prompt", config.spin: "conversation"}
     if config.data:
         kind = kinds.get(True, "preference")
-        return [record for path in config.data for record in formats.read(path, kind)]
+        return formats.read_all(config.data, kind)
     nothing = "--init scratch has no replies to compare: name files with --data"
     run.require(config.init != "scratch", nothing)
     if config.spin:
