@@ -21,7 +21,7 @@ import sft
 from data import chat, checkpoints, comparisons, formats, logprobs, world
 from data.collate import IGNORE, collate, encode_pairs, encode_unpaired, epochs, hold_out, pad
 from data.forks import fork
-from data.formats import Preference
+from data.records import Preference, Unpaired
 from data.scores import all_pair_scores, pair_scores, score
 
 ARCHS = ["gpt2", "llama"]
@@ -372,9 +372,7 @@ def test_kto_s_log_probs_are_those_of_both_replies_and_only_the_first_one_s_have
     world_model, world_encoding, preferences, arch
 ):
     policy = world_model(arch=arch).double()
-    singles = [
-        formats.Unpaired(r.prompt, r.chosen, i % 2 == 0, r.where) for i, r in enumerate(preferences)
-    ]
+    singles = [Unpaired(r.prompt, r.chosen, i % 2 == 0, r.where) for i, r in enumerate(preferences)]
     pairs, _, _ = encode_unpaired(singles, world_encoding, 128)
     replies, mismatched = zip(*pairs, strict=True)
     logps = logprobs.mismatched_logps(policy, pairs)  # (N, 2)
