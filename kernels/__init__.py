@@ -29,14 +29,15 @@ from typing import NamedTuple
 
 import torch
 
-from . import checks, rows
+from . import checks
 from .chunks import gather, scatter
 from .linear_kl import LinearKL
 from .linear_logprob import LinearLogprob
+from .rows import KLRows, LogprobRows, kl_estimate
 from .token_loss import LinearTokenLoss
 
-__all__ = """LogProbs kl_estimate kl_rows linear_cross_entropy linear_kl linear_logprob
-    linear_token_loss logprob_rows""".split()
+__all__ = ["LogProbs", "kl_estimate", "kl_rows", "linear_cross_entropy", "linear_kl"]
+__all__ += ["linear_logprob", "linear_token_loss", "logprob_rows"]
 
 BUDGET = 2 << 30  # bytes
 
@@ -48,15 +49,9 @@ class LogProbs(NamedTuple):
 
 
 def linear_logprob(
-    hidden,
-    weight,
-    targets,
-    *,
-    temperature=1.0,
-    ignore_index=-100,
-    entropy=False,
+    hidden, weight, targets, *, temperature=1.0, ignore_index=-100, entropy=False,
     logits_budget=BUDGET,
-) -> LogProbs:
+) -> LogProbs:  # fmt: skip
     """Log-probs of the targets under softmax(hidden @ weight.T / temperature). All three results
     have gradients for hidden and weight, whatever the upstream gradients. hidden (N, D), weight (V,
     D), targets (N,) int32 or int64, in [0, V) or ignore_index. Within `logits_budget` the backward
@@ -117,16 +112,9 @@ def linear_cross_entropy(
 
 
 def linear_kl(
-    hidden,
-    weight,
-    ref_hidden,
-    ref_weight,
-    *,
-    mask=None,
-    reverse=True,
-    temperature=1.0,
+    hidden, weight, ref_hidden, ref_weight, *, mask=None, reverse=True, temperature=1.0,
     logits_budget=BUDGET,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """kl (N,): KL(policy || ref) = sum p (log p - log q) when reverse, else KL(ref || policy), over
     the vocabulary. hidden (N, D), weight (V, D), ref_hidden (N, D'), ref_weight (V, D'): the
     reference may have its own width and dtype, and gets no gradient. mask (N,) bool: tokens that
@@ -158,7 +146,8 @@ def logprob_rows(
     if overwrite and not (logits.stride(1) == 1 and logits.stride(0) >= logits.shape[1]):
         got = f"logits of {checks.describe(logits)} with strides {logits.stride()}"
         raise ValueError(f"overwrite: got {got}, expected rows one after another")
-    return LogProbs(*rows.logprob_rows(logits, targets, index, temperature, entropy, overwrite))
+    results = LogprobRows.apply(logits, targets, index, temperature, entropy, overwrite)
+    return LogProbs(*(scatter(x, index, len(logits)) for x in results))
 
 
 def kl_rows(logits, ref_logits, *, mask=None, reverse=True, temperature=1.0) -> torch.Tensor:
@@ -169,19 +158,8 @@ def kl_rows(logits, ref_logits, *, mask=None, reverse=True, temperature=1.0) -> 
     checks.check_like("ref_logits", ref_logits, logits, 2)
     checks.check_temperature(temperature)
     index = checks.check_mask(mask, logits, logits.shape[1])
-    return rows.kl_rows(logits, ref_logits, index, reverse, temperature)
-
-
-def kl_estimate(logprobs, ref_logprobs, kind="k1") -> torch.Tensor:
-    """Per-token estimates of KL(policy || ref), of the log-probs' shape (any), from tokens sampled
-    from the policy: "k1" log p - log q, "k2" half its square, "k3" q/p - 1 - log q/p. Read the trap
-    in rows.py before differentiating one."""
-    if kind not in ("k1", "k2", "k3"):
-        raise ValueError(f"kind: got {kind!r}, expected 'k1', 'k2' or 'k3'")
-    if logprobs.shape != ref_logprobs.shape:
-        got, expected = tuple(ref_logprobs.shape), tuple(logprobs.shape)
-        raise ValueError(f"ref_logprobs: got shape {got}, expected {expected} like logprobs")
-    return rows.kl_estimate(logprobs, ref_logprobs, kind)
+    kl = KLRows.apply(logits, ref_logits.detach(), index, reverse, temperature)
+    return scatter(kl, index, len(logits))
 
 
 def half_as_single(hidden, weight):

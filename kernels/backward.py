@@ -15,26 +15,26 @@ from .chunks import add_product_, padded, plan, product, project_, spans, transp
 from .dispatch import row_ops
 
 
-def unit_backward(hidden, weight, unit, unit_hidden, needs, g):
+def unit_backward(ctx, hidden, weight, unit, unit_hidden, g):
     """unit: G (n, V), or unit_hidden: G W (n, D) in fp32 (fp64); g (n,) upstream gradient times
-    1/T. -> dX (n, D) in fp32 (fp64), dW (V, D) in the inputs' dtype, None where `needs` is
-    False."""
+    1/T. -> dX (n, D) in fp32 (fp64), dW (V, D) in the inputs' dtype; None for an input that needs
+    none."""
     g = g[:, None]  # (n, 1) fp32 (fp64): scale first, then round
     d_hidden = d_weight = None
-    if needs[0]:
+    if ctx.needs_input_grad[0]:
         d_hidden = product(unit, weight).mul_(g) if unit_hidden is None else unit_hidden * g
-    if needs[1]:
+    if ctx.needs_input_grad[1]:
         d_weight = transposed_product(unit, (hidden * g).to(hidden.dtype))
     return d_hidden, d_weight
 
 
-def slices_backward(
-    hidden, weight, stats, factors, needs, scale, budget, *, targets=None, logits=None, ref=None
-):
-    """Slice by slice, for any upstream gradient. stats: m in row 1, m_ref in row 3. factors: the a,
-    b, c, d of rows.py, (n,) or None. targets (n,) for log-probs; ref (ref_hidden, ref_weight) for
-    the KL. logits (n, V or more): saved by the forward, or None to compute them again. -> dX (n, D)
-    in fp32 (fp64), dW (V, D) in the inputs' dtype, None where `needs` is False."""
+def slices_backward(ctx, hidden, weight, stats, factors, *, targets=None, logits=None, ref=None):
+    """For any upstream gradient, with ctx.scale and ctx.budget of the forward. stats: m in row 1,
+    m_ref in row 3. factors: the a, b, c, d of rows.py, (n,) or None. targets (n,) for log-probs;
+    ref (ref_hidden, ref_weight) for the KL. logits (n, V or more): saved by the forward, or None to
+    compute them again. -> dX, dW as from unit_backward."""
+    need_hidden, need_weight = ctx.needs_input_grad[:2]
+    budget = ctx.budget
     n, V = len(hidden), len(weight)
     ops = row_ops(hidden)
     narrow = hidden.dtype != stats.dtype
@@ -48,12 +48,13 @@ def slices_backward(
     if logits is not None:
         budget -= logits.nbytes
     step = plan(V, n * stats.itemsize, budget, hidden.device, arrays=arrays).step
-    d_hidden = torch.zeros_like(hidden, dtype=stats.dtype) if needs[0] else None  # (n, D)
-    d_weight = torch.empty_like(weight) if needs[1] else None  # (V, D)
+    d_hidden = stats.new_zeros(hidden.shape) if need_hidden else None  # (n, D)
+    d_weight = torch.empty_like(weight) if need_weight else None  # (V, D)
     z_buffer = stats.new_empty(n, padded(step)) if logits is None else None
     ref_buffer = stats.new_empty(n, padded(step)) if ref else None
-    # where the gradient cannot overwrite the logits: too narrow a dtype, or needed again
-    dz_buffer = hidden.new_empty(n, padded(step)) if narrow or logits is not None else None
+    # Where the gradient cannot overwrite the logits: they are too wide, or needed again. Zeros: some
+    # CPUs' bf16 product reads a row on beyond its last column, times 0, and 0 * NaN would be NaN.
+    dz_buffer = hidden.new_zeros(n, padded(step)) if narrow or logits is not None else None
     for start, stop in spans(V, step):
         columns = stop - start
         w = weight[start:stop]  # (columns, D)
@@ -70,9 +71,9 @@ def slices_backward(
             z_ref = project_(ref_buffer[:, : padded(columns)], ref_hidden, ref_weight[start:stop])
             options |= dict(ref=z_ref[:, :columns], ref_m=stats[3])
         dz = z if dz_buffer is None else dz_buffer[:, :columns]  # (n, columns)
-        ops.gradient(z, scale=scale, out=dz, **options)
-        if needs[0]:
+        ops.gradient(z, scale=ctx.scale, out=dz, **options)
+        if need_hidden:
             add_product_(d_hidden, dz, w)
-        if needs[1]:
+        if need_weight:
             torch.mm(dz.T, hidden, out=d_weight[start:stop])
     return d_hidden, d_weight

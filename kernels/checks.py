@@ -9,7 +9,6 @@ import torch
 from .chunks import gather, supervised
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def autocast(*tensors):
@@ -21,7 +20,7 @@ def autocast(*tensors):
     dtype = torch.get_autocast_dtype(device)
 
     def cast(x):
-        return x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype in NARROW else x
+        return x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype in FLOATS[1:] else x
 
     return tuple(cast(x) for x in tensors)
 
@@ -49,10 +48,8 @@ def check_linear(hidden, weight, temperature, budget, prefix=""):
     check_matrix(f"{prefix}weight", weight, "(V, D)")
     D = hidden.shape[1]
     if (weight.shape[1], weight.dtype, weight.device) != (D, hidden.dtype, hidden.device):
-        raise ValueError(
-            f"{prefix}weight: got {describe(weight)}, expected (V, {D}), dtype and device like "
-            f"{prefix}hidden ({describe(hidden)})"
-        )
+        expected = f"(V, {D}), dtype and device like {prefix}hidden ({describe(hidden)})"
+        raise ValueError(f"{prefix}weight: got {describe(weight)}, expected {expected}")
     check_temperature(temperature)
     if not (isinstance(budget, Real) and budget >= 0):  # NaN >= 0 is false
         raise ValueError(f"logits_budget: got {budget!r}, expected a number of bytes >= 0")
@@ -70,9 +67,7 @@ def check_mask(mask, like, V):
     """-> positions (n,) of the tokens that count, or None for all."""
     N = len(like)
     if V == 0 and N > 0:
-        raise ValueError(
-            f"weight: a vocabulary of 0 tokens is no distribution for the {N} rows, expected V >= 1"
-        )
+        raise ValueError(f"weight: got a vocabulary of 0 tokens for {N} rows, expected V >= 1")
     if mask is None:
         return None
     is_bool = isinstance(mask, torch.Tensor) and mask.dtype == torch.bool
@@ -85,19 +80,17 @@ def check_targets(name, like, V, targets, ignore_index):
     """-> the supervised targets (n,) int64, their positions (n,) or None for all."""
     N = len(like)
     is_int = isinstance(targets, torch.Tensor) and targets.dtype in (torch.int32, torch.int64)
-    if not is_int or targets.shape != (N,):
-        expected = f"({N},) int32 or int64, one for each row of {name}"
-        raise ValueError(f"targets: got {describe(targets)}, expected {expected}")
-    if targets.device != like.device:
-        expected = f"it on {like.device} like {name}"
+    if not is_int or targets.shape != (N,) or targets.device != like.device:
+        expected = f"({N},) int32 or int64 on {like.device}, one for each row of {name}"
         raise ValueError(f"targets: got {describe(targets)}, expected {expected}")
     index = supervised(targets != ignore_index)
     targets = gather(targets, index).long().contiguous()  # (n,)
     if targets.numel():
         low, high = torch.stack(torch.aminmax(targets)).tolist()  # one wait for a GPU, not two
         if low < 0 or high >= V:
-            raise ValueError(
-                f"targets: shape ({N},), values from {low} to {high}, "
-                f"expected [0, {V}) or ignore_index {ignore_index}"
+            got, expected = (
+                f"values from {low} to {high}",
+                f"[0, {V}) or ignore_index {ignore_index}",
             )
+            raise ValueError(f"targets: got {got}, expected {expected}")
     return targets, index

@@ -1,7 +1,7 @@
 """What every op shares: supervised tokens gathered, logits cut into pieces, matrix products.
 
 There are two ways to cut the n x V logits so that only one piece exists at a time:
-  token chunks        a few tokens, whole rows. A softmax needs whole rows: every forward walks these.
+  token chunks        a few tokens, whole rows. A softmax needs whole rows: forwards walk these.
   vocabulary slices   all tokens, a few columns. Once a row's log-sum-exp is known, a backward can
                       walk these: it writes each slice of dW once, where token chunks would update
                       all of dW every time.

@@ -2,29 +2,20 @@
 
     CUDA tensors            rows_triton, gradient_triton, and linear_triton where it pays
     CPU tensors             rows_torch
-    TRITON_INTERPRET=1      the Triton source on the CPU, for tests (slow; set before triton is imported)
+    TRITON_INTERPRET=1      the Triton source on the CPU, for tests (slow; set before importing it)
 
 Both sides offer the same three row ops (rows.py defines them), so every op is written once. Triton
 is imported by the first call that needs it: without it the CPU path still works.
 """
 
 import os
-from collections.abc import Callable
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import torch
 
 # Up to this width the fused kernel's products, slower than a library's, should cost less than
-# writing the logits and reading them back. NOT YET MEASURED on a GPU; `python -m kernels.bench`
-# times both.
+# writing the logits and reading them back. NOT YET MEASURED on a GPU; kernels.bench times both.
 FUSED_WIDTH = 1024
-
-
-class RowOps(NamedTuple):
-    statistics: Callable
-    kl_statistics: Callable
-    gradient: Callable
-    copies: bool  # whether they copy logits that must not be overwritten: then call them piecewise
 
 
 def interpreting():
@@ -32,24 +23,27 @@ def interpreting():
 
 
 def row_ops(tensor):
-    """-> the row ops for tensors on this tensor's device."""
+    """-> statistics, kl_statistics and gradient for this tensor's device, and whether they copy
+    logits that must not be overwritten: those should be called for a few rows at a time."""
     if tensor.is_cuda or interpreting():
         from . import gradient_triton, rows_triton
 
-        statistics, kl_statistics = rows_triton.statistics, rows_triton.kl_statistics
-        return RowOps(statistics, kl_statistics, gradient_triton.gradient, copies=False)
+        return SimpleNamespace(
+            statistics=rows_triton.statistics,
+            kl_statistics=rows_triton.kl_statistics,
+            gradient=gradient_triton.gradient,
+            copies=False,
+        )
     from . import rows_torch
 
-    statistics, kl_statistics = rows_torch.statistics, rows_torch.kl_statistics
-    return RowOps(statistics, kl_statistics, rows_torch.gradient, copies=True)
+    return rows_torch
 
 
 def fused_forward(hidden):
     """-> linear_triton.statistics where it should beat product + row kernel, else None: bf16 (in
     fp32 a library is far ahead) and small widths. Its log-probs differ from the other path's in the
-    last bits, because the sums run in another order. The interpreter uses it for every dtype but
-    bf16: there the backward's logits come from a CPU's products, which round, and the two would not
-    agree."""
+    last bits, because it sums in another order. The interpreter uses it for every dtype but bf16:
+    there a CPU's products, which compute the backward's logits, round, and the two would differ."""
     if interpreting():
         pays = hidden.dtype != torch.bfloat16
     else:

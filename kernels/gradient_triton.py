@@ -7,11 +7,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .rows_triton import WARPS, columns_adjacent, row_stride, tile, tile_of
+from .rows_triton import WARPS, rows_of, tile, tile_of, with_stride
 
 
 @triton.jit
-def per_row(pointer, i, valid):
+def load_rows(pointer, i, valid):
     return tl.load(pointer + i, valid, other=0.0)[:, None]  # (R, 1)
 
 
@@ -21,15 +21,12 @@ def gradient_kernel(
     scale_ptr, n, V, z_stride, ref_stride, out_stride, R: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """out <- the gradient. A term whose pointer is None is left out when the kernel is compiled."""
-    i = tl.program_id(0) * R + tl.arange(0, R)  # (R,)
-    valid = i < n
-    row = tl.load(rows_ptr + i, valid, other=0) if rows_ptr is not None else i
-    row = row.to(tl.int64)
+    i, valid, row = rows_of(rows_ptr, n, R)
     start = tl.program_id(1) * B
     column = start + tl.arange(0, B)  # (B,)
     scale = tl.load(scale_ptr)
-    m = per_row(m_ptr, i, valid)
-    a = per_row(a_ptr, i, valid)
+    m = load_rows(m_ptr, i, valid)
+    a = load_rows(a_ptr, i, valid)
     for partial in tl.static_range(2):
         if (start + B > V) == (partial == 1):  # only the partial block needs the mask column < V
             inside = valid[:, None] & ((column < V)[None, :] if partial else True)  # (R, B or 1)
@@ -37,18 +34,18 @@ def gradient_kernel(
             difference = u
             if ref_ptr is not None:
                 ref = tile_of(ref_ptr, row, ref_stride, column, inside, scale)
-                v = ref - per_row(ref_m_ptr, i, valid)
+                v = ref - load_rows(ref_m_ptr, i, valid)
                 difference = u - v
             e = tl.exp(u)
             factor = a
             if b_ptr is not None:
-                factor += per_row(b_ptr, i, valid) * difference
+                factor += load_rows(b_ptr, i, valid) * difference
             dz = tl.where(e == 0, 0.0, e * factor)  # 0, not 0 * -inf; NaN stays NaN
             if d_ptr is not None:
-                dz -= tl.exp(v) * per_row(d_ptr, i, valid)
+                dz -= tl.exp(v) * load_rows(d_ptr, i, valid)
             if c_ptr is not None:
                 target = tl.load(column_ptr + i, valid, other=-1)[:, None]
-                dz += tl.where(column[None, :] == target, per_row(c_ptr, i, valid), 0.0)
+                dz += tl.where(column[None, :] == target, load_rows(c_ptr, i, valid), 0.0)
             place = out_ptr + row[:, None] * out_stride + column[None, :]
             tl.store(place, dz.to(out_ptr.dtype.element_ty), inside)
 
@@ -62,14 +59,12 @@ def gradient(
     if n == 0 or V == 0:
         return
     R, B = tile(V)
-    vectors = [
-        None if x is None else x.contiguous() for x in (column, m, ref_m, a, b, c, d)
-    ]  # (n,) each
-    z = columns_adjacent(z)
-    ref = columns_adjacent(ref)
+    z, z_stride = with_stride(z)
+    ref, ref_stride = with_stride(ref)
+    per_row = [None if x is None else x.contiguous() for x in (column, m, ref_m, a, b, c, d)]
     scale = m.new_full((1,), scale)
     with torch.cuda.device_of(out):
         gradient_kernel[(triton.cdiv(n, R), triton.cdiv(V, B))](
-            z, ref, rows, *vectors, out, scale, n, V, row_stride(z), row_stride(ref),
-            row_stride(out), R=R, B=B, num_warps=WARPS,
+            z, ref, rows, *per_row, out, scale, n, V, z_stride, ref_stride, out.stride(0),
+            R=R, B=B, num_warps=WARPS,
         )  # fmt: skip

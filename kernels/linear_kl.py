@@ -72,17 +72,13 @@ class LinearKL(Function):
     @once_differentiable
     def backward(ctx, g):
         hidden, weight, ref_hidden, ref_weight, stats, saved, unit_hidden = ctx.saved_tensors
-        needs, scale = ctx.needs_input_grad, ctx.scale
         if saved is None and unit_hidden is None:
-            factors = kl_coefficients(stats, scale, ctx.reverse, g)
+            factors = kl_coefficients(stats, ctx.scale, ctx.reverse, g)
             ref = (ref_hidden, ref_weight)
-            grads = slices_backward(
-                hidden, weight, stats, factors, needs, scale, ctx.budget, ref=ref
-            )
+            grads = slices_backward(ctx, hidden, weight, stats, factors, ref=ref)
         else:
             unit = None if saved is None else saved[:, : len(weight)]  # G (n, V)
-            grads = unit_backward(hidden, weight, unit, unit_hidden, needs, g * scale)
+            grads = unit_backward(ctx, hidden, weight, unit, unit_hidden, g * ctx.scale)
         d_hidden, d_weight = grads
-        if d_hidden is not None:
-            d_hidden = d_hidden.to(hidden.dtype)
+        d_hidden = None if d_hidden is None else d_hidden.to(hidden.dtype)
         return d_hidden, d_weight, *(None,) * 6

@@ -76,30 +76,20 @@ class LinearLogprob(Function):
         if g_logprob is None and g_entropy is None and g_lse is None:
             return (None,) * 7
         hidden, weight, targets, stats, saved, unit_hidden = ctx.saved_tensors
-        needs, scale = ctx.needs_input_grad, ctx.scale
         if unit_hidden is not None or (saved is not None and not ctx.entropy):
             unit = None if saved is None else saved[:, : len(weight)]  # S (n, V)
             # dlogits = ((g_lse - g_logprob) S + g_lse onehot) / T
-            g = sum(x for x in (None if g_logprob is None else -g_logprob, g_lse) if x is not None)
-            grads = unit_backward(hidden, weight, unit, unit_hidden, needs, g * scale)
+            terms = ((-1, g_logprob), (1, g_lse))
+            g = sum(sign * x for sign, x in terms if x is not None) * ctx.scale  # (n,)
+            grads = unit_backward(ctx, hidden, weight, unit, unit_hidden, g)
             if g_lse is not None:
-                add_onehot_(*grads, hidden, weight, targets, g_lse * scale)
+                add_onehot_(*grads, hidden, weight, targets, g_lse * ctx.scale)
         else:
-            factors = logprob_coefficients(stats, scale, g_logprob, g_lse, g_entropy)
-            grads = slices_backward(
-                hidden,
-                weight,
-                stats,
-                factors,
-                needs,
-                scale,
-                ctx.budget,
-                targets=targets,
-                logits=saved,
-            )
+            factors = logprob_coefficients(stats, ctx.scale, g_logprob, g_lse, g_entropy)
+            options = dict(targets=targets, logits=saved)
+            grads = slices_backward(ctx, hidden, weight, stats, factors, **options)
         d_hidden, d_weight = grads
-        if d_hidden is not None:
-            d_hidden = d_hidden.to(hidden.dtype)
+        d_hidden = None if d_hidden is None else d_hidden.to(hidden.dtype)
         return d_hidden, d_weight, None, None, None, None, None
 
 
@@ -120,19 +110,13 @@ def fill(hidden, weight, targets, scale, budget, stats, saved=None, entropy=Fals
         rounded = torch.mm(hidden, weight.T, out=saved[:, :V])
         step = min(step, max(FLOOR, CPU_PIECE // (P * stats.itemsize)))
     buffer = None if in_place else stats.new_empty(step, P)
-    unit = saved if not entropy else None
     for a, b in spans(len(hidden), step):
         z = saved[a:b] if in_place else buffer[: b - a]  # (rows, P)
         project_(z, hidden[a:b], weight, targets[a:b], None if rounded is None else rounded[a:b])
-        ops.statistics(
-            z,
-            targets[a:b],
-            scale,
-            stats[:, a:b],
-            entropy=entropy,
-            unit=None if unit is None else unit[a:b],
-            scratch=saved is None or not entropy,
-        )
+        options = dict(entropy=entropy, scratch=saved is None or not entropy)
+        if saved is not None and not entropy:
+            options["unit"] = saved[a:b]
+        ops.statistics(z, targets[a:b], scale, stats[:, a:b], **options)
 
 
 def unit_chunks(hidden, weight, targets, scale, budget, stats):

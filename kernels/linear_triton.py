@@ -3,7 +3,7 @@
 The grid is (blocks of tokens) x (parts of the vocabulary). A program walks the tiles of its part.
 A tile of logits X_block W_tile^T is summed up over D in steps of BD, in registers, and then added
 to the running statistics of rows_triton.py:
-    maximum m,   s = sum exp(z - m),   h = sum exp(z - m) (z - m),   the target's logit if it is here
+    maximum m,   s = sum exp(z - m),   h = sum exp(z - m) (z - m),   the target's logit, if here
 The vocabulary is split because a few token blocks alone would leave most of a GPU idle. A second
 kernel combines the parts in order, by the same rule: no atomics, so the result has the same bits
 every time. Neighbouring programs take different tokens and the same part, so that a tile of W is

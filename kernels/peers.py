@@ -1,7 +1,7 @@
 """What `kernels.bench` compares: functions of the same inputs that compute the same thing.
 
-"mean" and "per token" take (hidden, weight, targets) and return losses, "KL" takes the reference's
-hidden states and head too, "rows" takes (logits, targets).
+"mean" and "per token" take (hidden, weight, targets), "KL" the reference's hidden states and head
+too, "rows" takes (logits, targets). All return losses, mean or per token.
 """
 
 import importlib
@@ -18,15 +18,17 @@ MISSING = {}  # peers that could not be imported: why
 def implementations(op):
     """-> {name: function}, its fp64 twin."""
     if op == "rows":
-        return {"ours": rows_ours, "torch eager": rows_eager}, negated(reference.logprob_rows)
+        twin = negated(reference.logprob_rows)
+        return {"ours": negated(logprob_rows), "torch eager": rows_eager}, twin
     if op == "KL":
-        return {"ours": kl_ours, "torch eager": kl_eager}, kl_eager
+        twin = partial(kl, reference.linear_kl)
+        return {"ours": partial(kl, linear_kl), "torch eager": twin}, twin
     if op == "mean":
         return {"ours": linear_cross_entropy} | peers("mean"), reference.linear_cross_entropy
-    functions = {"ours": per_token_ours}
+    functions = {"ours": negated(linear_logprob)}
     if torch.cuda.is_available():  # both sides of dispatch.FUSED_WIDTH, which differ in a forward
-        functions["ours, fused forward"] = at_fused_width(10**9)
-        functions["ours, product + row kernel"] = at_fused_width(0)
+        functions["ours, fused forward"] = partial(at_fused_width, 10**9)
+        functions["ours, product + row kernel"] = partial(at_fused_width, 0)
     return functions | peers("none"), negated(reference.linear_logprob)
 
 
@@ -54,18 +56,16 @@ def peers(reduction):
     def quack(module):
         return partial(module.chunked_linear_cross_entropy, reduction=reduction)
 
-    fp32_sums = partial(liger, accum_dtype=torch.float32)
-    packages = {
-        "CCE": ("cut_cross_entropy", cce),
-        "CCE exact": ("cut_cross_entropy", partial(cce, filter_eps=None)),
-    }
-    if reduction == "mean":  # these give no gradient for per-token upstream gradients
-        liger_first = {
-            "Liger": ("liger_kernel.transformers", liger),
-            "Liger, fp32 sums": ("liger_kernel.transformers", fp32_sums),
-        }
-        packages = liger_first | packages | {"QuACK": ("quack.linear_cross_entropy", quack)}
-    for name, (module, make) in packages.items():
+    liger_fp32 = partial(liger, accum_dtype=torch.float32)
+    for name, module, make in (
+        ("Liger", "liger_kernel.transformers", liger),
+        ("Liger, fp32 sums", "liger_kernel.transformers", liger_fp32),
+        ("CCE", "cut_cross_entropy", cce),
+        ("CCE exact", "cut_cross_entropy", partial(cce, filter_eps=None)),
+        ("QuACK", "quack.linear_cross_entropy", quack),
+    ):
+        if reduction == "none" and make in (liger, liger_fp32, quack):
+            continue  # these have no gradient for per-token upstream gradients
         try:
             functions[name] = make(importlib.import_module(module))
         except Exception as error:  # not installed, or not for this machine: go on without it
@@ -85,37 +85,23 @@ def eager_compacted(hidden, weight, targets, reduction="mean"):
     return losses.new_zeros(len(hidden)).index_copy(0, index, losses)
 
 
-def per_token_ours(hidden, weight, targets):
-    return -linear_logprob(hidden, weight, targets).logprob
-
-
-def at_fused_width(width):
-    def per_token(*arguments):
-        before = dispatch.FUSED_WIDTH
-        dispatch.FUSED_WIDTH = width
-        try:
-            return per_token_ours(*arguments)
-        finally:
-            dispatch.FUSED_WIDTH = before
-
-    return per_token
-
-
-def kl_eager(hidden, weight, targets, ref_hidden, ref_weight):
-    return reference.linear_kl(hidden, weight, ref_hidden, ref_weight, mask=targets != -100)
-
-
-def kl_ours(hidden, weight, targets, ref_hidden, ref_weight):
-    return linear_kl(hidden, weight, ref_hidden, ref_weight, mask=targets != -100)
-
-
-def rows_ours(logits, targets):
-    return -logprob_rows(logits, targets).logprob
-
-
 def rows_eager(logits, targets):
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
-def negated(twin):
-    return lambda *arguments: -twin(*arguments)[0]
+def kl(function, hidden, weight, targets, ref_hidden, ref_weight):
+    return function(hidden, weight, ref_hidden, ref_weight, mask=targets != -100)
+
+
+def negated(function):
+    """A function that returns log-probs first -> one that returns losses."""
+    return lambda *arguments: -function(*arguments)[0]
+
+
+def at_fused_width(width, *arguments):
+    before = dispatch.FUSED_WIDTH
+    dispatch.FUSED_WIDTH = width
+    try:
+        return negated(linear_logprob)(*arguments)
+    finally:
+        dispatch.FUSED_WIDTH = before

@@ -28,7 +28,7 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .chunks import plan, scatter, spans, wide
+from .chunks import plan, spans, wide
 from .dispatch import row_ops
 
 
@@ -144,19 +144,9 @@ class KLRows(Function):
         return grad, None, None, None, None
 
 
-def logprob_rows(logits, targets, index, temperature, entropy, overwrite):
-    results = LogprobRows.apply(logits, targets, index, temperature, entropy, overwrite)
-    return [scatter(x, index, len(logits)) for x in results]
-
-
-def kl_rows(logits, ref_logits, index, reverse, temperature):
-    kl = KLRows.apply(logits, ref_logits.detach(), index, reverse, temperature)
-    return scatter(kl, index, len(logits))
-
-
-def kl_estimate(logprobs, ref_logprobs, kind):
-    """KL(policy || ref) from *sampled* tokens' log-probs (Schulman 2020,
-    joschu.net/blog/kl-approx).
+def kl_estimate(logprobs, ref_logprobs, kind="k1") -> torch.Tensor:
+    """Per-token estimates of KL(policy || ref), of the log-probs' shape (any), from the log-probs
+    of tokens *sampled* from the policy (Schulman 2020, joschu.net/blog/kl-approx).
 
     With x ~ policy p, reference q and r = log p(x) - log q(x):
         k1 = r                  E[k1] = KL exactly; single values may be negative; high variance
@@ -169,6 +159,11 @@ def kl_estimate(logprobs, ref_logprobs, kind):
     k1 has the gradient E[grad log p] = 0 and k3 that of the forward KL; only k2 gives grad KL(p ||
     q) = E[r grad log p]. Inside a reward (no gradient, as in PPO) any of them may be used; k1 keeps
     the objective exact."""
+    if kind not in ("k1", "k2", "k3"):
+        raise ValueError(f"kind: got {kind!r}, expected 'k1', 'k2' or 'k3'")
+    if logprobs.shape != ref_logprobs.shape:
+        got, expected = tuple(ref_logprobs.shape), tuple(logprobs.shape)
+        raise ValueError(f"ref_logprobs: got shape {got}, expected {expected} like logprobs")
     log_ratio = logprobs - ref_logprobs  # same shape as logprobs
     if kind == "k1":
         return log_ratio

@@ -8,6 +8,7 @@ the logits, a KL a quarter of one (and two copies more if the logits may not be 
 
 import torch
 
+copies = True  # logits that must not be overwritten: call these for a few rows at a time
 # exp(-1e4) is 0 in fp64 too, so clamping u here changes no p and makes p * u = 0 instead of NaN
 LOG_ZERO = -1e4
 

@@ -16,8 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-TILE = 8192  # elements in a tile: 32 a thread
-WARPS = 8
+TILE, WARPS = 8192, 8  # elements in a tile, 32 a thread
 
 
 @triton.jit
@@ -41,9 +40,17 @@ def added(s, h, drop, delta, e, difference):
 
 
 @triton.jit
+def rows_of(rows_ptr, n, R: tl.constexpr):
+    """-> this program's indices among the n, which of them exist, and their rows, (R,) each."""
+    i = tl.program_id(0) * R + tl.arange(0, R)
+    valid = i < n
+    row = tl.load(rows_ptr + i, valid, other=0) if rows_ptr is not None else i
+    return i, valid, row.to(tl.int64)
+
+
+@triton.jit
 def tile_of(pointer, row, stride, column, inside, scale):
-    """A tile of scaled logits (R, B) in the dtype of scale, -inf outside; row (R,) int64, because N
-    V may exceed 2^31."""
+    """A tile of scaled logits (R, B), -inf outside; row (R,) int64, as N V may exceed 2^31."""
     z = tl.load(pointer + row[:, None] * stride + column[None, :], inside, other=-float("inf"))
     return z.to(scale.dtype) * scale
 
@@ -54,12 +61,8 @@ def logprob_kernel(
     unit_stride, ENTROPY: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """stats (4, n) <- log p_t, m, s, and H if ENTROPY. unit (n, V), if given, <- S = p - onehot in
-    a second pass over the rows, which the cache still holds if all rows in flight fit it (they do
-    not for V = 150,000 in fp32)."""
-    i = tl.program_id(0) * R + tl.arange(0, R)  # (R,)
-    valid = i < n
-    row = tl.load(rows_ptr + i, valid, other=0) if rows_ptr is not None else i
-    row = row.to(tl.int64)
+    a second pass, from the cache if that holds the rows in flight (not for V = 150,000 in fp32)."""
+    i, valid, row = rows_of(rows_ptr, n, R)
     scale = tl.load(scale_ptr)
     # The target's logit is read first: if unit is z, a faster warp may overwrite it later on.
     target = tl.load(targets_ptr + i, valid, other=0)  # (R,)
@@ -89,11 +92,8 @@ def logprob_kernel(
         for start in range(0, V, B):
             column = start + tl.arange(0, B)
             inside = valid[:, None] & (column < V)[None, :]
-            p = (
-                tl.exp(tile_of(z_ptr, row, z_stride, column, inside, scale) - m[:, None])
-                / s[:, None]
-            )
-            unit = p - tl.where(column[None, :] == target[:, None], 1.0, 0.0)
+            u = tile_of(z_ptr, row, z_stride, column, inside, scale) - m[:, None]
+            unit = tl.exp(u) / s[:, None] - tl.where(column[None, :] == target[:, None], 1.0, 0.0)
             place = unit_ptr + row[:, None] * unit_stride + column[None, :]
             tl.store(place, unit.to(unit_ptr.dtype.element_ty), inside)
 
@@ -106,10 +106,7 @@ def kl_kernel(
     """stats (5, n) <- KL(p||q), m, s, m_ref, s_ref from the logits of p and q. p is the policy and
     q the reference if REVERSE, else p is the reference and q the policy. unit (n, V), if given, <-
     the gradient for the policy's logits, in a second pass."""
-    i = tl.program_id(0) * R + tl.arange(0, R)  # (R,)
-    valid = i < n
-    row = tl.load(rows_ptr + i, valid, other=0) if rows_ptr is not None else i
-    row = row.to(tl.int64)
+    i, valid, row = rows_of(rows_ptr, n, R)
     scale = tl.load(scale_ptr)
     m = tl.full((R,), -float("inf"), scale.dtype)
     q_m = m
@@ -152,23 +149,21 @@ def kl_kernel(
             tl.store(place, unit.to(unit_ptr.dtype.element_ty), inside)
 
 
-# ---- launchers: the interface of rows_torch.py, where `scratch` is of no use: nothing is copied
-# ----
+# ---- launchers: the interface of rows_torch.py; `scratch` is not needed, nothing is copied ----
 
 
 def tile(V):
-    """Rows of V logits -> (rows, columns) of a tile."""
+    """-> rows, columns of a tile."""
     columns = min(TILE, max(16, triton.next_power_of_2(V)))
     return TILE // columns, columns
 
 
-def columns_adjacent(x):
-    """The kernels step through a row by 1: other layouts (a transpose) are copied."""
-    return x if x is None or x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
-def row_stride(x):
-    return 0 if x is None else x.stride(0)
+def with_stride(x):
+    """-> x and the stride of its rows. Kernels step through a row by 1: a transpose is copied."""
+    if x is None:
+        return None, 0
+    x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    return x, x.stride(0)
 
 
 def statistics(z, targets, scale, stats, *, rows=None, entropy=False, unit=None, scratch=False):
@@ -177,26 +172,29 @@ def statistics(z, targets, scale, stats, *, rows=None, entropy=False, unit=None,
     n, V = stats.shape[1], z.shape[1]
     if n == 0:
         return
-    z, (R, B) = columns_adjacent(z), tile(V)
+    R, B = tile(V)
+    z, z_stride = with_stride(z)
+    unit_stride = 0 if unit is None else unit.stride(0)
     scale = stats.new_full((1,), scale)  # a tensor: a plain argument would be rounded to fp32
     with torch.cuda.device_of(stats):  # Triton launches on the current device
         logprob_kernel[(triton.cdiv(n, R),)](
-            z, rows, targets, stats, unit, scale, n, V, row_stride(z), row_stride(stats),
-            row_stride(unit), ENTROPY=entropy, R=R, B=B, num_warps=WARPS,
+            z, rows, targets, stats, unit, scale, n, V, z_stride, stats.stride(0), unit_stride,
+            ENTROPY=entropy, R=R, B=B, num_warps=WARPS,
         )  # fmt: skip
 
 
 def kl_statistics(z, ref, scale, reverse, stats, *, rows=None, unit=None, scratch=False):
-    """z, ref (N, V) -> stats (5, n): KL, m, s, m_ref, s_ref. unit (n, V), which may be z:
-    dKL/dz."""
+    """z, ref (N, V) -> stats (5, n): KL, m, s, m_ref, s_ref. unit (n, V), maybe z: dKL/dz."""
     n, V = stats.shape[1], z.shape[1]
     if n == 0:
         return
-    p, q = (columns_adjacent(x) for x in ((z, ref) if reverse else (ref, z)))
     R, B = tile(V)
+    p, p_stride = with_stride(z if reverse else ref)
+    q, q_stride = with_stride(ref if reverse else z)
+    unit_stride = 0 if unit is None else unit.stride(0)
     scale = stats.new_full((1,), scale)
     with torch.cuda.device_of(stats):
         kl_kernel[(triton.cdiv(n, R),)](
-            p, q, rows, stats, unit, scale, n, V, row_stride(p), row_stride(q), row_stride(stats),
-            row_stride(unit), REVERSE=reverse, R=R, B=B, num_warps=WARPS,
+            p, q, rows, stats, unit, scale, n, V, p_stride, q_stride, stats.stride(0), unit_stride,
+            REVERSE=reverse, R=R, B=B, num_warps=WARPS,
         )  # fmt: skip

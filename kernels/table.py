@@ -1,5 +1,5 @@
-"""The table of kernels/README.md, from every file in kernels/results: forward + backward, trainable
-head, each row with its time relative to ours."""
+"""What `kernels.bench` prints, and the table of kernels/README.md: forward + backward, trainable
+head, from every file in kernels/results."""
 
 import json
 from pathlib import Path
@@ -10,6 +10,21 @@ START, END = "<!-- kernels.bench: table -->", "<!-- end of table -->"
 HEADER = """
 | op | dtype | V x D | N | supervised | implementation | ms | peak GB | of yardstick | times ours |
 |---|---|---|---|---|---|---|---|---|---|""".splitlines()
+
+
+def report(rows):
+    """Print the rows of one case."""
+    peers = [row["ms"] for row in rows if not row["implementation"].startswith("ours")]
+    best = min(peers, default=rows[0]["ms"])
+    for row in rows:
+        line = f"  {row['dtype']:8} {row['implementation']:30} {row['ms']:10.2f} ms "
+        line += f"{row['peak_gb']:7.3f} GB  {best / row['ms']:5.2f}x the best peer's speed  "
+        line += f"of yardstick {row['of_yardstick']:4.0%}  "
+        if "of_floor" in row:
+            line += f"of floor {row['of_floor']:4.0%}  "
+        if "errors" in row:
+            line += "errors " + " ".join(f"{error:.1e}" for error in row["errors"])
+        print(line, flush=True)
 
 
 def table():

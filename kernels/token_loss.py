@@ -78,18 +78,17 @@ class LinearTokenLoss(Function):
         # The gradients are scaled in place and handed over (a copy of dW can be larger than all
         # chunks), unless the graph is kept for another backward. Only the engine knows; where this
         # version of torch cannot tell, copies are safe.
-        graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-        copy = graph_is_kept is None or graph_is_kept()
-
-        def scaled(d):
-            if d is None:
-                return None
-            if d.dtype != ctx.dtype:  # a sum in fp32: scaled and rounded in one pass
-                return torch.mul(d, scale, out=torch.empty_like(d, dtype=ctx.dtype))
-            return d * scale if copy else d.mul_(scale)
-
-        grads = [scaled(d) for d in ctx.grads]
-        if not copy:
+        engine = torch._C._autograd
+        keep = getattr(engine, "_get_current_graph_task_keep_graph", lambda: True)()
+        grads = [None, None]
+        for i, d in enumerate(ctx.grads):
+            if (
+                d is not None and d.dtype != ctx.dtype
+            ):  # an fp32 sum: scaled and rounded in one pass
+                grads[i] = torch.mul(d, scale, out=torch.empty_like(d, dtype=ctx.dtype))
+            elif d is not None:
+                grads[i] = d * scale if keep else d.mul_(scale)
+        if not keep:
             ctx.grads = None
         return *grads, None, None, None, None, None, None
 
