@@ -53,10 +53,10 @@ def linear_logprob(
     logits_budget=BUDGET,
 ) -> LogProbs:  # fmt: skip
     """Log-probs of the targets under softmax(hidden @ weight.T / temperature). All three results
-    have gradients for hidden and weight, whatever the upstream gradients. hidden (N, D), weight (V,
-    D), targets (N,) int32 or int64, in [0, V) or ignore_index. Within `logits_budget` the backward
-    costs two products, beyond it three; inputs that need no gradient (a frozen weight, say) skip
-    theirs."""
+    have gradients for hidden and weight, whatever the upstream gradients. hidden (N, D),
+    weight (V, D), targets (N,) int32 or int64, in [0, V) or ignore_index. Within `logits_budget`
+    the backward costs two products, beyond it three; an input that needs no gradient (a frozen
+    weight, say) costs none."""
     hidden, weight = checks.autocast(hidden, weight)
     checks.check_linear(hidden, weight, temperature, logits_budget)
     N, V = len(hidden), len(weight)

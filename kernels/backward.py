@@ -17,8 +17,7 @@ from .dispatch import row_ops
 
 def unit_backward(ctx, hidden, weight, unit, unit_hidden, g):
     """unit: G (n, V), or unit_hidden: G W (n, D) in fp32 (fp64); g (n,) upstream gradient times
-    1/T. -> dX (n, D) in fp32 (fp64), dW (V, D) in the inputs' dtype; None for an input that needs
-    none."""
+    1/T. -> dX (n, D) in fp32 (fp64), dW (V, D) in the inputs' dtype, or None if not needed."""
     g = g[:, None]  # (n, 1) fp32 (fp64): scale first, then round
     d_hidden = d_weight = None
     if ctx.needs_input_grad[0]:
@@ -52,9 +51,8 @@ def slices_backward(ctx, hidden, weight, stats, factors, *, targets=None, logits
     d_weight = torch.empty_like(weight) if need_weight else None  # (V, D)
     z_buffer = stats.new_empty(n, padded(step)) if logits is None else None
     ref_buffer = stats.new_empty(n, padded(step)) if ref else None
-    # Where the gradient cannot overwrite the logits: they are too wide, or needed again. Zeros: some
-    # CPUs' bf16 product reads a row on beyond its last column, times 0, and 0 * NaN would be NaN.
-    dz_buffer = hidden.new_zeros(n, padded(step)) if narrow or logits is not None else None
+    # for gradients that cannot overwrite the logits: these are wider, or needed again
+    dz_buffer = hidden.new_empty(n, padded(step)) if narrow or logits is not None else None
     for start, stop in spans(V, step):
         columns = stop - start
         w = weight[start:stop]  # (columns, D)
@@ -70,7 +68,12 @@ def slices_backward(ctx, hidden, weight, stats, factors, *, targets=None, logits
             ref_hidden, ref_weight = ref
             z_ref = project_(ref_buffer[:, : padded(columns)], ref_hidden, ref_weight[start:stop])
             options |= dict(ref=z_ref[:, :columns], ref_m=stats[3])
-        dz = z if dz_buffer is None else dz_buffer[:, :columns]  # (n, columns)
+        dz = z  # (n, columns)
+        if dz_buffer is not None:
+            dz = dz_buffer[:, :columns]
+            # Some CPUs' bf16 product reads on beyond the last column and multiplies by 0: unset
+            # memory there may hold NaN, and 0 * NaN is NaN.
+            dz_buffer[:, columns : padded(columns)] = 0
         ops.gradient(z, scale=ctx.scale, out=dz, **options)
         if need_hidden:
             add_product_(d_hidden, dz, w)

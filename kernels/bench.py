@@ -23,16 +23,7 @@ from pathlib import Path
 
 import torch
 
-from .measure import (
-    Clock,
-    copied,
-    inputs,
-    keep_memory,
-    multiplied,
-    peak_bytes,
-    run_once,
-    units_needed,
-)
+from . import measure
 from .peers import MISSING, implementations
 from .table import RESULTS, case_of, report, write_table
 
@@ -47,21 +38,21 @@ SAMPLE = slice(0, 256)  # the tokens on which errors are measured
 
 
 class Case:
-    """One op's implementations on the same inputs, warmed up and ready to be timed."""
+    """One op's implementations on the same measure.inputs, warmed up and ready to be timed."""
 
     def __init__(self, case, device):
         N, V, D = case["N"], case["V"], case["D"]
         dtype = getattr(torch, case["dtype"])
-        hidden, weight, targets, *ref = inputs(N, V, D, case["valid"], dtype, device)
+        hidden, weight, targets, *ref = measure.inputs(N, V, D, case["valid"], dtype, device)
         self.case = case
         self.n = int((targets != -100).sum())
         self.upstream = torch.randn(N, device=device)
         self.leaves = [hidden, weight]
         self.others = [targets, *ref] if case["op"] == "KL" else [targets]
-        yardstick = partial(multiplied, self.n)
+        yardstick = partial(measure.multiplied, self.n)
         if case["op"] == "rows":
-            self.leaves = [multiplied(N, hidden, weight)]
-            yardstick = copied
+            self.leaves = [measure.multiplied(N, hidden, weight)]
+            yardstick = measure.copied
         del hidden, weight, ref  # a large op needs the room
         for i, leaf in enumerate(self.leaves):
             leaf.requires_grad_(i == 0 or not case["frozen"])
@@ -70,10 +61,10 @@ class Case:
         self.calls, self.times, self.peaks = {}, {}, {}
         for name, function in (self.functions | {"yardstick": yardstick}).items():
             upstream = self.upstream if case["backward"] and name != "yardstick" else None
-            call = partial(run_once, function, self.leaves, self.others, upstream)
+            call = partial(measure.run_once, function, self.leaves, self.others, upstream)
             try:
                 call()  # compiled, warmed up
-                self.peaks[name] = max(0, peak_bytes(call, device) - gradients)
+                self.peaks[name] = max(0, measure.peak_bytes(call, device) - gradients)
             except Exception as error:  # a peer's own limits, or too little memory: go on
                 print(f"  {name} left out: {type(error).__name__}: {str(error)[:120]!r}")
                 continue
@@ -84,7 +75,7 @@ class Case:
         """-> a dict for each implementation: ms, peak GB, of yardstick, of floor, errors."""
         case = self.case
         unit = statistics.median(self.times.pop("yardstick"))
-        needed = units_needed(case, self.n, self.leaves[0])
+        needed = measure.units_needed(case, self.n, self.leaves[0])
         errors = self.errors() if case["backward"] and not case["frozen"] else {}
         rows = []
         for name, times in self.times.items():
@@ -104,11 +95,11 @@ class Case:
         others = [x[SAMPLE] for x in self.others[:2]] + self.others[2:]  # targets, ref_hidden
         upstream = self.upstream[SAMPLE]
         exact_leaves = [x.double().requires_grad_() for x in leaves]
-        exact = run_once(self.twin, exact_leaves, others, upstream.double())
+        exact = measure.run_once(self.twin, exact_leaves, others, upstream.double())
         leaves = [x.requires_grad_() for x in leaves]
         errors = {}
         for name in self.times:
-            results = run_once(self.functions[name], leaves, others, upstream)
+            results = measure.run_once(self.functions[name], leaves, others, upstream)
             pairs = zip(results, exact, strict=True)
             errors[name] = [float((a.double() - b).norm() / b.norm()) for a, b in pairs]
         return errors
@@ -199,9 +190,9 @@ def main():
     options = parse()
     if options.table:
         return write_table()
-    keep_memory()
+    measure.keep_memory()
     torch.set_num_threads(options.threads)
-    clock = Clock(options.device)
+    clock = measure.Clock(options.device)
     about = description(options, clock)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / ("-".join(about["device"].lower().split()) + ".json")

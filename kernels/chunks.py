@@ -62,8 +62,7 @@ def spans(length, step):
 
 
 def supervised(valid):
-    """valid (N,) bool -> positions (n,) of the tokens that count, or None if all do (no copy
-    then)."""
+    """valid (N,) bool -> positions (n,) of the tokens that count, or None if all do: no copy."""
     index = valid.nonzero()[:, 0]  # (n,)
     return None if index.numel() == valid.numel() else index
 

@@ -94,8 +94,7 @@ class LinearLogprob(Function):
 
 
 def fill(hidden, weight, targets, scale, budget, stats, saved=None, entropy=False):
-    """stats (4, n) <- log p_t, m, s, H. saved (n, padded V), if given, <- S, or the logits if
-    entropy."""
+    """stats (4, n) <- log p_t, m, s, H. saved (n, padded V) or None <- S, if entropy the logits."""
     V, P = len(weight), padded(len(weight))
     fused = fused_forward(hidden)
     if saved is None and fused is not None:
@@ -141,9 +140,7 @@ def add_onehot_(d_hidden, d_weight, hidden, weight, targets, g):
         d_hidden.addcmul_(weight.index_select(0, targets), g)
     if d_weight is not None:
         rows = (hidden * g).to(hidden.dtype)  # (n, D)
-        if (
-            d_weight.is_cuda
-        ):  # adds tokens of the same target in a fixed order; index_add_ would not
+        if d_weight.is_cuda:  # adds tokens of one target in a fixed order; index_add_ would not
             d_weight.index_put_((targets,), rows, accumulate=True)
         else:
             d_weight.index_add_(0, targets, rows)

@@ -7,10 +7,7 @@ check their arguments; these do not).
 
 import torch
 
-
-def wide(dtype):
-    """The dtype of statistics and results: fp64 for fp64 inputs, fp32 for everything narrower."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from .chunks import wide
 
 
 def expectation(p, difference):

@@ -1,7 +1,6 @@
 """Losses known token by token: the forward forms the gradient, chunk by chunk, and keeps no logits.
 
-For loss_i = f_i(log p_i), as in supervised fine-tuning (f = -log p) or PPO (f = the clipped
-surrogate),
+For loss_i = f_i(log p_i), as in supervised fine-tuning (f = -log p) or PPO (the clipped surrogate),
     g_i = f_i'(log p_i),   dX = -(g/T) * (S W),   dW = -S^T ((g/T) * X),   S = softmax - onehot
 (derived in linear_logprob.py), and g is known as soon as log p is. So a chunk of logits is
 computed, used for the loss, dX and dW, and overwritten by the next: three products, O(chunk x V)
@@ -19,8 +18,7 @@ from .linear_logprob import fill, unit_chunks
 
 
 def losses_and_slopes(token_loss, logprob, index, train):
-    """logprob (n,), index (n,) -> losses (n,), and dlosses/dlogprob (n,) or, unless training,
-    None."""
+    """logprob (n,), index (n,) -> losses (n,), and if train dlosses/dlogprob (n,), else None."""
     with torch.set_grad_enabled(train):
         losses = token_loss(logprob.requires_grad_(train), index)  # (n,)
         if not isinstance(losses, torch.Tensor) or losses.shape != logprob.shape:
@@ -35,8 +33,7 @@ def losses_and_slopes(token_loss, logprob, index, train):
 
 
 class LinearTokenLoss(Function):
-    """hidden (n, D), weight (V, D), targets (n,) int64, index (n,) positions among the N -> losses
-    (n,)."""
+    """hidden (n, D), weight (V, D), targets (n,) int64, index (n,) among the N -> losses (n,)."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, index, token_loss, temperature, budget, train):
@@ -82,12 +79,12 @@ class LinearTokenLoss(Function):
         keep = getattr(engine, "_get_current_graph_task_keep_graph", lambda: True)()
         grads = [None, None]
         for i, d in enumerate(ctx.grads):
-            if (
-                d is not None and d.dtype != ctx.dtype
-            ):  # an fp32 sum: scaled and rounded in one pass
-                grads[i] = torch.mul(d, scale, out=torch.empty_like(d, dtype=ctx.dtype))
-            elif d is not None:
+            if d is None:
+                continue
+            if d.dtype == ctx.dtype:
                 grads[i] = d * scale if keep else d.mul_(scale)
+            else:  # a sum in fp32: scaled and rounded in one pass
+                grads[i] = torch.mul(d, scale, out=torch.empty_like(d, dtype=ctx.dtype))
         if not keep:
             ctx.grads = None
         return *grads, None, None, None, None, None, None
