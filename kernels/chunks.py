@@ -34,13 +34,13 @@ class Plan(NamedTuple):
     save: bool  # whether `saved` bytes of every row fit the budget together with one such piece
 
 
-def plan(length, one, budget, device="cpu", *, arrays=1, parts=2, saved=0, beside=0):
+def plan(length, one, budget, device="cpu", *, arrays=1, parts=2, saved=0, extra=0):
     """Plan the walk over `length` rows (columns) of logits, `one` bytes each in fp32 (fp64).
 
     arrays   how many arrays of a piece's size exist at once while it is worked on
-    parts    a piece gets 1/parts of the budget; the rest is for whatever the op allocates beside it
+    parts    a piece gets 1/parts of the budget; the rest is for whatever else the op allocates
     saved    bytes that each row would occupy from the forward to the backward
-    beside   of the piece's arrays, those that are not part of the saved memory
+    extra    of the piece's arrays, those that are not part of the saved memory
 
     A CPU takes 256 rows or more, so that products run at full speed and the weight is not read too
     often, and more if they fit the cache. A GPU takes all that it may: each piece reads the weight
@@ -53,7 +53,7 @@ def plan(length, one, budget, device="cpu", *, arrays=1, parts=2, saved=0, besid
     even = math.ceil(length / count)  # so that the last piece is as large as the others
     rounded = min(math.ceil(even / FLOOR) * FLOOR, max(FLOOR, allowed // FLOOR * FLOOR))
     step = int(max(1, min(length, rounded)))
-    return Plan(step, length * saved + step * one * beside <= budget)
+    return Plan(step, length * saved + step * one * extra <= budget)
 
 
 def spans(length, step):

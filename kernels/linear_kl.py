@@ -28,9 +28,9 @@ def plan_forward(hidden, V, reverse, budget):
     arrays = 2.25 if reverse else 3.25
     if narrow:
         arrays += 0.5
-    beside = arrays if narrow else arrays - 1  # otherwise G overwrites z where it is saved
+    extra = arrays if narrow else arrays - 1  # otherwise G overwrites z where it is saved
     P = padded(V)
-    sizes = dict(arrays=arrays, saved=P * hidden.itemsize, beside=beside)
+    sizes = dict(arrays=arrays, saved=P * hidden.itemsize, extra=extra)
     return plan(len(hidden), P * full, budget, hidden.device, **sizes)
 
 
@@ -40,7 +40,9 @@ class LinearKL(Function):
     @staticmethod
     def forward(ctx, hidden, weight, ref_hidden, ref_weight, reverse, temperature, budget, train):
         n, V, P = len(hidden), len(weight), padded(len(weight))
-        ops, scale, dtype = row_ops(hidden), 1 / temperature, wide(hidden.dtype)
+        ops = row_ops(hidden)
+        scale = 1 / temperature
+        dtype = wide(hidden.dtype)
         narrow = hidden.dtype != dtype
         frozen = train and not ctx.needs_input_grad[1]
         step, fits = plan_forward(hidden, V, reverse, budget)

@@ -29,19 +29,19 @@ def plan_forward(hidden, V, budget, entropy=False):
     full = wide(hidden.dtype).itemsize
     narrow = hidden.itemsize < full
     if entropy:  # z and p. Saved logits must not change: there z is a copy
-        arrays = beside = 2
+        arrays = extra = 2
         saved = full
     else:  # z, which p and then S overwrite
         arrays = 1
         # S in a narrow dtype cannot overwrite z, and before z is widened, a CPU stores the product
         # in the narrow dtype: half an array
-        beside = 1.5 if narrow else 0
+        extra = 1.5 if narrow else 0
         saved = hidden.itemsize
     # Narrow inputs: half the budget belongs to S in their dtype (unit_chunks), so z gets half of
     # what it would get otherwise
     parts = 4 if narrow else 2
     P = padded(V)
-    sizes = dict(arrays=arrays, parts=parts, saved=P * saved, beside=beside)
+    sizes = dict(arrays=arrays, parts=parts, saved=P * saved, extra=extra)
     return plan(len(hidden), P * full, budget, hidden.device, **sizes)
 
 

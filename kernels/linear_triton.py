@@ -41,7 +41,7 @@ def partial_kernel(
     `tiles` tiles of BV tokens."""
     i = tl.program_id(0) * BN + tl.arange(0, BN)  # (BN,)
     valid = i < n
-    part = tl.program_id(1)
+    split = tl.program_id(1)
     scale = tl.load(scale_ptr)
     target = tl.load(targets_ptr + i, valid, other=-1)  # (BN,)
     hidden = hidden_ptr + i[:, None].to(tl.int64) * hidden_row  # (BN, 1)
@@ -50,7 +50,7 @@ def partial_kernel(
     s = tl.zeros((BN,), scale.dtype)
     h = s
     logit = s
-    for tile in range(part * tiles, tl.minimum(part * tiles + tiles, tl.cdiv(V, BV))):
+    for tile in range(split * tiles, tl.minimum(split * tiles + tiles, tl.cdiv(V, BV))):
         column = tile * BV + tl.arange(0, BV)  # (BV,)
         inside = (column < V)[None, :]  # (1, BV)
         weight = weight_ptr + column[None, :].to(tl.int64) * weight_row  # (1, BV)
@@ -73,7 +73,7 @@ def partial_kernel(
             s, h = added(s, h, drop, drop, tl.exp(u), u)
         else:
             s = tl.exp(drop) * s + tl.sum(tl.exp(u), 1)
-    out = parts_ptr + part * 4 * n + i
+    out = parts_ptr + split * 4 * n + i
     tl.store(out, m, valid)
     tl.store(out + n, s, valid)
     tl.store(out + 2 * n, h, valid)
@@ -93,8 +93,8 @@ def combine_kernel(
     s = tl.zeros((B,), dtype)
     h = s
     logit = s
-    for part in range(splits):
-        part_ptr = parts_ptr + part * 4 * n + i
+    for split in range(splits):
+        part_ptr = parts_ptr + split * 4 * n + i
         part_m = tl.load(part_ptr, valid, other=0.0)
         part_s = tl.load(part_ptr + n, valid, other=1.0)
         part_h = tl.load(part_ptr + 2 * n, valid, other=0.0)

@@ -31,9 +31,9 @@ class Clock:
     def __init__(self, device):
         self.cuda = device == "cuda"
         self.flush = torch.empty(256 << 20, dtype=torch.int8, device=device) if self.cuda else None
-        own = torch.get_num_threads() == 1
-        self.host = time.process_time if own else time.perf_counter
-        self.name = "own CPU time" if own else "wall time"
+        single = torch.get_num_threads() == 1
+        self.host = time.process_time if single else time.perf_counter
+        self.name = "own CPU time" if single else "wall time"
         if self.cuda:
             self.name = "CUDA events, cold L2"
 

@@ -92,7 +92,8 @@ class LogprobRows(Function):
 
     @staticmethod
     def forward(ctx, logits, targets, index, temperature, entropy, overwrite):
-        ops, scale = row_ops(logits), 1 / temperature
+        ops = row_ops(logits)
+        scale = 1 / temperature
         stats = logits.new_empty(4, len(targets), dtype=wide(logits.dtype))  # log p_t, m, s, H
         for a, b in row_spans(ops, logits, stats):
             z, rows = select(logits, index, a, b)
@@ -122,7 +123,8 @@ class KLRows(Function):
 
     @staticmethod
     def forward(ctx, logits, ref_logits, index, reverse, temperature):
-        ops, scale = row_ops(logits), 1 / temperature
+        ops = row_ops(logits)
+        scale = 1 / temperature
         n = len(logits) if index is None else len(index)
         stats = logits.new_empty(5, n, dtype=wide(logits.dtype))  # KL, m, s, m_ref, s_ref
         for a, b in row_spans(ops, logits, stats):

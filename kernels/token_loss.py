@@ -37,7 +37,8 @@ class LinearTokenLoss(Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, index, token_loss, temperature, budget, train):
-        n, dtype, scale = len(hidden), wide(hidden.dtype), 1 / temperature
+        n, dtype = len(hidden), wide(hidden.dtype)
+        scale = 1 / temperature
         stats = hidden.new_empty(4, n, dtype=dtype)  # log p_t, m, s
         if not train:
             fill(hidden, weight, targets, scale, budget, stats)
