@@ -1,0 +1,110 @@
+"""What the files of this room share: opening a run, means with their intervals, tables."""
+
+import json
+import statistics
+from pathlib import Path
+
+import torch
+
+from data import chat, checkpoints, tokenizer, world
+from data.scores import score_rows
+
+# 97.5 % quantiles of Student's t distribution for 0, 1, 2, ... degrees of freedom
+STUDENT = [0, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
+# f(d) in gold's course d (a - b f(d)), Gao et al. 2023, eq. 1: of best of n, and of RL
+FORMS = {"d (a - b d)": lambda d: d, "d (a - b log d)": lambda d: d.clamp(min=1e-3).log()}
+
+
+def open_run(directory, device="cpu"):
+    """A checkpoint directory -> (model, encoding, whether it was taught the chat format)."""
+    encoding = tokenizer.load(directory)
+    chats = tokenizer.chats(directory, encoding)
+    return checkpoints.load(directory).to(device).eval(), encoding, chats
+
+
+def run_facts(directory):
+    """run.json: the flags of a run and what it cost."""
+    return json.loads((Path(directory) / "run.json").read_text(encoding="utf-8"))
+
+
+def output(name):
+    """The directory of --out, made if it is missing."""
+    path = Path(name)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def prompt_and_stops(messages, encoding, chats):
+    """The prompt's ids and the stop ids of a conversation: in the chat format, or for a base model
+    as raw text, where a reply is one line."""
+    stops = chat.stop_ids(encoding)
+    if chats:
+        return chat.prompt(messages, encoding), stops
+    ids = encoding.encode_ordinary(world.plain_prompt(messages))
+    return ids, encoding.encode_ordinary("\n") + stops[1:]
+
+
+def reward_scores(model, encoding, conversations, texts):
+    """A reward model's score of each reply (N,), read at its end-of-turn token."""
+    replies = [[{"role": "assistant", "content": text}] for text in texts]
+    pairs = zip(conversations, replies, strict=True)
+    return score_rows(model, [chat.example(prompt, reply, encoding)[0] for prompt, reply in pairs])
+
+
+def mean(values):
+    return sum(values) / len(values) if values else 0.0
+
+
+def interval(values):
+    """Half-width of the 95 % interval of a mean."""
+    m, n = mean(values), len(values)
+    return 1.96 * (sum((v - m) ** 2 for v in values) / max(1, n - 1) / max(1, n)) ** 0.5
+
+
+def seed_interval(values):
+    """Half-width of the 95 % interval of a mean over a few seeds (Student's t)."""
+    n = len(values)
+    if n < 2:
+        return 0.0
+    return STUDENT[min(n, len(STUDENT)) - 1] * statistics.stdev(values) / n**0.5
+
+
+def spread(values, worst=min):
+    """Values of several seeds -> their mean, the half-width of its 95 % interval, the worst."""
+    return {"mean": mean(values), "half_width": seed_interval(values), "worst": worst(values)}
+
+
+def plus_minus(cell):
+    return f"{show(cell['mean'])} +-{show(cell['half_width'])}"
+
+
+def fit_form(kl, gold, form):
+    """Least squares of gold - gold[0] = d (a - b f(d)), d = sqrt(KL), with an f of FORMS.
+    kl, gold: lists (N,) -> (a, b, R^2)."""
+    d = torch.tensor(kl, dtype=torch.float64).clamp(min=0).sqrt()  # (N,)
+    y = torch.tensor(gold, dtype=torch.float64) - gold[0]  # (N,)
+    columns = torch.stack([d, -d * FORMS[form](d)], dim=1)  # (N, 2)
+    solution = torch.linalg.lstsq(columns, y[:, None]).solution  # (2, 1)
+    residual = ((y - (columns @ solution)[:, 0]) ** 2).sum()
+    variance = ((y - y.mean()) ** 2).sum().clamp(min=1e-12)
+    return float(solution[0]), float(solution[1]), float(1 - residual / variance)
+
+
+def table(rows):
+    """{name: {column: value or text}} -> an aligned text, a column per key."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    lines = {"": columns}
+    lines |= {name: [show(row.get(column)) for column in columns] for name, row in rows.items()}
+    widths = [max(map(len, cells)) for cells in zip(*lines.values(), strict=True)]
+    width = max(map(len, rows))
+    texts = []
+    for name, cells in lines.items():
+        aligned = [cell.rjust(w) for cell, w in zip(cells, widths, strict=True)]
+        texts.append("  ".join([name.ljust(width), *aligned]))
+    return "\n".join(texts)
+
+
+def show(value):
+    if value is None or isinstance(value, str):
+        return value or ""
+    return f"{value:.0f}" if abs(value) >= 10 else f"{value:.3f}"

@@ -1,0 +1,225 @@
+"""A reward model's accuracy, calibration and bias towards length, on pairs with a noisy label each.
+
+    python -m evaluate.rewards --runs out/reward
+    python -m evaluate.rewards --runs out/a out/b --data FILE      two models, and their ensemble
+
+    pairs           how many fit the model's context
+    label_accuracy  how often it ranks a pair as its label does; label_ci: half-width of the 95 %
+                    interval
+    accuracy        as the judge does, on pairs that have a better side
+    ceiling         label_accuracy of the judge: nobody does better on these labels; of_ceiling:
+                    the share of it that was reached
+    ece             calibration error: the mean over pairs of |said - seen|
+    longer          how often it prefers the longer reply; longer_labels, longer_truth: how often
+                    the labels and the judge do
+    said, seen      in each of ten equal ranges of the probability that the model gives the side it
+                    prefers: its mean, and the share of labels that agree
+
+A run with several heads has a column for each: how often it agrees with the judge there.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+import run
+from data import annotators, formats, world
+from data.collate import encode_pairs, hold_out_rated
+from data.scores import all_pair_scores
+from evaluate.measures import interval, mean, open_run, output, run_facts, table
+
+
+@dataclass
+class Config:
+    runs: list = field(default_factory=lambda: ["out/reward"])  # several: also as one ensemble
+    sft: str = "out/sft"  # whose replies to the world's held-out questions are compared
+    data: list = field(default_factory=list)  # files of preferences instead
+    held_out: bool = False  # instead: the pairs of a run's --data that it kept from training
+    agreement: float = 0.75  # of the annotators whose labels are measured against
+    prompts: int = 5000  # of the world
+    out: str = "out"  # directory for reward.json and reliability.png
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+
+
+OF_THE_WORLD = {"data": False, "held_out": False}
+REQUIRES = dict.fromkeys(("sft", "agreement", "prompts"), OF_THE_WORLD)
+REQUIRES["held_out"] = {"data": False}
+
+
+def calibration(probabilities, outcomes, bins=10):
+    """Do events of probability p happen a share p of the time? -> (calibration error, rows).
+
+    probabilities (N,): that the first of two replies is preferred; outcomes (N,): 1 it was, 0 it
+    was not, between for a soft label. Which reply is "first" means nothing, so each pair is turned
+    such that p >= 1/2. Rows, one for each of `bins` equal ranges of [1/2, 1] that is not empty:
+    said, seen (means of p and of the outcomes), pairs. The error is the mean of |said - seen|,
+    weighted by pairs (Guo et al. 2017, eq. 3).
+    """
+    ranges = [[] for _ in range(bins)]
+    for p, outcome in zip(probabilities, outcomes, strict=True):
+        if p < 0.5:
+            p, outcome = 1 - p, 1 - outcome
+        ranges[min(int((p - 0.5) * 2 * bins), bins - 1)].append((p, outcome))
+    rows = []
+    for events in filter(None, ranges):
+        said, seen = map(mean, zip(*events, strict=True))
+        rows.append({"said": said, "seen": seen, "pairs": len(events)})
+    error = sum(abs(row["said"] - row["seen"]) * row["pairs"] for row in rows)
+    return error / max(1, len(probabilities)), rows
+
+
+def prefers_longer(margins, lengths):
+    """The share of pairs of unequal length in which the longer side is preferred. margins: of the
+    first side; lengths: (first, second)."""
+    pairs = zip(margins, lengths, strict=True)
+    return mean([(margin > 0) == (a > b) for margin, (a, b) in pairs if a != b])
+
+
+def pair_margins(model, pairs):
+    """Encoded pairs -> by how much the first side is scored above the second, a list (N,)."""
+    first, second = all_pair_scores(model, pairs).unbind(1)
+    return (first - second).tolist()
+
+
+def fitting_pairs(records, encoding, context):
+    """(record, encoded pair, label) of each preference that a model can read, the better side by
+    its label first."""
+    pairs, labels, records = encode_pairs(records, encoding, context)
+    return list(zip(records, pairs, [label for label, _ in labels], strict=True))
+
+
+def pair_golds(records, name="gold"):
+    """The judge's gold (or another dimension) of both sides of each pair, the better one by its
+    label first; None where prompts are not of the embedded world."""
+    if not all(world.solve(record.prompt) for record in records):
+        return None
+    golds = []
+    for record in records:
+        sides = record.chosen, record.rejected
+        gold = [world.judge(record.prompt, side[0]["content"])[name] for side in sides]
+        golds.append(gold[::-1] if record.label < 0.5 else gold)
+    return golds
+
+
+def opinions(model, pairs):
+    """A reward model and the judge on `fitting_pairs`: the margins (N,), and `pair_golds`."""
+    margins = pair_margins(model, [pair for _, pair, _ in pairs])
+    return margins, pair_golds([record for record, _, _ in pairs])
+
+
+def reward_row(margins, golds, pairs, gain):
+    """Margins and golds (of `opinions`) of labelled pairs (of `fitting_pairs`) -> the row, accuracy
+    by kind of task, the rows of `calibration`. margins / gain are log-odds of the labels."""
+    lengths = [[sum(mask) for _, mask in pair] for _, pair, _ in pairs]  # tokens of both replies
+    log_odds = [max(-500.0, min(margin / gain, 500.0)) for margin in margins]
+    probabilities = [1 / (1 + math.exp(-x)) for x in log_odds]
+    error, rows = calibration(probabilities, [label for _, _, label in pairs])
+    as_labelled = [margin > 0 for margin in margins]
+    row = {"pairs": len(pairs), "label_accuracy": mean(as_labelled)}
+    row |= {"label_ci": interval(as_labelled), "ece": error}
+    row["longer"] = prefers_longer(margins, lengths)
+    row["longer_labels"] = prefers_longer([1.0] * len(pairs), lengths)
+    if not golds:
+        return row, {}, rows
+    gaps = [a - b for a, b in golds]
+    # The best that anybody can do on these labels: the judge's choice, a coin where it has none.
+    ceiling = mean([(gap > 0) + 0.5 * (gap == 0) for gap in gaps])
+    kinds, differing = {}, []
+    for (record, _, _), margin, gap, both in zip(pairs, margins, gaps, lengths, strict=True):
+        if gap:
+            hits = kinds.setdefault(world.solve(record.prompt).skill, [])
+            hits.append((margin > 0) == (gap > 0))
+            differing.append((gap, both))
+    row["accuracy"] = mean([hit for hits in kinds.values() for hit in hits])
+    row |= {"ceiling": ceiling, "of_ceiling": row["label_accuracy"] / ceiling}
+    row["longer_truth"] = prefers_longer(*(zip(*differing, strict=True) if differing else ([], [])))
+    return row, {kind: mean(hits) for kind, hits in kinds.items()}, rows
+
+
+def head_accuracies(directory, model, pairs, device):
+    """{dimension: how often its head agrees with the judge there} of a run with several heads."""
+    weights = load_file(directory / "heads.safetensors")["weight"]
+    accuracies = {}
+    for name, weight in zip(run_facts(directory)["flags"]["heads"], weights, strict=True):
+        model.score_head.weight.data = weight[None].to(device)  # (1, D); the bias cancels
+        margins = pair_margins(model, [pair for _, pair, _ in pairs])
+        golds = pair_golds([record for record, _, _ in pairs], name)
+        judged = zip(margins, golds, strict=True)
+        accuracies[name] = mean([(margin > 0) == (a > b) for margin, (a, b) in judged if a != b])
+    return accuracies
+
+
+def read_records(config, device):
+    """The preferences that all runs are measured on; with --held-out each run has its own."""
+    if config.data or config.held_out:
+        return [record for path in config.data for record in formats.read(path, "preference")]
+    sft, encoding, _ = open_run(config.sft, device)
+    prompts = world.prompts(config.prompts, seed=2, held=True)
+    return annotators.preferences(sft, encoding, prompts, config.agreement, seed=2)
+
+
+def pairs_of_run(directory, records, encoding, context, held_out):
+    """The `fitting_pairs` that a run is measured on."""
+    if not held_out:
+        return fitting_pairs(records, encoding, context)
+    flags = run_facts(directory)["flags"]
+    run.require(
+        flags["data"], f"{directory} was trained on the embedded world: leave out --held-out"
+    )
+    records = [record for path in flags["data"] for record in formats.read(path, "preference")]
+    pairs = fitting_pairs(records, encoding, context)
+    indices, _ = hold_out_rated(len(pairs), flags["batch_size"], flags["seed"])
+    return [pairs[i] for i in indices]
+
+
+def main(config):
+    run.check_requires(config, REQUIRES)
+    annotators.check_agreement(config.agreement)
+    device = run.device(config.device)
+    records = read_records(config, device)
+    board, kinds, curves = {}, {}, {}
+    log_odds = []  # of each run
+    for directory in map(Path, config.runs):
+        model, encoding, _ = open_run(directory, device)
+        c = model.config
+        run.require(c.head == "score", f"{directory} is a language model: name reward models")
+        pairs = pairs_of_run(directory, records, encoding, c.context, config.held_out)
+        run.require(pairs, f"{directory}: no pair fits its context of {c.context} tokens")
+        margins, golds = opinions(model, pairs)
+        row, kinds[directory.name], curves[directory.name] = reward_row(
+            margins, golds, pairs, c.score_gain
+        )
+        log_odds.append([margin / c.score_gain for margin in margins])
+        if golds and (directory / "heads.safetensors").exists():
+            row |= head_accuracies(directory, model, pairs, device)
+        board[directory.name] = row
+    if len(log_odds) > 1 and len({len(x) for x in log_odds}) == 1 and not config.held_out:
+        means = [mean(x) for x in zip(*log_odds, strict=True)]
+        name = "ensemble"
+        board[name], kinds[name], curves[name] = reward_row(means, golds, pairs, 1.0)
+    out = output(config.out)
+    rows = {"board": board, "kinds": kinds, "reliability": curves}
+    run.write_json(out / "reward.json", rows)
+    print_tables(board, kinds, curves)
+    lines = {}
+    for name, rows in curves.items():
+        lines[name] = [row["said"] for row in rows], [row["seen"] for row in rows]
+    lines["perfect"] = [0.5, 1], [0.5, 1]
+    run.lines_picture(out / "reliability.png", [("probability given", "share of labels", lines)])
+
+
+def print_tables(board, kinds, curves):
+    print(table(board))
+    names = [kind for kind in world.SKILLS if any(kind in row for row in kinds.values())]
+    if names:
+        rows = {kind: {name: row.get(kind) for name, row in kinds.items()} for kind in names}
+        print("\naccuracy against the truth by kind of task\n" + table(rows))
+    for name, rows in curves.items():
+        rows = {str(i): row for i, row in enumerate(rows)}
+        print(f"\n{name}: probability that it gave, and share that came true\n{table(rows)}")
+
+
+if __name__ == "__main__":
+    run.script(main, Config, __doc__)
