@@ -29,6 +29,7 @@ class Config:
 
 
 def main(directory, config):
+    run.require(directory, "name a checkpoint first: python -m evaluate.chat out/dpo")
     top_p = config.top_p
     run.require(0 < top_p <= 1, f"--top-p must be more than 0 and at most 1, not {top_p}")
     model, encoding, chats = open_run(directory, run.device(config.device))
@@ -102,5 +103,5 @@ def reply_to(model, encoding, messages, chats, config, generator, samples=0):
 
 
 if __name__ == "__main__":
-    directory = sys.argv.pop(1) if sys.argv[1:] and not sys.argv[1].startswith("-") else "out/sft"
-    run.script(lambda config: main(directory, config), Config, __doc__)
+    name = "" if sys.argv[1:] == [] or sys.argv[1].startswith("-") else sys.argv.pop(1)
+    run.script(lambda config: main(name, config), Config, __doc__)

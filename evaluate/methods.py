@@ -178,16 +178,14 @@ def measured(home):
     """The scoreboard of a seed's methods, and {n: gold of the best of n by the reward model}."""
     first, second, best = (json.loads(file.read_text()) for file in measurements(home))
     rows = first | second
-    board = {name: rows[name] for name in ("base", "sft")}
-    for path in [*policies(home), home / "methods/reward"]:
-        row = rows.get(path.name, {})
-        peak = run_facts(path)["peak_memory_mib"]
-        board[path.name] = row | {"memory": peak, "seconds": cost(path)}
-    for row in board.values():
+    board = {}
+    for path in [home / "base", home / "sft", *policies(home), home / "methods/reward"]:
+        row = board[path.name] = rows.get(path.name, {})
+        row.pop("seconds", None)
+        if path.parent != home:  # base and sft belong to all methods
+            row |= {"memory": run_facts(path)["peak_memory_mib"], "seconds": cost(path)}
         if "gold" in row:
-            row["gain"] = row["gold"] - board["sft"]["gold"]
-    for name in ("base", "sft"):
-        board[name].pop("seconds", None)  # these belong to all methods
+            row["gain"] = row["gold"] - rows["sft"]["gold"]
     return board, {n: best["gold"][f"n={n}"]["outcome"] for n in BEST_OF}
 
 
