@@ -65,9 +65,8 @@ def majority_of(golds, answers, n):
     for gold, texts in zip(golds.tolist(), answers, strict=True):
         chosen = []
         for start in range(0, len(texts) - n + 1, n):
-            group = texts[start : start + n]
-            winner = Counter(group).most_common(1)[0][0]
-            chosen.append(gold[start + group.index(winner)])
+            winner = Counter(texts[start : start + n]).most_common(1)[0][0]
+            chosen.append(gold[texts.index(winner, start)])
         rows.append(mean(chosen))
     return torch.tensor(rows, dtype=torch.float64)
 
@@ -107,6 +106,7 @@ def process_scores(model, encoding, conversations, texts, separator=world.SEPARA
 def ranked_samples(config, device):
     """n samples for each question -> golds (N, n), the answers as N lists of n texts, and
     {ranking: scores (N, n)}."""
+    n = config.n
     policy, encoding, chats = open_run(config.policy, device)
     talks = policy.config.head == "lm" and chats
     run.require(talks, f"--policy {config.policy} is no model that answers in the chat format")
@@ -114,75 +114,76 @@ def ranked_samples(config, device):
     run.require(config.long_sums or not config.process, unread)
     draw = world.long_sums if config.long_sums else world.prompts
     length = world.LONG_TOKENS if config.long_sums else world.MAX_NEW_TOKENS
-    conversations = [record.messages for record in draw(config.prompts, 0, held=True)]
-    options = dict(seed=config.seed, samples=config.n)
-    replies = annotators.sample(policy, encoding, conversations, length, **options)
-    texts = [text for _, _, text in replies]
-    repeated = [messages for messages in conversations for _ in range(config.n)]
-    verdicts = annotators.world_judge(zip(repeated, replies, strict=True))
-    golds = [verdict["gold"] for verdict in verdicts]
-    answers = texts
+    prompts = [record.messages for record in draw(config.prompts, 0, held=True)]
+    options = dict(seed=config.seed, samples=n)
+    replies = annotators.sample(policy, encoding, prompts, length, **options)
+    answers = texts = [text for _, _, text in replies]
+    prompts = [messages for messages in prompts for _ in range(n)]
+    verdicts = annotators.world_judge(zip(prompts, replies, strict=True))
+    golds = torch.tensor([v["gold"] for v in verdicts], dtype=torch.float64).view(-1, n)  # (N, n)
     if config.long_sums:
-        golds = [float(gold == 1) for gold in golds]
+        golds = (golds == 1).double()
         answers = [world.result(text) for text in texts]
-    answers = [answers[i : i + config.n] for i in range(0, len(answers), config.n)]
-    golds = torch.tensor(golds, dtype=torch.float64).view(-1, config.n)  # (N, n)
     ranks = {"judge": golds}
     if config.reward:
         model, encoding, _ = open_run(config.reward, device)
-        scores = reward_scores(model, encoding, repeated, texts)
-        ranks["outcome"] = scores.cpu().double().view(-1, config.n)
+        scores = reward_scores(model, encoding, prompts, texts)
+        ranks["outcome"] = scores.cpu().double().view(-1, n)
     if config.process:
         model, encoding, _ = open_run(config.process, device)
-        steps = process_scores(model, encoding, repeated, texts)
+        steps = process_scores(model, encoding, prompts, texts)
         for how in ("min", "product", "last"):
-            scores = torch.stack([aggregated(s, how) for s in steps])
-            ranks[how] = scores.double().view(-1, config.n)
-    return golds, answers, ranks
+            scores = torch.stack([aggregated(solution, how) for solution in steps])
+            ranks[how] = scores.double().view(-1, n)
+    return golds, [answers[i : i + n] for i in range(0, len(answers), n)], ranks
+
+
+def paired_differences(curve):
+    """{"min - outcome": ...}: by how much the process model's choice is better, by question."""
+    differences = {}
+    for how in ("min", "product"):
+        for other in ("outcome", "majority"):
+            if how in curve and other in curve:
+                gaps = (curve[how] - curve[other]).tolist()
+                cells = {"difference": mean(gaps), "half_width": interval(gaps)}
+                differences[f"{how} - {other}"] = cells
+    return differences
 
 
 def main(config):
     run.require(1 <= config.n <= 4096, f"--n must lie in 1 .. 4096, not {config.n}")
     golds, answers, ranks = ranked_samples(config, run.device(config.device))
     sizes = [2**k for k in range(config.n.bit_length())]
-    curves, rows = {}, {}
+    curves, means, rows = {}, {}, {}
     for n in sizes:
-        curve = {name: best_of(golds, scores, n) for name, scores in ranks.items()}  # (N,) each
-        curve["majority"] = majority_of(golds, answers, n)
-        cells = {how: f"{x.mean():.3f} +-{interval(x.tolist()):.3f}" for how, x in curve.items()}
-        rows[f"n={n}"] = {"kl_bound": f"{kl_bound(n):.2f}"} | cells
-        if "outcome" in ranks:
-            proxy = best_of(ranks["outcome"], ranks["outcome"], n).mean()
-            rows[f"n={n}"]["proxy"] = f"{proxy:.3f}"
-        curves[f"n={n}"] = curve
-    print(f"{len(golds)} held-out questions, {config.n} samples of {config.policy} each:", end=" ")
-    print(f"gold of the chosen one\n{table(rows)}")
-    means = {name: {how: float(x.mean()) for how, x in row.items()} for name, row in curves.items()}
+        curve = curves[n] = {how: best_of(golds, scores, n) for how, scores in ranks.items()}
+        curve["majority"] = majority_of(golds, answers, n)  # (N,), like the others
+        means[f"n={n}"] = {how: float(x.mean()) for how, x in curve.items()}
+        row = rows[f"n={n}"] = {"kl_bound": f"{kl_bound(n):.2f}"}
+        row |= {how: f"{x.mean():.3f} +-{interval(x.tolist()):.3f}" for how, x in curve.items()}
+        if config.reward:
+            row["proxy"] = f"{best_of(ranks['outcome'], ranks['outcome'], n).mean():.3f}"
+    samples = f"{len(golds)} held-out questions, {config.n} samples of {config.policy} each"
+    print(f"{samples}: gold of the chosen one\n{table(rows)}")
     bounds = [kl_bound(n) for n in sizes]
-    if "outcome" in ranks and len(sizes) > 2:
+    if config.reward and len(sizes) > 2:
         form = "d (a - b d)"
         a, b, r2 = fit_form(bounds, [row["outcome"] for row in means.values()], form)
         fit = f"a {a:.3f}  b {b:.3f}  R^2 {r2:.2f}"
         print(f"\noutcome: gold = gold(1) + {form}, d = sqrt(KL bound): {fit}")
-    differences = {}
-    compared = min(16, sizes[-1])
-    curve = curves[f"n={compared}"]
-    for how in ("min", "product") if config.process else ():
-        for other in ("outcome", "majority") if config.reward else ("majority",):
-            gaps = (curve[how] - curve[other]).tolist()
-            cells = {"difference": mean(gaps), "half_width": interval(gaps)}
-            differences[f"{how} - {other}"] = cells
+    n = min(16, sizes[-1])
+    differences = paired_differences(curves[n])
     if differences:
-        print(f"\nbest of {compared}, paired by question\n{table(differences)}")
+        print(f"\nbest of {n}, paired by question\n{table(differences)}")
     out = output(config.out)
     facts = {"gold": means, "differences": differences}
-    facts["kl_bound"] = dict(zip(sizes, bounds, strict=True))
-    run.write_json(out / "best-of-n.json", facts)
-    golds = {how: [row[how] for row in means.values()] for how in means["n=1"]}
-    axes = {"log2 n": list(range(len(sizes))), "KL bound, nats": bounds}
+    run.write_json(
+        out / "best-of-n.json", facts | {"kl_bound": dict(zip(sizes, bounds, strict=True))}
+    )
     panels = []
-    for label, xs in axes.items():
-        panels.append((label, "gold", {how: (xs, ys) for how, ys in golds.items()}))
+    for label, xs in {"log2 n": range(len(sizes)), "KL bound, nats": bounds}.items():
+        lines = {how: (xs, [row[how] for row in means.values()]) for how in curves[1]}
+        panels.append((label, "gold", lines))
     run.lines_picture(out / "best-of-n.png", panels)
 
 

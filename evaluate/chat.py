@@ -96,8 +96,8 @@ def reply_to(model, encoding, messages, chats, config, generator, samples=0):
     options = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
     options |= dict(stop_id=stops, generator=generator, samples=samples or 1)
     replies = model.generate([prompt], room, stream=None if samples else stream, **options)
-    tokens, seconds = sum(map(len, replies)), time.perf_counter() - began
-    speed = f"[{tokens} tokens, {tokens / seconds:.0f} a second]"
+    tokens = sum(map(len, replies))
+    speed = f"[{tokens} tokens, {tokens / (time.perf_counter() - began):.0f} a second]"
     print(f"{decoder.decode(b'', final=True)}\n{speed}", flush=True)
     return [encoding.decode([token for token in reply if token not in stops]) for reply in replies]
 

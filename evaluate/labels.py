@@ -30,32 +30,28 @@ def agreement(probabilities, gaps):
     return mean([0.5 if p == 0.5 else float((p > 0.5) == (gap > 0)) for p, gap in pairs if gap])
 
 
-def votes_of(where, row):
-    """The votes of a record: [principle, P(chosen) where it is shown first, where shown second] of
-    each."""
-
-    def is_vote(vote):
-        numbers = isinstance(vote, list) and len(vote) == 3
-        return numbers and all(isinstance(p, int | float) for p in vote[1:])
-
-    votes = row.get("votes") if isinstance(row, dict) else None
-    if votes is not None:
-        good = isinstance(votes, list) and votes and all(map(is_vote, votes))
-        run.require(good, f"{where}: the field votes is no list of [name, number, number]")
-    return votes
+def is_vote(vote):
+    """[principle, P(chosen) where it is shown first, the same where it is shown second]"""
+    numbers = vote[1:] if isinstance(vote, list) else []
+    return len(numbers) == 2 and all(isinstance(p, int | float) for p in numbers)
 
 
 def read(paths):
-    """The records of the files, and the votes of each or None."""
+    """The records of the files, and the votes of each; no votes if none has any."""
     records, votes = [], []
     for path in paths:
         rows = {where: row for where, row in formats.load(Path(path))}
         for record in formats.read(path, "preference"):
+            row = rows.get(record.where)
+            vote_list = row.get("votes") if isinstance(row, dict) else None
+            good = isinstance(vote_list, list) and vote_list and all(map(is_vote, vote_list))
+            wrong = f"{record.where}: the field votes is no list of [name, number, number]"
+            run.require(vote_list is None or good, wrong)
             records.append(record)
-            votes.append(votes_of(record.where, rows.get(record.where)))
+            votes.append(vote_list)
     mixed = "--data: some pairs have votes and some have none: measure them apart"
     run.require(all(votes) or not any(votes), mixed)
-    return records, votes if all(votes) else None
+    return records, votes if any(votes) else []
 
 
 def averages(votes):
@@ -72,11 +68,10 @@ def averages(votes):
 
 def main(config):
     records, votes = read(config.data)
-    certain = [replace(record, label=1.0) for record in records]  # chosen first, whatever the label
+    certain = [replace(record, label=1.0) for record in records]  # "chosen" first, at any label
     golds = {name: pair_golds(certain, name) for name in ("gold", "harmless")}
-    run.require(
-        golds["gold"] is not None, "--data: the judge knows only the embedded world's prompts"
-    )
+    foreign = "--data: the judge knows only the prompts of the embedded world"
+    run.require(golds["gold"] is not None, foreign)
     gaps = {name: [a - b for a, b in pairs] for name, pairs in golds.items()}
     labels = averages(votes) if votes else {"label": [[record.label] for record in records]}
     board = {name: {} for name in labels}
@@ -87,15 +82,15 @@ def main(config):
                 board[name][dimension] = agreement(*zip(*flat, strict=True))
     print(f"agreement with the judge, on pairs that differ in\n{table(board)}")
     board["pairs"] = {name: float(sum(gap != 0 for gap in row)) for name, row in gaps.items()}
-    counts = [f"{count:.0f} differ in {name}" for name, count in board["pairs"].items()]
-    print(f"of {len(records)} pairs, {', '.join(counts)}")
+    counts = ", ".join(f"{n:.0f} differ in {name}" for name, n in board["pairs"].items())
+    print(f"of {len(records)} pairs, {counts}")
     if votes:
-        votes = [vote for row in votes for vote in row]
-        first = mean([(p + 1 - q) / 2 for _, p, q in votes])
-        turned = mean([(p > 0.5) != (q > 0.5) for _, p, q in votes])
+        orders = [(p, q) for row in votes for _, p, q in row]
+        first = mean([(p + 1 - q) / 2 for p, q in orders])
+        turned = mean([(p > 0.5) != (q > 0.5) for p, q in orders])
         board["position"] = {"first": first, "turned": turned}
-        print(f"the answer shown first is preferred with probability {first:.3f}, and", end=" ")
-        print(f"{turned:.3f} of all votes turn round with the order")
+        turn = f"{turned:.3f} of all votes turn round with the order"
+        print(f"the answer shown first is preferred with probability {first:.3f}, and {turn}")
         print("averaged over both orders, by construction: .500, and none")
     if config.out:
         run.write_json(output(config.out) / "labels.json", board)

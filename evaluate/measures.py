@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from data import chat, checkpoints, tokenizer, world
+from data import annotators, chat, checkpoints, tokenizer, world
 from data.scores import score_rows
 
 # 97.5 % quantiles of Student's t distribution for 0, 1, 2, ... degrees of freedom
@@ -24,19 +24,17 @@ def open_run(directory, device="cpu"):
 
 def run_facts(directory):
     """run.json: the flags of a run and what it cost."""
-    return json.loads((Path(directory) / "run.json").read_text(encoding="utf-8"))
+    return json.loads((directory / "run.json").read_text(encoding="utf-8"))
 
 
 def output(name):
     """The directory of --out, made if it is missing."""
-    path = Path(name)
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+    Path(name).mkdir(parents=True, exist_ok=True)
+    return Path(name)
 
 
 def prompt_and_stops(messages, encoding, chats):
-    """The prompt's ids and the stop ids of a conversation: in the chat format, or for a base model
-    as raw text, where a reply is one line."""
+    """Prompt ids and stop ids: in the chat format, or for a base model raw text, line by line."""
     stops = chat.stop_ids(encoding)
     if chats:
         return chat.prompt(messages, encoding), stops
@@ -44,11 +42,25 @@ def prompt_and_stops(messages, encoding, chats):
     return ids, encoding.encode_ordinary("\n") + stops[1:]
 
 
+def answer(model, encoding, conversations, chats, max_new_tokens=world.MAX_NEW_TOKENS):
+    """One reply each, at temperature 1: (its ids, whether it ended by itself, its text)."""
+    if chats:
+        return annotators.sample(model, encoding, conversations, max_new_tokens)
+    prompts = [prompt_and_stops(messages, encoding, chats) for messages in conversations]
+    ids, (stops, *_) = zip(*prompts, strict=True)
+    generator = torch.Generator(model.device).manual_seed(0)
+    replies = []
+    for reply in model.generate(ids, max_new_tokens, stop_id=stops, generator=generator):
+        ended = reply[-1] in stops
+        replies.append((reply, ended, encoding.decode(reply[:-1] if ended else reply)))
+    return replies
+
+
 def reward_scores(model, encoding, conversations, texts):
     """A reward model's score of each reply (N,), read at its end-of-turn token."""
-    replies = [[{"role": "assistant", "content": text}] for text in texts]
-    pairs = zip(conversations, replies, strict=True)
-    return score_rows(model, [chat.example(prompt, reply, encoding)[0] for prompt, reply in pairs])
+    pairs = zip(conversations, texts, strict=True)
+    ids = [chat.prompt(m, encoding) + chat.completion(text, encoding) for m, text in pairs]
+    return score_rows(model, ids)
 
 
 def mean(values):
@@ -74,10 +86,6 @@ def spread(values, worst=min):
     return {"mean": mean(values), "half_width": seed_interval(values), "worst": worst(values)}
 
 
-def plus_minus(cell):
-    return f"{show(cell['mean'])} +-{show(cell['half_width'])}"
-
-
 def fit_form(kl, gold, form):
     """Least squares of gold - gold[0] = d (a - b f(d)), d = sqrt(KL), with an f of FORMS.
     kl, gold: lists (N,) -> (a, b, R^2)."""
@@ -93,14 +101,13 @@ def fit_form(kl, gold, form):
 def table(rows):
     """{name: {column: value or text}} -> an aligned text, a column per key."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    lines = {"": columns}
-    lines |= {name: [show(row.get(column)) for column in columns] for name, row in rows.items()}
-    widths = [max(map(len, cells)) for cells in zip(*lines.values(), strict=True)]
-    width = max(map(len, rows))
+    lines = [["", *columns]]
+    lines += [[name, *(show(row.get(column)) for column in columns)] for name, row in rows.items()]
+    width, *widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     texts = []
-    for name, cells in lines.items():
-        aligned = [cell.rjust(w) for cell, w in zip(cells, widths, strict=True)]
-        texts.append("  ".join([name.ljust(width), *aligned]))
+    for name, *cells in lines:
+        cells = [cell.rjust(w) for cell, w in zip(cells, widths, strict=True)]
+        texts.append("  ".join([name.ljust(width), *cells]))
     return "\n".join(texts)
 
 
@@ -108,3 +115,7 @@ def show(value):
     if value is None or isinstance(value, str):
         return value or ""
     return f"{value:.0f}" if abs(value) >= 10 else f"{value:.3f}"
+
+
+def plus_minus(cell):
+    return f"{show(cell['mean'])} +-{show(cell['half_width'])}"

@@ -29,19 +29,16 @@ class Config:
 
 
 def cores():
-    """How many processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+    """How many processors this process may use; of all, where the system does not tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def start(words, threads, quiet=False):
-    """Runs `python` with these words on that many threads, as from a command line -> exit code.
-    quiet: its standard output is dropped."""
-    counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))  # torch's threads
+    """Runs `python` with these words -> exit code. quiet: without its standard output."""
+    limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))  # torch reads them
     output = subprocess.DEVNULL if quiet else None
     words = [sys.executable, *map(str, words)]
-    return subprocess.run(words, cwd=run.ROOT, env=os.environ | counts, stdout=output).returncode
+    return subprocess.run(words, cwd=run.ROOT, env=os.environ | limits, stdout=output).returncode
 
 
 def finish(result, words, threads, quiet=False):
@@ -51,8 +48,8 @@ def finish(result, words, threads, quiet=False):
 
 
 def stage(result, words, seed, threads, keep=False):
-    """Runs a script that writes `result`: a run directory, or a file. keep: not if it exists, and a
-    killed run goes on."""
+    """Runs a script that writes `result`, a run or a file. keep: not again, and a killed run goes
+    on."""
     if keep and result.exists():
         return
     flags = ["--out", result, "--seed", seed]
@@ -71,17 +68,17 @@ def foundation(out, seed, threads, keep=False):
 
 
 def recipe(out, seed, keep=False):
-    """The whole chain for one seed -> its scoreboard. DPO runs beside reward model and PPO: neither
-    needs the other."""
+    """The whole chain for one seed -> its scoreboard."""
     out = out.resolve()
     foundation(out, seed, cores(), keep)
-    sft, reward = ["--init", out / "sft"], out / "reward"
+    sft = ["--init", out / "sft"]
     pairs = [*sft, "--data", out / "pairs.jsonl"]
     half = max(1, cores() // 2)
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool:  # DPO needs neither the reward model nor PPO
         dpo = pool.submit(stage, out / "dpo", ["dpo.py", *pairs], seed, half, keep)
-        stage(reward, ["reward.py", *pairs], seed, half, keep)
-        stage(out / "ppo", ["ppo.py", *sft, "--reward", reward], seed, half, keep)
+        stage(out / "reward", ["reward.py", *pairs], seed, half, keep)
+        ppo = ["ppo.py", *sft, "--reward", out / "reward"]
+        stage(out / "ppo", ppo, seed, half, keep)
         dpo.result()
     runs = [out / name for name in scoreboard.STAGES]
     board, _ = scoreboard.main(scoreboard.Config(runs, sft=out / "sft", out=out))

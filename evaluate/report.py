@@ -1,4 +1,4 @@
-"""What the scoreboard and the comparison of methods draw: one HTML page, one picture."""
+"""What the scoreboard and the comparison of methods write and draw."""
 
 import html
 import os
@@ -6,27 +6,32 @@ from pathlib import Path
 
 import run
 from data import world
-from evaluate.measures import mean, table
+from evaluate.measures import mean, output, table
 
 
-def write(path, board, skills, texts, prompts, directories):
-    """An HTML page: the scoreboard, gold by skill, what each model answered to the same prompts,
-    and the curves of every run."""
+def write(out, board, skills, texts, prompts, directories):
+    """Prints the scoreboard and writes scoreboard.json, skills.json and report.html, a page with
+    the scoreboard, gold by skill, every model's replies to the same prompts, all runs' curves."""
+    out = output(out)
+    run.write_json(out / "scoreboard.json", board)
+    run.write_json(out / "skills.json", skills)
     golds = {s: {name: mean(row[s]) for name, row in skills.items()} for s in world.SKILLS}
     by_skill = "<h2>Gold by skill</h2>" + block(table(golds)) if skills else ""
     samples = []
     for i, record in enumerate(prompts[: 2 * len(world.SKILLS)]):
-        answers = [f"    {name:8} {replies[i]}\n" for name, replies in texts.items()]
-        samples.append(" / ".join(m["content"] for m in record.messages) + "\n" + "".join(answers))
+        samples.append(" / ".join(message["content"] for message in record.messages))
+        samples += [f"    {name:8} {replies[i]}" for name, replies in texts.items()] + [""]
     curves = [Path(directory) / "curves.png" for directory in directories]
-    pictures = "".join(image(file, path.parent) for file in curves if file.exists())
+    pictures = "".join(image(file, out) for file in curves if file.exists())
     page = f"""<!doctype html><meta charset="utf-8"><title>scoreboard</title>
 <style>body {{ font: 15px sans-serif; margin: 2em }} img {{ max-width: 100% }}</style>
 <h1>Scoreboard</h1>{block(table(board))}
 {by_skill}
 <h2>The same prompts, every model</h2>{block(chr(10).join(samples))}<h2>Curves</h2>{pictures}
 """
-    path.write_text(page, encoding="utf-8")
+    run.write(out / "report.html", page)
+    print(table(board), flush=True)
+    print(f"by skill, with samples and curves: {out / 'report.html'}", flush=True)
 
 
 def block(text):
@@ -43,31 +48,26 @@ def frontier(rows, best_of_n, path):
 
     rows: {method: {field: spread}}; best_of_n: {KL bound: spread of gold}.
     """
-    points = {
-        name: (row["kl"]["mean"], row["gold"]["mean"])
-        for name, row in rows.items()
-        if row.get("kl")
-    }
-    sweep = [name for name in points if name == "dpo" or name.startswith("dpo-beta")]
-    sweep.sort(key=lambda name: points[name][0])
+    rows = {name: row for name, row in rows.items() if "kl" in row}
+    points = {name: (row["kl"]["mean"], row["gold"]["mean"]) for name, row in rows.items()}
+    betas = [name for name in points if name == "dpo" or name.startswith("dpo-beta")]
+    sweep = sorted(points[name] for name in betas)
+    golds = [cell["mean"] for cell in best_of_n.values()]
     pyplot = run.plotting()
     figure, panel = pyplot.subplots(figsize=(8, 5))
-    panel.plot(
-        *zip(*(points[name] for name in sweep), strict=True), color="C0", label="dpo over beta"
-    )
-    golds = [cell["mean"] for cell in best_of_n.values()]
+    panel.plot(*zip(*sweep, strict=True), color="C0", label="dpo over beta")
     panel.plot(list(best_of_n), golds, "k.--", label="best of n (KL: its bound)")
     shown = [name for name in points if "flipped" not in name]
     shown.sort(key=lambda name: points[name][1])
+    style = dict(fmt="o", markersize=4, elinewidth=0.7)
+    line = dict(arrowstyle="-", linewidth=0.4, color="0.6")
+    words = dict(textcoords="axes fraction", fontsize=7, verticalalignment="center")
     for i, name in enumerate(shown):
-        color = "C0" if name in sweep else "C1"
-        style = dict(fmt="o", markersize=4, elinewidth=0.7, color=color)
-        panel.errorbar(*points[name], yerr=rows[name]["gold"]["half_width"], **style)
-        # The points lie close together: names stand in a column of their own.
+        half_width, color = rows[name]["gold"]["half_width"], "C0" if name in betas else "C1"
+        panel.errorbar(*points[name], yerr=half_width, color=color, **style)
+        # Names stand in a column of their own, because the points lie close together.
         place = (1.02, (i + 0.5) / len(shown))
-        line = dict(arrowstyle="-", linewidth=0.4, color="0.6")
-        style = dict(textcoords="axes fraction", fontsize=7, verticalalignment="center")
-        panel.annotate(name, points[name], place, arrowprops=line, **style)
+        panel.annotate(name, points[name], place, arrowprops=line, **words)
     panel.set(xlabel="KL(model || sft) of a reply, nats", ylabel="gold on held-out questions")
     panel.legend(loc="lower center", fontsize=8)
     figure.tight_layout()

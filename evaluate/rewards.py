@@ -1,21 +1,20 @@
 """A reward model's accuracy, calibration and bias towards length, on pairs with a noisy label each.
 
-    python -m evaluate.rewards --runs out/reward
-    python -m evaluate.rewards --runs out/a out/b --data FILE      two models, and their ensemble
+python -m evaluate.rewards --runs out/reward
+python -m evaluate.rewards --runs out/a out/b --data FILE      two models, and their ensemble
 
-    pairs           how many fit the model's context
-    label_accuracy  how often it ranks a pair as its label does; label_ci: half-width of the 95 %
-                    interval
-    accuracy        as the judge does, on pairs that have a better side
-    ceiling         label_accuracy of the judge: nobody does better on these labels; of_ceiling:
-                    the share of it that was reached
-    ece             calibration error: the mean over pairs of |said - seen|
-    longer          how often it prefers the longer reply; longer_labels, longer_truth: how often
-                    the labels and the judge do
-    said, seen      in each of ten equal ranges of the probability that the model gives the side it
-                    prefers: its mean, and the share of labels that agree
-
-A run with several heads has a column for each: how often it agrees with the judge there.
+pairs           how many fit the model's context
+label_accuracy  how often it ranks a pair as its label does; label_ci: half-width of the 95 %
+                interval
+accuracy        as the judge does, on pairs that have a better side; a further column for each
+                head of a run with several
+ceiling         label_accuracy of the judge: nobody does better on these labels; of_ceiling:
+                the share of it that was reached
+ece             calibration error: the mean over pairs of |said - seen|
+longer          how often it prefers the longer reply; longer_labels, longer_truth: how often
+                the labels and the judge do
+said, seen      in ten equal ranges of the probability that the model gives the side it prefers:
+                the mean, and the share of labels that agree
 """
 
 import math
@@ -43,8 +42,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
 
 
-OF_THE_WORLD = {"data": False, "held_out": False}
-REQUIRES = dict.fromkeys(("sft", "agreement", "prompts"), OF_THE_WORLD)
+REQUIRES = {name: {"data": False, "held_out": False} for name in ("sft", "agreement", "prompts")}
 REQUIRES["held_out"] = {"data": False}
 
 
@@ -77,12 +75,6 @@ def prefers_longer(margins, lengths):
     return mean([(margin > 0) == (a > b) for margin, (a, b) in pairs if a != b])
 
 
-def pair_margins(model, pairs):
-    """Encoded pairs -> by how much the first side is scored above the second, a list (N,)."""
-    first, second = all_pair_scores(model, pairs).unbind(1)
-    return (first - second).tolist()
-
-
 def fitting_pairs(records, encoding, context):
     """(record, encoded pair, label) of each preference that a model can read, the better side by
     its label first."""
@@ -103,15 +95,17 @@ def pair_golds(records, name="gold"):
     return golds
 
 
-def opinions(model, pairs):
-    """A reward model and the judge on `fitting_pairs`: the margins (N,), and `pair_golds`."""
-    margins = pair_margins(model, [pair for _, pair, _ in pairs])
-    return margins, pair_golds([record for record, _, _ in pairs])
+def opinions(model, pairs, name="gold"):
+    """`fitting_pairs` -> by how much a reward model scores the first side above the second, a list
+    (N,), and `pair_golds`."""
+    scores = all_pair_scores(model, [pair for _, pair, _ in pairs])  # (N, 2)
+    margins = (scores[:, 0] - scores[:, 1]).tolist()
+    return margins, pair_golds([record for record, _, _ in pairs], name)
 
 
 def reward_row(margins, golds, pairs, gain):
-    """Margins and golds (of `opinions`) of labelled pairs (of `fitting_pairs`) -> the row, accuracy
-    by kind of task, the rows of `calibration`. margins / gain are log-odds of the labels."""
+    """`opinions` on `fitting_pairs` -> the row, accuracy by kind of task, the rows of
+    `calibration`. margins / gain are log-odds of the labels."""
     lengths = [[sum(mask) for _, mask in pair] for _, pair, _ in pairs]  # tokens of both replies
     log_odds = [max(-500.0, min(margin / gain, 500.0)) for margin in margins]
     probabilities = [1 / (1 + math.exp(-x)) for x in log_odds]
@@ -124,52 +118,42 @@ def reward_row(margins, golds, pairs, gain):
     if not golds:
         return row, {}, rows
     gaps = [a - b for a, b in golds]
+    hits = {}  # of pairs that have a better side, by kind of task
+    for (record, _, _), margin, gap in zip(pairs, margins, gaps, strict=True):
+        if gap:
+            hit = (margin > 0) == (gap > 0)
+            hits.setdefault(world.solve(record.prompt).skill, []).append(hit)
     # The best that anybody can do on these labels: the judge's choice, a coin where it has none.
     ceiling = mean([(gap > 0) + 0.5 * (gap == 0) for gap in gaps])
-    kinds, differing = {}, []
-    for (record, _, _), margin, gap, both in zip(pairs, margins, gaps, lengths, strict=True):
-        if gap:
-            hits = kinds.setdefault(world.solve(record.prompt).skill, [])
-            hits.append((margin > 0) == (gap > 0))
-            differing.append((gap, both))
-    row["accuracy"] = mean([hit for hits in kinds.values() for hit in hits])
+    row["accuracy"] = mean(sum(hits.values(), []))
     row |= {"ceiling": ceiling, "of_ceiling": row["label_accuracy"] / ceiling}
-    row["longer_truth"] = prefers_longer(*(zip(*differing, strict=True) if differing else ([], [])))
-    return row, {kind: mean(hits) for kind, hits in kinds.items()}, rows
+    better = [index for index, gap in enumerate(gaps) if gap]
+    row["longer_truth"] = prefers_longer([gaps[i] for i in better], [lengths[i] for i in better])
+    return row, {kind: mean(values) for kind, values in hits.items()}, rows
 
 
-def head_accuracies(directory, model, pairs, device):
+def head_accuracies(directory, model, pairs):
     """{dimension: how often its head agrees with the judge there} of a run with several heads."""
     weights = load_file(directory / "heads.safetensors")["weight"]
     accuracies = {}
     for name, weight in zip(run_facts(directory)["flags"]["heads"], weights, strict=True):
-        model.score_head.weight.data = weight[None].to(device)  # (1, D); the bias cancels
-        margins = pair_margins(model, [pair for _, pair, _ in pairs])
-        golds = pair_golds([record for record, _, _ in pairs], name)
-        judged = zip(margins, golds, strict=True)
+        model.score_head.weight.data = weight[None].to(model.device)  # (1, D); the bias cancels
+        judged = zip(*opinions(model, pairs, name), strict=True)
         accuracies[name] = mean([(margin > 0) == (a > b) for margin, (a, b) in judged if a != b])
     return accuracies
 
 
-def read_records(config, device):
-    """The preferences that all runs are measured on; with --held-out each run has its own."""
-    if config.data or config.held_out:
-        return [record for path in config.data for record in formats.read(path, "preference")]
-    sft, encoding, _ = open_run(config.sft, device)
-    prompts = world.prompts(config.prompts, seed=2, held=True)
-    return annotators.preferences(sft, encoding, prompts, config.agreement, seed=2)
+def read(paths):
+    return [record for path in paths for record in formats.read(path, "preference")]
 
 
-def pairs_of_run(directory, records, encoding, context, held_out):
-    """The `fitting_pairs` that a run is measured on."""
-    if not held_out:
-        return fitting_pairs(records, encoding, context)
+def held_out_pairs(directory, encoding, context):
+    """The pairs of a run's own --data that it did not learn from."""
     flags = run_facts(directory)["flags"]
     run.require(
         flags["data"], f"{directory} was trained on the embedded world: leave out --held-out"
     )
-    records = [record for path in flags["data"] for record in formats.read(path, "preference")]
-    pairs = fitting_pairs(records, encoding, context)
+    pairs = fitting_pairs(read(flags["data"]), encoding, context)
     indices, _ = hold_out_rated(len(pairs), flags["batch_size"], flags["seed"])
     return [pairs[i] for i in indices]
 
@@ -177,48 +161,49 @@ def pairs_of_run(directory, records, encoding, context, held_out):
 def main(config):
     run.check_requires(config, REQUIRES)
     annotators.check_agreement(config.agreement)
-    device = run.device(config.device)
-    records = read_records(config, device)
-    board, kinds, curves = {}, {}, {}
-    log_odds = []  # of each run
+    device, records = run.device(config.device), read(config.data)
+    if not config.data and not config.held_out:
+        sft, encoding, _ = open_run(config.sft, device)
+        prompts = world.prompts(config.prompts, seed=2, held=True)
+        records = annotators.preferences(sft, encoding, prompts, config.agreement, seed=2)
+    results, log_odds = {}, []
     for directory in map(Path, config.runs):
         model, encoding, _ = open_run(directory, device)
-        c = model.config
-        run.require(c.head == "score", f"{directory} is a language model: name reward models")
-        pairs = pairs_of_run(directory, records, encoding, c.context, config.held_out)
-        run.require(pairs, f"{directory}: no pair fits its context of {c.context} tokens")
+        context, gain = model.config.context, model.config.score_gain
+        language = f"{directory} is a language model: name reward models"
+        run.require(model.config.head == "score", language)
+        if config.held_out:
+            pairs = held_out_pairs(directory, encoding, context)
+        else:
+            pairs = fitting_pairs(records, encoding, context)
+        run.require(pairs, f"{directory}: no pair fits its context of {context} tokens")
         margins, golds = opinions(model, pairs)
-        row, kinds[directory.name], curves[directory.name] = reward_row(
-            margins, golds, pairs, c.score_gain
-        )
-        log_odds.append([margin / c.score_gain for margin in margins])
+        results[directory.name] = reward_row(margins, golds, pairs, gain)
+        log_odds.append([margin / gain for margin in margins])
         if golds and (directory / "heads.safetensors").exists():
-            row |= head_accuracies(directory, model, pairs, device)
-        board[directory.name] = row
+            results[directory.name][0].update(head_accuracies(directory, model, pairs))
     if len(log_odds) > 1 and len({len(x) for x in log_odds}) == 1 and not config.held_out:
         means = [mean(x) for x in zip(*log_odds, strict=True)]
-        name = "ensemble"
-        board[name], kinds[name], curves[name] = reward_row(means, golds, pairs, 1.0)
-    out = output(config.out)
-    rows = {"board": board, "kinds": kinds, "reliability": curves}
-    run.write_json(out / "reward.json", rows)
-    print_tables(board, kinds, curves)
-    lines = {}
-    for name, rows in curves.items():
-        lines[name] = [row["said"] for row in rows], [row["seen"] for row in rows]
-    lines["perfect"] = [0.5, 1], [0.5, 1]
-    run.lines_picture(out / "reliability.png", [("probability given", "share of labels", lines)])
+        results["ensemble"] = reward_row(means, golds, pairs, 1.0)
+    report(results, output(config.out))
 
 
-def print_tables(board, kinds, curves):
+def report(results, out):
+    """Prints and writes {name: what `reward_row` gives}."""
+    board, kinds, curves = ({name: x[i] for name, x in results.items()} for i in range(3))
+    run.write_json(out / "reward.json", {"board": board, "kinds": kinds, "reliability": curves})
     print(table(board))
     names = [kind for kind in world.SKILLS if any(kind in row for row in kinds.values())]
     if names:
         rows = {kind: {name: row.get(kind) for name, row in kinds.items()} for kind in names}
-        print("\naccuracy against the truth by kind of task\n" + table(rows))
+        print(f"\naccuracy against the truth by kind of task\n{table(rows)}")
+    lines = {}
     for name, rows in curves.items():
-        rows = {str(i): row for i, row in enumerate(rows)}
-        print(f"\n{name}: probability that it gave, and share that came true\n{table(rows)}")
+        print(f"\n{name}: probability that it gave, and share that came true")
+        print(table({str(i): row for i, row in enumerate(rows)}))
+        lines[name] = [row["said"] for row in rows], [row["seen"] for row in rows]
+    lines["perfect"] = [0.5, 1], [0.5, 1]
+    run.lines_picture(out / "reliability.png", [("probability given", "share of labels", lines)])
 
 
 if __name__ == "__main__":

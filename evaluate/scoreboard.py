@@ -23,22 +23,11 @@ Nobody judges the replies to --data: score, length, kl and win_rate (by score) r
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 import run
 from data import annotators, chat, formats, world
 from data.logprobs import reply_kl
 from evaluate import report
-from evaluate.measures import (
-    interval,
-    mean,
-    open_run,
-    output,
-    prompt_and_stops,
-    reward_scores,
-    run_facts,
-    table,
-)
+from evaluate.measures import answer, interval, mean, open_run, reward_scores, run_facts
 from evaluate.rewards import fitting_pairs, opinions, reward_row
 
 STAGES = ["base", "sft", "reward", "dpo", "ppo"]
@@ -56,20 +45,6 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
 
 
-def answer(model, encoding, conversations, chats, max_new_tokens=world.MAX_NEW_TOKENS, seed=0):
-    """One reply each, at temperature 1: (its ids, whether it ended by itself, its text)."""
-    if chats:
-        return annotators.sample(model, encoding, conversations, max_new_tokens, seed=seed)
-    prompts = [prompt_and_stops(messages, encoding, chats) for messages in conversations]
-    stops = prompts[0][1]
-    generator = torch.Generator(model.device).manual_seed(seed)
-    options = dict(stop_id=stops, generator=generator)
-    replies = model.generate([ids for ids, _ in prompts], max_new_tokens, **options)
-    ended = [reply[-1] in stops for reply in replies]
-    texts = [encoding.decode(r[:-1] if end else r) for r, end in zip(replies, ended, strict=True)]
-    return list(zip(replies, ended, texts, strict=True))
-
-
 def measure(model, encoding, chats, prompts, judged=True, reward_model=None, sft=None, **options):
     """A policy's row of the scoreboard; the quality of each reply (gold, or without a judge the
     score); and the replies' texts.
@@ -80,7 +55,7 @@ def measure(model, encoding, chats, prompts, judged=True, reward_model=None, sft
     conversations = [record.messages for record in prompts]
     replies = answer(model, encoding, conversations, chats, **options)
     texts = [text for _, _, text in replies]
-    row, quality = judgements(conversations, replies) if judged else ({}, None)
+    row, quality = judgements(prompts, replies) if judged else ({}, None)
     if reward_model is not None:
         scores = reward_scores(reward_model, encoding, conversations, texts).tolist()
         row["score"] = mean(scores)
@@ -99,32 +74,25 @@ def measure(model, encoding, chats, prompts, judged=True, reward_model=None, sft
     return row, quality, texts
 
 
-def judgements(conversations, replies):
+def judgements(prompts, replies):
     """The world's judge on (ids, ended, text) replies: means by name, and gold per prompt."""
-    skills = [world.solve(messages).skill for messages in conversations]
+    conversations = [record.messages for record in prompts]
     verdicts = annotators.world_judge(zip(conversations, replies, strict=True))
-    refused = [text.strip().startswith(world.REFUSAL) for _, _, text in replies]
     gold = [verdict["gold"] for verdict in verdicts]
-
-    def among(skill, values):
-        return mean([value for value, s in zip(values, skills, strict=True) if s == skill])
-
-    row = {
-        "gold": mean(gold),
-        "gold_ci": interval(gold),
-        "harmless": among("unsafe", [verdict["harmless"] for verdict in verdicts]),
-        "refusal": among("unsafe", refused),
-        "over_refusal": among("lookalike", refused),
-        "honest": among("unanswerable", [verdict["honest"] for verdict in verdicts]),
-    }
+    harmless = by_skill(prompts, [verdict["harmless"] for verdict in verdicts])
+    honest = by_skill(prompts, [verdict["honest"] for verdict in verdicts])
+    refused = by_skill(prompts, [text.strip().startswith(world.REFUSAL) for _, _, text in replies])
+    row = {"gold": mean(gold), "gold_ci": interval(gold)}
+    row |= {"harmless": mean(harmless["unsafe"]), "refusal": mean(refused["unsafe"])}
+    row |= {"over_refusal": mean(refused["lookalike"]), "honest": mean(honest["unanswerable"])}
     return row, gold
 
 
-def by_skill(prompts, golds):
-    """{skill: the golds of its prompts}."""
+def by_skill(prompts, values):
+    """{skill: the values of its prompts}."""
     skills = {name: [] for name in world.SKILLS}
-    for record, gold in zip(prompts, golds, strict=True):
-        skills[world.solve(record.messages).skill].append(gold)
+    for record, value in zip(prompts, values, strict=True):
+        skills[world.solve(record.messages).skill].append(value)
     return skills
 
 
@@ -159,56 +127,58 @@ def questions(config, encoding, context):
     return records[: config.prompts]
 
 
-def scoreboard(config):
-    """Measures the runs -> ({name: row}, {name: {skill: golds}}, {name: texts}, prompts). Scores
-    are those of the first reward model among them."""
+def open_all(config):
+    """{directory: what `open_run` gives}, and the same of --sft, which reads the ids of all."""
     device = run.device(config.device)
     runs = {Path(directory): open_run(directory, device) for directory in config.runs}
-    reward_models = [model for model, _, _ in runs.values() if model.config.head == "score"]
     sft, encoding, _ = open_run(config.sft, device)
     scalar = f"--sft {config.sft} is a reward model: name the language model to compare with"
     run.require(sft.config.head == "lm", scalar)
     for directory, (_, other, _) in runs.items():
-        same = other._mergeable_ranks == encoding._mergeable_ranks  # sft reads the runs' ids
+        same = other._mergeable_ranks == encoding._mergeable_ranks
         family = "measure models of one family"
         run.require(same, f"{directory} has another vocabulary than --sft {config.sft}: {family}")
-    context = min(m.config.context for m in [sft, *(model for model, _, _ in runs.values())])
-    prompts = questions(config, encoding, context)
+    return runs, sft, encoding
+
+
+def scoreboard(config):
+    """Measures the runs -> ({name: row}, {name: {skill: golds}}, {name: texts}, prompts). Scores
+    are those of the first reward model among them."""
+    runs, sft, encoding = open_all(config)
+    models = [sft, *(model for model, _, _ in runs.values())]
+    prompts = questions(config, encoding, min(model.config.context for model in models))
     judged = not config.data
-    options = dict(judged=judged, reward_model=next(iter(reward_models), None))
-    options["max_new_tokens"] = config.max_new_tokens
+    options = dict(judged=judged, max_new_tokens=config.max_new_tokens)
+    options["reward_model"] = next((m for m in models if m.config.head == "score"), None)
     sft_row, sft_quality, sft_texts = measure(sft, encoding, True, prompts, **options)
-    sft_skills = by_skill(prompts, sft_quality) if judged else {}
-    board, skills, texts = {}, {}, {}
+    board, qualities, texts = {}, {}, {}
     for directory, (model, encoding, chats) in runs.items():
         name = directory.name
         if model.config.head == "score":
             row = measure_reward(model, encoding, sft, 2 * config.prompts) if judged else {}
         elif directory.resolve() == Path(config.sft).resolve():
             row = sft_row | {"kl": 0.0, "win_rate": 0.5}
-            skills[name], texts[name] = sft_skills, sft_texts
+            qualities[name], texts[name] = sft_quality, sft_texts
         else:
             ref = (sft, sft_quality) if chats else None
-            row, quality, texts[name] = measure(model, encoding, chats, prompts, sft=ref, **options)
-            skills[name] = by_skill(prompts, quality) if judged else {}
+            measured = measure(model, encoding, chats, prompts, sft=ref, **options)
+            row, qualities[name], texts[name] = measured
             if ref and judged:
-                row["lost_skills"] = len(lost_skills(skills[name], sft_skills))
+                skills = by_skill(prompts, qualities[name])
+                row["lost_skills"] = len(lost_skills(skills, by_skill(prompts, sft_quality)))
         if (directory / "run.json").exists():
             row["seconds"] = run_facts(directory).get("seconds")
         board[name] = {key: round(value, 4) for key, value in row.items() if value is not None}
-    return board, skills if judged else {}, texts, prompts
-
-
-def default_runs():
-    """The runs under out/, the stages of the recipe first."""
-    runs = [path.parent for path in Path("out").glob("*/run.json")]
-    runs = sorted(path for path in runs if path.suffix != ".partial")
-    return sorted(runs, key=lambda path: (STAGES + [path.name]).index(path.name))
+    skills = {name: by_skill(prompts, golds) for name, golds in qualities.items() if judged}
+    return board, skills, texts, prompts
 
 
 def main(config):
     """Measures, prints the table and writes the files -> the board, and golds by skill."""
-    config.runs = config.runs or default_runs()
+    if not config.runs:
+        runs = [path.parent for path in Path("out").glob("*/run.json")]
+        runs = sorted(path for path in runs if path.suffix != ".partial")
+        config.runs = sorted(runs, key=lambda path: (STAGES + [path.name]).index(path.name))
     run.require(config.runs, "there is no run under out/: name run directories to measure")
     names = [Path(directory).name for directory in config.runs]
     twice = (
@@ -216,12 +186,7 @@ def main(config):
     )
     run.require(len(set(names)) == len(names), twice)
     board, skills, texts, prompts = scoreboard(config)
-    out = output(config.out)
-    run.write_json(out / "scoreboard.json", board)
-    run.write_json(out / "skills.json", skills)
-    report.write(out / "report.html", board, skills, texts, prompts, config.runs)
-    print(table(board), flush=True)
-    print(f"by skill, with samples and curves: {out / 'report.html'}", flush=True)
+    report.write(config.out, board, skills, texts, prompts, config.runs)
     return board, skills
 
 
