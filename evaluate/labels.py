@@ -14,8 +14,7 @@ from pathlib import Path
 
 import run
 from data import formats
-from evaluate.measures import mean, output, table
-from evaluate.rewards import pair_golds
+from evaluate.measures import mean, output, pair_golds, table
 
 
 @dataclass

@@ -27,6 +27,13 @@ def run_facts(directory):
     return json.loads((directory / "run.json").read_text(encoding="utf-8"))
 
 
+def cost(directory):
+    """Processor seconds of a run and of the runs next to it that it needed."""
+    facts = run_facts(directory)
+    needed = [Path(facts["flags"].get(flag) or "") for flag in ("init", "reward", "judge")]
+    return facts["cpu_seconds"] + sum(cost(p) for p in needed if p.parent == directory.parent)
+
+
 def output(name):
     """The directory of --out, made if it is missing."""
     Path(name).mkdir(parents=True, exist_ok=True)
@@ -61,6 +68,19 @@ def reward_scores(model, encoding, conversations, texts):
     pairs = zip(conversations, texts, strict=True)
     ids = [chat.prompt(m, encoding) + chat.completion(text, encoding) for m, text in pairs]
     return score_rows(model, ids)
+
+
+def pair_golds(records, name="gold"):
+    """The judge's gold (or another dimension) of both sides of each pair, the better one by its
+    label first; None where prompts are not of the embedded world."""
+    if not all(world.solve(record.prompt) for record in records):
+        return None
+    golds = []
+    for record in records:
+        sides = record.chosen, record.rejected
+        gold = [world.judge(record.prompt, side[0]["content"])[name] for side in sides]
+        golds.append(gold[::-1] if record.label < 0.5 else gold)
+    return golds
 
 
 def mean(values):

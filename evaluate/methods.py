@@ -4,8 +4,9 @@
 
 Stages that exist are kept. Per method, means and the half-widths of their 95 % intervals over the
 seeds: gold, win_rate, kl and length as on the scoreboard; gain, gold above sft's; seconds, the
-processor time of a run and of the runs that it needed; memory, its peak in MiB. Then best of n
-replies of sft as the yardstick, differences between methods seed by seed, and methods.png.
+processor time of a run and of the runs that it needed: its start, its reward model, its judge;
+memory, its peak in MiB. Then best of n replies of sft, the differences between methods seed by
+seed, and methods.png.
 """
 
 import json
@@ -14,20 +15,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 import run
 from data import formats, world
 from evaluate import report
 from evaluate.best_of_n import kl_bound
-from evaluate.measures import plus_minus, run_facts, show, spread, table
+from evaluate.measures import cost, plus_minus, run_facts, show, spread, table
 from evaluate.recipe import cores, finish, foundation, stage, summary, whole_numbers
 
 COLUMNS = ["gold", "gain", "win_rate", "kl", "length", "seconds", "memory"]  # of the table
 LABELS = 8000  # judgements that each method learns from
 DEMONSTRATIONS = 2000  # careful ones, that self-play imitates
 FLIPPED = 0.3  # of a separate set of labels, which are right but for these
-BETAS = [0.05, 0.5]  # of DPO's frontier, besides its default
 LOSSES = ["dpo", "cdpo", "robust", "ipo", "hinge", "simpo"]  # of paired labels
 QUESTIONS = 2600  # held out
 BEST_OF = [1, 2, 4, 8, 16]
@@ -47,22 +45,23 @@ def prepare(home, seed):
     foundation(home, seed, threads=1, keep=True)
     rng = random.Random(f"methods {seed}")
     records = formats.read(home / "pairs.jsonl", "preference")[:LABELS]
-    few = f"{home / 'pairs.jsonl'} holds {len(records)} comparisons, {LABELS} are needed"
-    run.require(len(records) == LABELS, few)
+    enough = len(records) == LABELS
+    run.require(enough, f"{home}/pairs.jsonl holds {len(records)} comparisons, not {LABELS}")
     pairs = [{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in records]
-    thumbs, flipped = [], []
-    for pair in pairs:  # one thumb per question
-        side = rng.choice(["chosen", "rejected"])
+    sides = [rng.choice(["chosen", "rejected"]) for _ in pairs]  # one thumb per question
+    thumbs = []
+    for pair, side in zip(pairs, sides, strict=True):
         thumb = {"completion": pair[side], "label": side == "chosen"}
         thumbs.append({"prompt": pair["prompt"]} | thumb)
+    flipped = []
     for pair in pairs:
-        prompt, *sides = pair.values()
-        golds = [world.judge(prompt, side[0]["content"])["gold"] for side in sides]
+        prompt, *replies = pair.values()
+        golds = [world.judge(prompt, reply[0]["content"])["gold"] for reply in replies]
         if golds[0] == golds[1]:
             continue
         if (golds[0] < golds[1]) != (rng.random() < FLIPPED):
-            sides.reverse()
-        flipped.append({"prompt": prompt, "chosen": sides[0], "rejected": sides[1]})
+            replies.reverse()
+        flipped.append({"prompt": prompt, "chosen": replies[0], "rejected": replies[1]})
     careful = world.demonstrations(DEMONSTRATIONS, seed, wrong=0, misjudged=0, padded=0)
     run.write_lines(home / "careful.jsonl", [{"messages": r.messages} for r in careful])
     for name, rows in {"labels": pairs, "thumbs": thumbs, "flipped": flipped}.items():
@@ -71,16 +70,18 @@ def prepare(home, seed):
 
 def method_chains(home):
     """{name of a run: its command}, in groups that do not need one another."""
-    runs, sft = home / "methods", ["--init", home / "sft"]
-    data = {name: ["--data", home / f"{name}.jsonl"] for name in ("labels", "thumbs", "flipped")}
+    runs = home / "methods"
+    sft = ["--init", home / "sft"]
+    labels = ["--data", home / "labels.jsonl"]
     careful = ["--data", home / "careful.jsonl"]
     ppo = ["ppo.py", *sft, "--reward", runs / "reward"]
     dpo = ["dpo.py", "--watch", 0]
     usable = LABELS - 300  # offline DPO holds 300 out
     once = [*dpo, *sft, "--steps", usable // 64]  # one pass over them
-    paired, online = [*once, *data["labels"]], [*once, "--online"]
-    flipped = [*once, *data["flipped"]]
-    orpo = [*dpo, "--init", home / "base", *data["labels"], "--loss", "orpo"]
+    paired = [*once, *labels]
+    online = [*once, "--online"]
+    flipped = [*once, "--data", home / "flipped.jsonl"]
+    orpo = [*dpo, "--init", home / "base", *labels, "--loss", "orpo"]
     orpo += ["--batch-size", 32, "--steps", 600]
     # About one pass at a low rate, which leaves self-play something to improve.
     gently = ["sft.py", *careful, "--steps", DEMONSTRATIONS // 32, "--lr", 5e-5]
@@ -88,15 +89,16 @@ def method_chains(home):
     smoothed = ["--loss", "robust", "--label-smoothing", FLIPPED]
     return [
         {
-            "reward": ["reward.py", *sft, *data["labels"]],
+            "reward": ["reward.py", *sft, *labels],
             "ppo": ppo,
             "online-rm": [*online, "--judge", runs / "reward"],  # one pass too: as many labels
-            **{name: [*ppo, "--advantage", name] for name in ("rloo", "grpo")},
+            "rloo": [*ppo, "--advantage", "rloo"],
+            "grpo": [*ppo, "--advantage", "grpo"],
         },
         {loss: [*paired, "--loss", loss] for loss in LOSSES},
         {"orpo": orpo, "robust-orpo": [*orpo, "--label-smoothing", 0.25, "--lam", 0.3]},
         {
-            "kto": [*once, *data["thumbs"], "--loss", "kto"],
+            "kto": [*once, "--data", home / "thumbs.jsonl", "--loss", "kto"],
             "online": [*online, "--labels", usable],
             "iterative": [*online, "--labels", usable, "--refresh-ref"],
         },
@@ -107,7 +109,8 @@ def method_chains(home):
             "spin-2": [*play, "--init", runs / "spin-1"],
         },
         {
-            **{f"dpo-beta-{beta}": [*paired, "--beta", beta] for beta in BETAS},
+            "dpo-beta-0.05": [*paired, "--beta", 0.05],
+            "dpo-beta-0.5": [*paired, "--beta", 0.5],
             "dpo-flipped": flipped,
             "robust-flipped": [*flipped, *smoothed],
         },
@@ -132,8 +135,7 @@ def measurements(home):
 
 
 def train_and_measure(homes):
-    """All that is missing in the directories {seed: home}, side by side, a thread for each stage:
-    they are too small to gain from more."""
+    """All that is missing in {seed: home}, a thread for each stage: they gain little from more."""
 
     def train(job):
         seed, chain = job
@@ -145,7 +147,7 @@ def train_and_measure(homes):
         file, words = job
         finish(file, [*words, "--out", file.parent], 1, quiet=True)
 
-    with ThreadPoolExecutor(1 if torch.cuda.is_available() else cores()) as pool:
+    with ThreadPoolExecutor(1 if run.device("auto").type == "cuda" else cores()) as pool:
         prepared = {seed: pool.submit(prepare, home, seed) for seed, home in homes.items()}
         chains = [(seed, chain) for seed in homes for chain in method_chains(homes[seed])]
         # The longest first, so that no processor waits for one at the end.
@@ -154,18 +156,11 @@ def train_and_measure(homes):
         list(pool.map(measure, jobs))
 
 
-def cost(directory):
-    """Processor seconds of a run and of the runs next to it that it needed: its start, its reward
-    model, its judge."""
-    facts = run_facts(directory)
-    needed = [Path(facts["flags"].get(flag) or "") for flag in ("init", "reward", "judge")]
-    return facts["cpu_seconds"] + sum(cost(p) for p in needed if p.parent == directory.parent)
-
-
 def measured(home):
     """The scoreboard of a seed's methods, and {n: gold of the best of n by the reward model}."""
     first, second, best = (json.loads(file.read_text()) for file in measurements(home))
-    rows, board = first | second, {}
+    rows = first | second
+    board = {}
     for path in [home / "base", home / "sft", *policies(home), home / "methods/reward"]:
         row = board[path.name] = rows.get(path.name, {})
         row.pop("seconds", None)
@@ -177,7 +172,8 @@ def measured(home):
 
 
 def main(config):
-    seeds, out = whole_numbers(config.seeds), Path(config.out).resolve()
+    seeds = whole_numbers(config.seeds)
+    out = Path(config.out).resolve()
     homes = {seed: out / f"seed-{seed}" for seed in seeds}
     train_and_measure(homes)
     boards, best = zip(*map(measured, homes.values()), strict=True)
@@ -187,24 +183,22 @@ def main(config):
     run.write_json(out / "methods.json", facts)
     report.frontier(rows, {kl_bound(n): best[n] for n in BEST_OF}, out / "methods.png")
     print(f"{len(seeds)} seeds, {LABELS} labels: mean and half-width of its 95 % interval")
-    print(
-        table(
-            {
-                name: {c: plus_minus(row[c]) for c in row if c in COLUMNS}
-                for name, row in rows.items()
-            }
-        )
-    )
+    cells = {}
+    for name, row in rows.items():
+        cells[name] = {key: plus_minus(cell) for key, cell in row.items() if key in COLUMNS}
+    print(table(cells))
     print("\nbest of n replies of sft, chosen by the reward model")
-    bounds = {n: {"kl at most": show(kl_bound(n)), "gold": plus_minus(best[n])} for n in BEST_OF}
-    print(table({f"n = {n}": row for n, row in bounds.items()}))
+    cells = {}
+    for n in BEST_OF:
+        cells[f"n = {n}"] = {"kl at most": show(kl_bound(n)), "gold": plus_minus(best[n])}
+    print(table(cells))
     print("\ndifferences in gold, seed by seed")
-    rows = {}
+    cells = {}
     for a, b in COMPARED:
         gaps = [board[a]["gold"] - board[b]["gold"] for board in boards]
         by_seed = " ".join(f"{gap:+.3f}" for gap in gaps)
-        rows[f"{a} - {b}"] = {"mean": plus_minus(spread(gaps)), "seeds": by_seed}
-    print(f"{table(rows)}\npicture: {out / 'methods.png'}", flush=True)
+        cells[f"{a} - {b}"] = {"mean": plus_minus(spread(gaps)), "seeds": by_seed}
+    print(f"{table(cells)}\npicture: {out / 'methods.png'}", flush=True)
 
 
 if __name__ == "__main__":

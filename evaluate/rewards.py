@@ -27,7 +27,7 @@ import run
 from data import annotators, formats, world
 from data.collate import encode_pairs, hold_out_rated
 from data.scores import all_pair_scores
-from evaluate.measures import interval, mean, open_run, output, run_facts, table
+from evaluate.measures import interval, mean, open_run, output, pair_golds, run_facts, table
 
 
 @dataclass
@@ -62,8 +62,8 @@ def calibration(probabilities, outcomes, bins=10):
         ranges[min(int((p - 0.5) * 2 * bins), bins - 1)].append((p, outcome))
     rows = []
     for events in filter(None, ranges):
-        said, seen = map(mean, zip(*events, strict=True))
-        rows.append({"said": said, "seen": seen, "pairs": len(events)})
+        p, share = map(mean, zip(*events, strict=True))
+        rows.append({"said": p, "seen": share, "pairs": len(events)})
     error = sum(abs(row["said"] - row["seen"]) * row["pairs"] for row in rows)
     return error / max(1, len(probabilities)), rows
 
@@ -82,19 +82,6 @@ def fitting_pairs(records, encoding, context):
     return list(zip(records, pairs, [label for label, _ in labels], strict=True))
 
 
-def pair_golds(records, name="gold"):
-    """The judge's gold (or another dimension) of both sides of each pair, the better one by its
-    label first; None where prompts are not of the embedded world."""
-    if not all(world.solve(record.prompt) for record in records):
-        return None
-    golds = []
-    for record in records:
-        sides = record.chosen, record.rejected
-        gold = [world.judge(record.prompt, side[0]["content"])[name] for side in sides]
-        golds.append(gold[::-1] if record.label < 0.5 else gold)
-    return golds
-
-
 def opinions(model, pairs, name="gold"):
     """`fitting_pairs` -> by how much a reward model scores the first side above the second, a list
     (N,), and `pair_golds`."""
@@ -103,8 +90,8 @@ def opinions(model, pairs, name="gold"):
     return margins, pair_golds([record for record, _, _ in pairs], name)
 
 
-def reward_row(margins, golds, pairs, gain):
-    """`opinions` on `fitting_pairs` -> the row, accuracy by kind of task, the rows of
+def reward_row(margins, pairs, golds, gain):
+    """`fitting_pairs` and `opinions` of them -> the row, accuracy by kind of task, the rows of
     `calibration`. margins / gain are log-odds of the labels."""
     lengths = [[sum(mask) for _, mask in pair] for _, pair, _ in pairs]  # tokens of both replies
     log_odds = [max(-500.0, min(margin / gain, 500.0)) for margin in margins]
@@ -150,9 +137,7 @@ def read(paths):
 def held_out_pairs(directory, encoding, context):
     """The pairs of a run's own --data that it did not learn from."""
     flags = run_facts(directory)["flags"]
-    run.require(
-        flags["data"], f"{directory} was trained on the embedded world: leave out --held-out"
-    )
+    run.require(flags["data"], f"{directory} learned from the embedded world: leave out --held-out")
     pairs = fitting_pairs(read(flags["data"]), encoding, context)
     indices, _ = hold_out_rated(len(pairs), flags["batch_size"], flags["seed"])
     return [pairs[i] for i in indices]
@@ -161,12 +146,14 @@ def held_out_pairs(directory, encoding, context):
 def main(config):
     run.check_requires(config, REQUIRES)
     annotators.check_agreement(config.agreement)
-    device, records = run.device(config.device), read(config.data)
+    device = run.device(config.device)
+    records = read(config.data)
     if not config.data and not config.held_out:
         sft, encoding, _ = open_run(config.sft, device)
         prompts = world.prompts(config.prompts, seed=2, held=True)
         records = annotators.preferences(sft, encoding, prompts, config.agreement, seed=2)
-    results, log_odds = {}, []
+    results = {}
+    log_odds = []
     for directory in map(Path, config.runs):
         model, encoding, _ = open_run(directory, device)
         context, gain = model.config.context, model.config.score_gain
@@ -178,13 +165,13 @@ def main(config):
             pairs = fitting_pairs(records, encoding, context)
         run.require(pairs, f"{directory}: no pair fits its context of {context} tokens")
         margins, golds = opinions(model, pairs)
-        results[directory.name] = reward_row(margins, golds, pairs, gain)
+        results[directory.name] = reward_row(margins, pairs, golds, gain)
         log_odds.append([margin / gain for margin in margins])
         if golds and (directory / "heads.safetensors").exists():
             results[directory.name][0].update(head_accuracies(directory, model, pairs))
     if len(log_odds) > 1 and len({len(x) for x in log_odds}) == 1 and not config.held_out:
         means = [mean(x) for x in zip(*log_odds, strict=True)]
-        results["ensemble"] = reward_row(means, golds, pairs, 1.0)
+        results["ensemble"] = reward_row(means, pairs, golds, 1.0)
     report(results, output(config.out))
 
 

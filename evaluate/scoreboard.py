@@ -111,7 +111,8 @@ def measure_reward(model, encoding, sft, n):
     """A reward model's row, on pairs of the SFT model's replies to n held-out prompts."""
     records = annotators.preferences(sft, encoding, world.prompts(n, seed=1, held=True), seed=1)
     pairs = fitting_pairs(records, encoding, model.config.context)
-    row, _, _ = reward_row(*opinions(model, pairs), pairs, model.config.score_gain)
+    margins, golds = opinions(model, pairs)
+    row, _, _ = reward_row(margins, pairs, golds, model.config.score_gain)
     return {name: row[name] for name in ("accuracy", "label_accuracy")}
 
 
