@@ -59,13 +59,9 @@ class Config:
     rope_theta: float = 10000.0  # all but gpt2: the base of the rotary wavelengths
     rope_scaling: tuple | None = None  # Llama 3.1: (factor, low, high, original context)
     tied: bool = True  # the LM head is the embedding matrix
-    head: str = (
-        "lm"  # "lm": a vocabulary | "score": one scalar per position (reward models, critics)
-    )
+    head: str = "lm"  # "lm": a vocabulary | "score": a scalar per position (reward models, critics)
     score_bias: float = 0.0  # score head: transformers' layout has no bias, so config.json holds it
-    score_gain: float = (
-        1.0  # the factor of normalisation: score / score_gain is the trained log-odds
-    )
+    score_gain: float = 1.0  # normalisation's factor: score / score_gain is the trained log-odds
     eos_token_id: int | list | None = None  # the ids that end a turn, recorded for other tools
     pad_token_id: int | None = None  # recorded for other tools; here padding is masked by position
     init_std: float = 0.02
@@ -304,10 +300,9 @@ class GPT(nn.Module):
         layers, width, context = map(int, match.groups()[1:]) if match else (0, 0, 0)
         head_dim = 32 if width < 512 else 64
         if layers < 1 or width < 1 or width % head_dim or context < 2:
-            raise ValueError(
-                f"--shape {shape!r} should read gpt2:LAYERSxWIDTHxCONTEXT or "
-                f"llama:LAYERSxWIDTHxCONTEXT, width a multiple of {head_dim}"
-            )
+            forms = "gpt2:LAYERSxWIDTHxCONTEXT or llama:LAYERSxWIDTHxCONTEXT"
+            multiple = f"width a multiple of {head_dim}"
+            raise ValueError(f"--shape {shape!r} should read {forms}, {multiple}")
         config = Config(
             arch=match[1],
             head=head,
@@ -335,10 +330,8 @@ class GPT(nn.Module):
     def head_weight(self):
         """The LM head (V, D), tied or not, that `kernels` multiplies hidden states with."""
         if self.config.head != "lm":
-            raise ValueError(
-                "this checkpoint has a scalar head and no vocabulary head: "
-                "it scores text, it cannot write any"
-            )
+            has = "this checkpoint has a scalar head and no vocabulary head"
+            raise ValueError(f"{has}: it scores text, it cannot write any")
         return self.embed.weight if self.config.tied else self.lm_head.weight
 
     def forward(self, ids, cache=None):
@@ -349,9 +342,8 @@ class GPT(nn.Module):
         """
         T = ids.shape[1]
         if cache is None and self.config.context < T:
-            raise ValueError(
-                f"a sequence of {T} tokens does not fit the model's context of {self.config.context}"
-            )
+            context = f"the model's context of {self.config.context}"
+            raise ValueError(f"a sequence of {T} tokens does not fit {context}")
         positions = torch.arange(T, device=ids.device) if cache is None else cache.positions
         x, rope = self.embed(ids), None  # (B, T, D)
         if self.config.arch == "gpt2":
@@ -370,9 +362,8 @@ class GPT(nn.Module):
         """hidden (B, T, D) -> one scalar per position (B, T), fp32; for models with a scalar
         head."""
         if self.config.head != "score":
-            raise ValueError(
-                "this checkpoint has a vocabulary head and no scalar head: train one with reward.py"
-            )
+            has = "this checkpoint has a vocabulary head and no scalar head"
+            raise ValueError(f"{has}: train one with reward.py")
         weight, bias = self.score_head.weight.float(), self.score_head.bias.float()
         with torch.autocast(hidden.device.type, enabled=False):  # bf16 would leave three digits
             return F.linear(hidden.float(), weight, bias).squeeze(-1)
@@ -459,17 +450,14 @@ class GPT(nn.Module):
     def check_prompts(self, prompts):
         for row, prompt in enumerate(prompts):
             if not 0 < len(prompt) < self.config.context:
-                raise ValueError(
-                    f"prompt {row} has {len(prompt)} tokens; it needs at least 1 and, to leave room "
-                    f"for a reply, fewer than the context of {self.config.context}"
-                )
+                needs = "it needs at least 1 and, to leave room for a reply,"
+                limit = f"fewer than the context of {self.config.context}"
+                raise ValueError(f"prompt {row} has {len(prompt)} tokens; {needs} {limit}")
 
     def read_prompts(self, prompts, longest, room, samples):
         """-> a Cache of the prompts, each `samples` times, and the hidden state (B, D) of each
         row's last token."""
-        lengths = torch.tensor(
-            [len(prompt) for prompt in prompts], device=self.device
-        )  # (prompts,)
+        lengths = torch.tensor([*map(len, prompts)], device=self.device)  # (prompts,)
         padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
         ids = torch.tensor(padded, device=self.device)  # (prompts, T)
         cache = Cache(self.config, len(prompts), room, self.device, self.embed.weight.dtype)
@@ -496,14 +484,11 @@ class GPT(nn.Module):
             return self
         names = targets.split(",")
         if not set(names) <= set(TARGETS.split(",")):
-            raise ValueError(
-                f"--lora-targets {targets} should be names out of {TARGETS}, separated by commas"
-            )
+            names = f"names out of {TARGETS}, separated by commas"
+            raise ValueError(f"--lora-targets {targets} should be {names}")
         if not self.origin:
-            raise ValueError(
-                "--lora-rank adapts a trained model, and random weights are none: "
-                "name a checkpoint with --init"
-            )
+            adapts = "--lora-rank adapts a trained model, and random weights are none"
+            raise ValueError(f"{adapts}: name a checkpoint with --init")
         self.freeze()
         adapted_before = self.rank > 0
         for name, module in self.linears():

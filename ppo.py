@@ -6,7 +6,8 @@ likelier.
 
 Four models: the policy pi and its critic V are trained; the reference pi_ref (the SFT model) and
 the reward model r are not. Each iteration samples a reply to every prompt of a batch and turns it
-into a small Markov decision process, one step per token:
+into a small Markov decision process, one step per token. "Old" is what the models said when
+sampling:
 
     reward      r_t = -beta (log pi(y_t) - log pi_ref(y_t)),  plus the score at the last token
     advantage   A_t = sum_k (gamma lam)^k delta_{t+k},  delta_t = r_t + gamma V_{t+1} - V_t
@@ -15,22 +16,22 @@ into a small Markov decision process, one step per token:
                                                                   (Schulman et al. 2017, eq. 7)
     critic      minimise  1/2 max((V - R)^2, (clip(V, V_old-eps, V_old+eps) - R)^2),  R = A + V_old
 
-The critic says what to expect of a prompt. The alternative is to sample each prompt K times and
-compare (`--advantage`): one advantage for all tokens of a reply, with R the score minus beta times
-the KL of the whole reply, and no critic at all.
+The critic predicts the return from every prefix. The other three values of `--advantage` have none:
+they sample each prompt K times and compare. All tokens of a reply then share one advantage, made of
+G = score - beta KL of the whole reply.
 
-                advantage                            loss of a batch
-    gae         A_t, whitened                        mean over all tokens
-    rloo        R_i - mean of the others' R          mean over replies of the sum over tokens
+                advantage                         loss of a minibatch
+    gae         A_t, whitened                     mean over all tokens
+    rloo        G_i - mean of the others' G       mean over replies of the sum over tokens
                                                                   (Ahmadian et al. 2024)
-    grpo        (R_i - mean) / (std + 1e-4)          mean over replies of the mean over tokens
+    grpo        (G_i - mean) / (std + 1e-4)       mean over replies of the mean over tokens
                                                                   (Shao et al. 2024, eq. 3)
-    dr-grpo     R_i - mean                           sum over tokens / (replies x longest reply)
+    dr-grpo     G_i - mean                        sum over tokens / (replies x max_new_tokens)
                                                                   (Liu et al. 2025)
 
-DEVIATION: all of them keep PPO's clipped ratio and the KL in the reward. RLOO's paper takes one
-plain step per batch, which is the same at --minibatches 1. GRPO's adds k3 to the loss, whose
-gradient is not that of KL(pi || pi_ref) (tests/test_optimum.py).
+DEVIATION: all keep PPO's clipped ratio and the KL in the reward. The RLOO paper takes one unclipped
+step per batch, which is the same at --minibatches 1. The GRPO paper adds k3 to the loss; the
+gradient of k3 is not that of KL(pi || pi_ref) (tests/test_optimum.py).
 
     python ppo.py                                          out/sft against out/reward -> out/ppo
     python ppo.py --advantage rloo --out out/rloo          the same without a critic
@@ -39,16 +40,14 @@ gradient is not that of KL(pi || pi_ref) (tests/test_optimum.py).
 Watch: score (the reward model's opinion: rises), kl (nats per reply to the reference: rises slowly;
 if it runs away, raise beta), ratio_first (1 on the first minibatch, in float32 to 1e-5: sampling
 and training agree on every log-prob). On the embedded world `gold` is the truth, logged and never
-trained on: score up and gold down is reward hacking. Real runs have no gold, so a detector looks
-for what hacking leaves behind (evaluate/hacking.py); it warns, and ends the run with
---stop-on-hacking.
+trained on: score up and gold down is reward hacking. Real runs have no gold, only a detector's
+warnings of what hacking leaves behind (evaluate/hacking.py).
 
 What everybody gets wrong: the end-of-turn token is an action too. It gets a log-prob, a KL penalty
 and an advantage, and the score sits on it, not one position later. A reply that never ends gets a
 fixed low score instead.
 """
 
-import random
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -57,9 +56,10 @@ import torch
 
 import kernels
 import run
-from data import annotators, chat, checkpoints, formats, world
+from data import annotators, chat, checkpoints, world
 from data.collate import Batch, collate, reply_examples
 from data.logprobs import token_logprobs
+from data.prompts import load_prompts, prompt_batches
 from data.scores import score
 from evaluate.hacking import Detector
 
@@ -67,7 +67,7 @@ ADVANTAGES = ["gae", "rloo", "grpo", "dr-grpo"]
 
 
 @dataclass
-class Config(run.Flags):
+class Config(run.Flags):  # which has --init, --data, --out, --seed, --lora-rank, ...
     reward: str = "out/reward"  # the reward model; the critic starts from it too
     advantage: str = "gae"  # gae (with a critic), rloo, grpo or dr-grpo (compared within a group)
     steps: int = 32  # iterations: a batch is sampled, scored and learned from
@@ -75,16 +75,14 @@ class Config(run.Flags):
     group_size: int = 4  # rloo, grpo, dr-grpo: replies to one prompt
     minibatches: int = 2  # optimiser steps per pass over the batch
     ppo_epochs: int = 1  # passes over each batch
-    max_new_tokens: int = world.MAX_NEW_TOKENS  # longest reply
+    max_new_tokens: int = world.MAX_NEW_TOKENS  # limit of a reply's length
     temperature: float = 1.0  # of sampling, and of every log-prob
     beta: float = 0.2  # KL strength, or its first value
-    kl_target: float = 0.0  # nats per reply that beta is steered towards (0: beta is fixed)
-    clip_eps: float = 0.2  # how far the ratio, and the value, may move per batch
+    kl_target: float = 0.0  # nats per reply; beta slowly adapts to reach it (0: beta is fixed)
+    clip_eps: float = 0.2  # clip range of the ratio, and of the value
     gamma: float = 1.0  # gae: discount per token
     lam: float = 0.95  # gae: 1 trusts returns, 0 trusts the critic
-    critic_warmup: int = (
-        3  # gae: first iterations, at most a tenth, in which only the critic learns
-    )
+    critic_warmup: int = 3  # gae: iterations, at most a tenth, in which only the critic learns
     critic_lr: float = 1e-3  # gae: peak learning rate of the critic
     no_end_score: float = -2.0  # of a reply without an end-of-turn token, instead of its score
     ensemble: list = field(default_factory=list)  # reward models to compare with, never trained on
@@ -94,21 +92,14 @@ class Config(run.Flags):
 
 
 def check(config):
-    for name in ("temperature", "clip_eps"):
-        value = getattr(config, name)
-        run.require(value > 0, f"--{name.replace('_', '-')} must be positive, not {value}")
-    for name in ("gamma", "lam"):
-        value = getattr(config, name)
-        run.require(value <= 1, f"--{name} must lie in [0, 1], not {value}")
-    run.require(config.steps >= 1, f"--steps must be at least 1, not {config.steps}")
-    parts = f"--minibatches must lie in 1 .. batch size, not {config.minibatches}"
-    run.require(1 <= config.minibatches <= config.batch_size, parts)
-    names = f"--advantage must be one of {', '.join(ADVANTAGES)}, not {config.advantage}"
-    run.require(config.advantage in ADVANTAGES, names)
+    run.check_range(config, "temperature", "clip_eps", above=0)
+    run.check_range(config, "gamma", "lam", most=1)
+    run.check_range(config, "steps", least=1)
+    run.check_range(config, "minibatches", most=config.batch_size)
+    run.check_choice(config, "advantage", ADVANTAGES)
     critic_flags = ("critic_warmup", "critic_lr", "gamma", "lam")
     requires = {name: {"advantage": ["gae"]} for name in critic_flags}
-    requires |= {"group_size": {"advantage": ADVANTAGES[1:]}}
-    run.check_requires(config, requires)
+    run.check_requires(config, requires | {"group_size": {"advantage": ADVANTAGES[1:]}})
     K = group_size(config)
     alone = f"--group-size must be at least 2, to compare, not {K}"
     run.require(K > 1 or config.advantage == "gae", alone)
@@ -157,7 +148,7 @@ def rloo_advantages(scores):
     K = scores.shape[1]
     shape = f"scores: shape {tuple(scores.shape)}, expected (N, K) with K at least 2"
     run.require(K > 1, f"{shape}: one sample has no others")
-    return (scores - scores.mean(1, keepdim=True)) * K / (K - 1)
+    return (scores - scores.mean(1, keepdim=True)) * K / (K - 1)  # R_i - (sum of others) / (K - 1)
 
 
 def grpo_advantages(scores, scale=True):
@@ -199,15 +190,15 @@ def adaptive_beta(beta, kl, target, replies):
 
 
 def token_advantages(config, scores, kl, values, batch, beta):
-    """scores (B,), kl, values (B, T) -> advantages (B, T), and the critic\'s returns or None."""
+    """scores (B,), kl, values (B, T) -> advantages (B, T), and the critic's returns or None."""
     mask = batch.mask  # (B, T) the reply tokens
     if config.advantage == "gae":
         rewards = -beta * kl  # (B, T)
-        last = batch.lengths - 1  # (B,) the last target: the end-of-turn token itself
+        last = batch.lengths - 1  # (B,) a row's last target: end-of-turn, unless the reply was cut
         rewards[torch.arange(len(scores)), last] += scores
         advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
         return whiten(advantages, mask), returns
-    total = (scores - beta * kl.sum(1)).view(-1, config.group_size)  # (N, K) a whole reply's reward
+    total = (scores - beta * kl.sum(1)).view(-1, config.group_size)  # (N, K): G of each reply
     if config.advantage == "rloo":
         advantages = rloo_advantages(total)
     else:
@@ -240,9 +231,10 @@ class Models(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """What an iteration knows of its replies before it learns from them."""
+    """An iteration's replies, and all that the update needs."""
 
     replies: list  # ids of each
+    sequences: list  # ids of prompt and reply
     batch: Batch
     old_logprobs: torch.Tensor  # (B, T) the sampling policy's
     values: torch.Tensor | None  # (B, T) the critic's, of the state before each token
@@ -269,17 +261,17 @@ def rollout(config, job, models, prompts, stops, generator, beta):
     needs."""
     K, device = group_size(config), models.policy.device
     options = dict(stop_id=stops, generator=generator, return_logprobs=True, samples=K)
-    replies, sampled = models.policy.generate(
-        prompts, config.max_new_tokens, config.temperature, **options
-    )
-    prompts = [prompt for prompt in prompts for _ in range(K)]
+    lengths = config.max_new_tokens, config.temperature
+    replies, sampled_logprobs = models.policy.generate(prompts, *lengths, **options)
+    prompts = [prompt for prompt in prompts for _ in range(K)]  # K adjacent replies to each
     batch = collate(reply_examples(prompts, replies)).to(device)
     rows = torch.arange(len(replies), device=device)
     reading = dict(batch=batch, temperature=config.temperature)
-    old_logprobs = torch.zeros_like(batch.weights)  # (B, T)
-    flat = [logprob for reply in sampled for logprob in reply]
-    old_logprobs[batch.mask] = torch.tensor(flat, device=device)  # the mask runs row by row, too
-    if job.dtype != torch.float32:  # sampled in float32: read again as training will read it
+    if job.dtype == torch.float32:
+        flat = [logprob for reply in sampled_logprobs for logprob in reply]
+        old_logprobs = torch.zeros(batch.mask.shape, device=device)  # (B, T)
+        old_logprobs[batch.mask] = torch.tensor(flat, device=device)  # both run row by row
+    else:  # sampled in float32: read again at the precision of training
         old_logprobs = job.forward(row_logprobs, models.policy, rows, **reading)
     ref_logprobs = job.forward(row_logprobs, models.ref, rows, **reading)  # (B, T)
     kl = (old_logprobs - ref_logprobs).masked_fill(~batch.mask, 0.0)  # (B, T)
@@ -292,16 +284,17 @@ def rollout(config, job, models, prompts, stops, generator, beta):
     if models.critic:
         values = job.forward(row_values, models.critic, rows, batch=batch)  # (B, T)
     advantages, returns = token_advantages(config, scores, kl, values, batch, beta)
-    return Rollout(replies, batch, old_logprobs, values, returns, advantages, scores, kl, ended)
+    sampled = replies, sequences, batch, old_logprobs
+    return Rollout(*sampled, values, returns, advantages, scores, kl, ended)
 
 
-def update(config, job, models, optimizers, old, step, shuffler):
-    """Learns from a rollout: `ppo_epochs` passes over it in minibatches -> metrics."""
-    optimizer, critic_optimizer = optimizers
+def update(config, job, models, parts, old, step):
+    """Learns from a rollout in minibatches -> metrics of the last one, and the first one's
+    ratio."""
     warming_up = models.critic and step < min(config.critic_warmup, config.steps // 10)
     metrics, first_ratio = {}, None
     for _ in range(config.ppo_epochs):
-        order = torch.randperm(config.batch_size, generator=shuffler).to(job.device)
+        order = torch.randperm(config.batch_size, generator=parts.shuffler).to(job.device)
         for rows in order.tensor_split(config.minibatches):
             mask = old.batch.mask[rows]  # (b, T)
             if models.critic:
@@ -310,7 +303,7 @@ def update(config, job, models, optimizers, old, step, shuffler):
                 v_loss = value_loss(values, old_values, returns, mask, config.clip_eps)
                 v_loss.backward()
                 run.clip(models.critic, max_norm=1.0)
-                run.step(critic_optimizer, run.linear(config.critic_lr, step, config.steps))
+                run.step(parts.critic_optimizer, run.linear(config.critic_lr, step, config.steps))
                 metrics["value_loss"] = v_loss.detach()
             if warming_up:
                 continue
@@ -321,7 +314,7 @@ def update(config, job, models, optimizers, old, step, shuffler):
             loss = policy_loss(logprobs, old_logprobs, advantages, mask, config.clip_eps, divisor)
             loss.backward()
             grad_norm = run.clip(models.policy, max_norm=1.0)
-            run.step(optimizer, run.linear(config.lr, step, config.steps))
+            run.step(parts.optimizer, run.linear(config.lr, step, config.steps))
             ratio = (logprobs - old_logprobs).detach().exp()[mask]  # (tokens,)
             first_ratio = ratio if first_ratio is None else first_ratio
             metrics |= {"policy_loss": loss.detach(), "grad_norm": grad_norm}
@@ -335,7 +328,7 @@ def update(config, job, models, optimizers, old, step, shuffler):
 # -------------------------------------------------------------------------------------- training
 
 
-def open_models(config, encoding, policy):
+def open_models(config, policy, encoding):
     """The four models, and the ensemble's reward models. With adapters all stand on one trunk, if
     the reward model was adapted from the same --init."""
     trunk = policy if policy.rank else None
@@ -348,7 +341,7 @@ def open_models(config, encoding, policy):
     ref = policy.reference()
     critic = None
     if config.advantage == "gae":
-        # What is frozen is shared: a critic of adapters stands on the reward model's trunk.
+        # share() copies trainable weights only: a critic of adapters uses the reward model's trunk
         reward_model.requires_grad_(not policy.rank)
         critic = reward_model.share()
         critic.adapt(config.lora_rank, config.lora_alpha, config.lora_targets)
@@ -356,101 +349,72 @@ def open_models(config, encoding, policy):
     return Models(policy, ref, reward_model, critic), ensemble
 
 
-def load_prompts(config, encoding, room, say):
-    """(ids, messages) of the prompts of --data or the embedded world that leave room for a
-    reply."""
-    if config.data:
-        records = [record for path in config.data for record in formats.read(path, "prompt")]
-    else:
-        count = config.steps * config.batch_size // group_size(config)
-        records = world.prompts(count, config.seed)
-    prompts = [(chat.prompt(record.messages, encoding), record.messages) for record in records]
-    fitting = [prompt for prompt in prompts if len(prompt[0]) <= room]
-    reply = f"a reply of {config.max_new_tokens} tokens in the context"
-    run.require(fitting, f"none of the {len(prompts)} prompts leaves room for {reply}")
-    say(f"ppo: {len(fitting)} prompts, {len(prompts) - len(fitting)} dropped for their length")
-    return fitting
-
-
-def prompt_batches(prompts, size, seed, steps):
-    """The prompts of each step: every one once, then all of them again in another order."""
-    shuffle, queue, batches = random.Random(seed), [], []
-    for _ in range(steps):
-        while len(queue) < size:
-            queue += shuffle.sample(prompts, len(prompts))
-        batches.append(queue[:size])
-        queue = queue[size:]
-    return batches
-
-
-def rollout_metrics(old, beta):
-    return {
-        "score": old.scores.mean(),
-        "kl": old.kl.sum(1).mean(),  # k1: exact on average, noisy
-        "ended": old.ended.float().mean(),
-        "beta": beta,
-        "kl_k3": kernels.kl_estimate(old.kl, torch.zeros_like(old.kl), "k3").sum(1).mean(),
-        "length": old.batch.mask.sum(1).float().mean(),
-    }
+def observe(config, job, detector, ensemble, encoding, prompts, old, step):
+    """What the replies of a rollout look like -> metrics: the detector's signs, and gold on the
+    world. prompts: (ids, messages) of each reply."""
+    ended = old.ended.tolist()
+    texts = [
+        encoding.decode(reply[:-1] if end else reply)
+        for reply, end in zip(old.replies, ended, strict=True)
+    ]
+    others = [score(model, old.sequences) for model in ensemble]  # (B,) each
+    others = [torch.where(old.ended, scores, config.no_end_score) for scores in others]
+    lengths, log_ratios = old.batch.mask.sum(1), old.kl.sum(1)  # (B,) each
+    options = (texts, old.scores, lengths, log_ratios, others)
+    metrics, warnings = detector.observe(old.replies, *options)
+    for sentence in warnings:
+        job.say(f"ppo: step {step + 1}: this looks like reward hacking: {sentence}")
+    if not config.data:
+        replies = zip(prompts, texts, ended, strict=True)
+        golds = [world.judge(messages, text, end)["gold"] for (_, messages), text, end in replies]
+        metrics["gold"] = sum(golds) / len(golds)
+    return metrics
 
 
 def main(config):
     check(config)
     job = run.start(config, "ppo")
+    # random weights (--init scratch) get the reward model's vocabulary
     policy, encoding = checkpoints.open_policy(config, job.device, default=config.reward)
-    models, ensemble = open_models(config, encoding, policy)
+    models, ensemble = open_models(config, policy, encoding)
     contexts = [model.config.context for model in (policy, models.reward_model, *ensemble)]
     prompts = load_prompts(config, encoding, min(contexts) - config.max_new_tokens, job.say)
     K = group_size(config)
     batches = prompt_batches(prompts, config.batch_size // K, config.seed, config.steps)
-    named = {f"ensemble_{i + 1}": model for i, model in enumerate(ensemble)}
-    named |= {name: model for name, model in models._asdict().items() if model is not None}
-    job.memory(**named)
+    named = {name: model for name, model in models._asdict().items() if model}
+    job.memory(**named, **{f"ensemble_{i + 1}": model for i, model in enumerate(ensemble)})
 
     stops = chat.stop_ids(encoding)
-    generator = torch.Generator(job.device).manual_seed(config.seed)  # of the replies
-    shuffler = torch.Generator().manual_seed(config.seed)  # of the minibatches
-    optimizer = run.adamw(policy, config.lr, eps=1e-5)
-    critic_optimizer = None
-    if models.critic:
-        critic_optimizer = run.adamw(models.critic, config.critic_lr, eps=1e-5)
-    detector = Detector(config.kl_budget)
-    coefficient = SimpleNamespace(beta=config.beta)  # moves with --kl-target
-    parts = dict(policy=policy, optimizer=optimizer, critic=models.critic)
-    parts |= dict(critic_optimizer=critic_optimizer, generator=generator, shuffler=shuffler)
-    for step in job.steps(config.steps, **parts, coefficient=coefficient, detector=detector):
+    parts = SimpleNamespace(
+        policy=policy,
+        optimizer=run.adamw(policy, config.lr, eps=1e-5),
+        critic=models.critic,
+        critic_optimizer=run.adamw(models.critic, config.critic_lr, eps=1e-5)
+        if models.critic
+        else None,
+        generator=torch.Generator(job.device).manual_seed(config.seed),  # of the replies
+        shuffler=torch.Generator().manual_seed(config.seed),  # of the minibatches
+        detector=Detector(config.kl_budget),
+        kl_strength=SimpleNamespace(beta=config.beta),  # moves with --kl-target
+    )
+    for step in job.steps(config.steps, **vars(parts)):
+        beta = parts.kl_strength.beta
         ids = [prompt for prompt, _ in batches[step]]
-        old = rollout(config, job, models, ids, stops, generator, coefficient.beta)
-        metrics = rollout_metrics(old, coefficient.beta)
-        optimizers = optimizer, critic_optimizer
-        metrics |= update(config, job, models, optimizers, old, step, shuffler)
+        old = rollout(config, job, models, ids, stops, parts.generator, beta)
+        metrics = {
+            "score": old.scores.mean(),
+            "kl": old.kl.sum(1).mean(),  # k1: unbiased, noisy
+            "ended": old.ended.float().mean(),
+            "beta": beta,
+            "kl_k3": kernels.kl_estimate(old.kl, torch.zeros_like(old.kl), "k3").sum(1).mean(),
+            "length": old.batch.mask.sum(1).float().mean(),
+        }
+        metrics |= update(config, job, models, parts, old, step)
         if config.kl_target:
-            kl = float(metrics["kl"])
-            beta = adaptive_beta(coefficient.beta, kl, config.kl_target, config.batch_size)
-            coefficient.beta = beta
-
+            options = (float(metrics["kl"]), config.kl_target, config.batch_size)
+            parts.kl_strength.beta = adaptive_beta(beta, *options)
         asked = [prompt for prompt in batches[step] for _ in range(K)]
-        ended = old.ended.tolist()
-        texts = [
-            encoding.decode(reply[:-1] if end else reply)
-            for reply, end in zip(old.replies, ended, strict=True)
-        ]
-        sequences = [ids + reply for (ids, _), reply in zip(asked, old.replies, strict=True)]
-        other_scores = [score(model, sequences) for model in ensemble]  # (B,) each
-        other_scores = [torch.where(old.ended, x, config.no_end_score) for x in other_scores]
-        lengths, log_ratios = old.batch.mask.sum(1), old.kl.sum(1)  # (B,) each
-        signs, warnings = detector.observe(
-            old.replies, texts, old.scores, lengths, log_ratios, other_scores
-        )
-        metrics |= signs
-        for sentence in warnings:
-            job.say(f"ppo: step {step + 1}: this looks like reward hacking: {sentence}")
-        if not config.data:
-            replies = zip(asked, texts, ended, strict=True)
-            golds = [
-                world.judge(messages, text, end)["gold"] for (_, messages), text, end in replies
-            ]
-            metrics["gold"] = sum(golds) / len(golds)
+        metrics |= observe(config, job, parts.detector, ensemble, encoding, asked, old, step)
         if run.due(step, config.steps):
             reply = chat.painted_reply(ids[0], old.replies[0], encoding, job.colour)
             job.say(f"{reply}  score {old.scores[0]:.2f}")

@@ -36,16 +36,16 @@ of a batch change a score.
 """
 
 import math
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import run
-from data import annotators, chat, checkpoints, formats, step_labels, world
-from data.collate import batch_order, encode_pairs, encode_steps, hold_out_rated, longest_side
+from data import annotators, chat, checkpoints, step_labels
+from data.collate import batch_order, hold_out_rated
+from data.rated import encode, load_records
 from data.scores import all_pair_scores, all_step_scores, last_hidden, pair_scores, step_scores
 
 
@@ -78,9 +78,7 @@ def check(config):
         "separator": {"process": True, "data": True},
     }
     run.check_requires(config, requires)
-    sources = ", ".join(step_labels.SOURCES)
-    known = config.step_labels in step_labels.SOURCES
-    run.require(known, f"--step-labels must be one of {sources}, not {config.step_labels}")
+    run.check_choice(config, "step_labels", step_labels.SOURCES)
     counts = f"{len(config.mixing)} weights for {len(config.heads)} --heads: give one for each"
     same = not config.mixing or len(config.mixing) == len(config.heads)
     run.require(same, f"--mixing has {counts}")
@@ -158,74 +156,12 @@ def head_scores(model, pairs, heads):
     return heads(last_hidden(model, pairs)).unflatten(0, (-1, 2))
 
 
-def rating_labels(records, names):
-    """Which side is better in each dimension, by its two ratings: 1 chosen, 0 rejected, 1/2 a tie
-    -> a list of (K,) lists. Raises ValueError for a record without such a rating."""
-    labels = []
-    for record in records:
-        for name in names:
-            missing = f"{record.where} has no rating of {name}: write some with data.annotators"
-            run.require(name in record.ratings, f"{missing} --ratings")
-        ratings = [record.ratings[name] for name in names]
-        signs = [(a > b) - (a < b) for a, b in ratings]
-        if record.label < 0.5:  # encode_pairs has exchanged the two sides
-            signs = [-sign for sign in signs]
-        labels.append([0.5 + 0.5 * sign for sign in signs])
-    return labels
-
-
-# ------------------------------------------------------------------- compared pairs or rated steps
-
-
-class Data(NamedTuple):
-    examples: list  # pairs of (ids, mask) examples; --process: (ids, positions of rated steps)
-    labels: list  # of each pair (label, margin); of each solution its steps' labels
-    ratings: list  # of each pair, with --heads, (K,) labels by dimension
-    lengths: list  # tokens that each example is padded by
-
-    def batch(self, rows):
-        return [self.examples[i] for i in rows]
-
-
-def load_records(config, encoding, device, say):
-    """Records of --data; without it, replies of --init to the world's questions, compared by
-    annotators, or with --process to its long sums, with a label per step. Also facts for
-    run.json."""
-    if config.data:
-        kind = "process" if config.process else "preference"
-        return [record for path in config.data for record in formats.read(path, kind)], {}
-    writer = checkpoints.open_model(replace(config, lora_rank=0), encoding, device)
-    if config.process:
-        return step_labels.label_sums(config, writer, encoding, say)
-    prompts = world.prompts(config.prompts, config.seed)
-    options = dict(agreement=config.agreement, seed=config.seed, ratings=bool(config.heads))
-    return annotators.preferences(writer, encoding, prompts, **options), {}
-
-
-def encode(config, records, encoding, context, say):
-    """Records -> Data. Raises ValueError if none fits the context."""
-    source = ", ".join(map(str, config.data)) or "the embedded world"
-    limit = f"fits the model's context of {context} tokens"
-    if config.process:
-        separator = (config.separator or "\n") if config.data else world.SEPARATOR
-        examples, labels, dropped = encode_steps(records, encoding, context, separator)
-        run.require(examples, f"none of the {len(records)} solutions {limit}")
-        steps = sum(map(len, labels))
-        say(f"reward: {len(examples)} solutions, {steps} rated steps, {dropped} dropped (too long)")
-        return Data(examples, labels, [], [len(ids) for ids, _ in examples])
-    pairs, labels, usable = encode_pairs(records, encoding, context)
-    run.require(pairs, f"none of the {len(records)} pairs of {source} {limit}")
-    dropped = f"{len(records) - len(usable)} dropped (too long, or two equal sides)"
-    say(f"reward: {len(pairs)} pairs, {dropped}")
-    ratings = rating_labels(usable, config.heads) if config.heads else []
-    return Data(pairs, labels, ratings, list(map(longest_side, pairs)))
+# ------------------------------------------------------------------------------------- training
 
 
 def comparison_loss(config, job, model, heads, data, rows):
     """The loss of a batch of pairs, and its metrics."""
-    label, margin = torch.tensor([data.labels[i] for i in rows], device=job.device).unbind(
-        1
-    )  # (B,)
+    label, margin = data.pair_labels(rows, job.device)  # (B,) each
     if heads is None:
         scores = job.forward(pair_scores, model, data.batch(rows))  # (B, 2)
     else:
@@ -247,7 +183,7 @@ def comparison_loss(config, job, model, heads, data, rows):
 def rated_steps_loss(job, model, data, rows):
     """The loss of a batch of solutions with rated steps, and its metrics."""
     counts = [len(data.labels[i]) for i in rows]  # rated steps of each solution, M in all
-    labels = torch.tensor([label for i in rows for label in data.labels[i]], device=job.device)
+    labels = data.step_labels(rows, job.device)  # (M,)
     scores = job.forward(step_scores, model, data.batch(rows), counts=counts)  # (M,)
     loss = step_loss(scores, labels).mean()
     return loss, {"accuracy": ((scores > 0) == (labels > 0.5)).float().mean()}
@@ -257,16 +193,14 @@ def held_out_metrics(config, job, model, heads, data, rows, encoding):
     """Loss and accuracy on examples that training never sees."""
     examples = data.batch(rows)
     if config.process:
-        labels = torch.tensor([label for i in rows for label in data.labels[i]], device=job.device)
+        labels = data.step_labels(rows, job.device)  # (M,)
         scores = all_step_scores(model, examples)  # (M,)
         accuracy = ((scores > 0) == (labels > 0.5)).float().mean()
         loss = step_loss(scores, labels).mean()
         return {"held_out_loss": loss, "held_out_accuracy": accuracy}
     if heads is not None:
         heads.fold(model)
-    label, margin = torch.tensor([data.labels[i] for i in rows], device=job.device).unbind(
-        1
-    )  # (N,)
+    label, margin = data.pair_labels(rows, job.device)  # (N,) each
     chosen_scores, rejected_scores = all_pair_scores(model, examples).unbind(1)  # (N,) each
     for side, score in zip(examples[0], (chosen_scores[0], rejected_scores[0]), strict=True):
         job.say(f"{chat.painted(*side, encoding, job.colour)}  score {score:.2f}")
@@ -307,8 +241,8 @@ def main(config):
     steps = config.steps or math.ceil(1.5 * len(training) / config.batch_size)  # 1.5 epochs
     lengths = [data.lengths[i] for i in training]
     order = batch_order(lengths, config.batch_size, config.seed, steps)
-    job.memory(model=model)
     trained = torch.nn.ModuleList([model, heads]) if heads else model
+    job.memory(model=trained)
     optimizer = run.adamw(trained, config.lr, config.weight_decay)
     for step in job.steps(steps, model=model, heads=heads, optimizer=optimizer):
         rows = [training[i] for i in order[step]]

@@ -10,7 +10,7 @@ tells them apart (nobody can predict a question, and noise costs gradient).
 
     python sft.py --pretrain                      raw documents of the embedded world  -> out/base
     python sft.py                                 its demonstrations, from out/base    -> out/sft
-    python sft.py --init DIR --data chats.jsonl   any checkpoint, any file that data/formats.py reads
+    python sft.py --init DIR --data chats.jsonl   any checkpoint, any file of conversations
 
 Watch: loss (falls fast, then slowly; 40 % of the world's demonstrations contain mistakes, so it
 levels off above 0), held_out_loss (follows the loss; when it rises while the loss still falls, the
@@ -103,7 +103,7 @@ def load_records(config):
     """Records of --data or of the embedded world: documents to pretrain on, else conversations."""
     if config.data:
         kind = "document" if config.pretrain else "conversation"
-        return [record for path in config.data for record in formats.read(path, kind)]
+        return formats.read_all(config.data, kind)
     count = config.steps * config.batch_size + 500
     make = world.documents if config.pretrain else world.demonstrations
     return make(count, config.seed)
@@ -150,8 +150,8 @@ def main(config):
 
     context = model.config.context
     examples, cut, empty = load_examples(config, encoding, context)
-    source = ", ".join(map(str, config.data)) or "the embedded world"
-    nothing = f"no record of {source} has a supervised token within the context of {context} tokens"
+    limit = f"within the context of {context} tokens"
+    nothing = f"no record of {config.source} has a supervised token {limit}"
     run.require(examples, f"nothing to train on: {nothing}")
     rows, kept = hold_out(len(examples), min(500, 16 * config.batch_size), config.seed)
     held_out, examples = [examples[i] for i in rows], [examples[i] for i in kept]

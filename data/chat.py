@@ -1,311 +1,264 @@
 r"""The chat format: messages in, token ids and a loss mask out.
 
-    <|im_start|>user\nhow are you?<|im_end|>\n<|im_start|>assistant\nfine<|im_end|>\n        (chatml: Qwen, SmolLM, and the default)
-                                                                    ^^^^^^^^^^^^^^ mask True: what the model has to say
+    <|im_start|>user\nhow are you?<|im_end|>\n<|im_start|>assistant\nfine<|im_end|>\n
+                                                                    ^^^^^^^^^^^^^^ mask True
 
-`llama3` and plain `alpaca` stand beside it in TEMPLATES. A vocabulary knows its template: `extend(encoding, "alpaca")` chooses one,
-`data.tokenizer` saves and loads it with the vocabulary.
+The mask marks what the model itself has to say. This template is chatml (Qwen, SmolLM), the
+default; TEMPLATES also has llama3 and plain alpaca. A vocabulary knows its template:
+`extend(encoding, "alpaca")` chooses it, and data/tokenizer.py saves and loads it.
 
-The one thing that everybody gets wrong is *finding* things in a finished rendering: a search for the header's ids misses it as soon
-as a merge joins "\n" with the text behind it, and a search for "<|im_end|>" believes a user who types it. So nothing is searched for.
-The ids are assembled piece by piece, the mask beside them, and `prompt` is what `render` itself starts with: the context in which
-a response is sampled, scored and trained on is the same list of ids, because one function makes it.
+The one thing that everybody gets wrong is *searching* for the turns in the finished ids. A search
+for the header misses it as soon as a merge joins "\n" with the text after it, and a search for
+"<|im_end|>" believes a user who types it. Here ids and mask are put together piece by piece, and
+`prompt` is made by the function that makes `render`, so a response is sampled, scored and trained
+on after the very same ids. Three facts follow:
 
-Three facts that follow:
-- The end-of-turn token of an assistant turn is supervised (a model that never sees it in the loss never stops); the newline behind it
-  is not.
-- Content goes through `encode_ordinary`, so a special token spelled inside a message is text: nobody can forge a role. (Alpaca's headers
-  are plain text, and anybody can type them: that is what chat tokens are for.)
-- An assistant's header is encoded apart from its content, since that is where generation begins; all other text that touches is encoded as
-  one string. So the ids are those of the whole template string (transformers' apply_chat_template) for all content that spells no special
-  token, except where an *assistant's* content starts with white space that the split pattern would join to the header's newline:
-  with GPT-2's pattern two or more spaces, two or more newlines, or nothing but white space; with Llama 3's and Qwen's a newline.
+- The end-of-turn token of an assistant is in the loss, because a model that never sees it there
+  never stops. The newline after it is not.
+- Content goes through `encode_ordinary`: a special token spelled in a message is text, and nobody
+  can forge a role. (Alpaca's headers are text that anybody can type. Chat tokens prevent that.)
+- An assistant's header is encoded apart from its content, since generation begins between them;
+  all other neighbouring text is encoded as one string. So the ids are those of transformers'
+  apply_chat_template for content that spells no special token, unless an *assistant's* content
+  starts with white space that the split pattern would join to the header's newline: with GPT-2's
+  two or more spaces or newlines, or nothing but white space; with Llama 3's and Qwen's a newline.
 """
 
+import re
 from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
-import tiktoken
+from tiktoken import Encoding
 
 START, END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>")  # GPT-2's and Qwen's; Llama 3's
 ROLES = ("system", "user", "assistant", "tool")
+Example = tuple[list[int], list[bool]]  # ids and mask, both (T,)
 
 
 class Template(NamedTuple):
-    """A turn is opening + content + end + behind. `tokens` are special tokens, all the rest is text."""
+    # A turn is opening + content + end + separator.
+    tokens: tuple  # the special tokens that it uses; the last one ends an assistant's turn
+    begin: str  # before the first turn; in alpaca only if that is no system turn
+    opening: dict  # role -> what precedes its content
+    end: str  # what closes a turn of the other roles
+    separator: str  # text after every turn
+    jinja: str  # the same for transformers; `data.tokenizer.save` writes it with the vocabulary
 
-    tokens: tuple  # the special tokens that it needs; the last one ends an assistant's turn
-    begin: str  # what stands before the first turn; in alpaca, unless that is a system turn
-    opening: dict  # role -> what stands before its content
-    end: str | None  # what closes a turn of others: a special token, or none
-    behind: str  # text behind every turn
-    jinja: str  # the same for transformers: `data.tokenizer.save` writes it beside the vocabulary
 
-
-ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+ALPACA = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+)
+HEADERS = {"user": "### Instruction:\n", "tool": "### Input:\n", "assistant": "### Response:\n"}
 TEMPLATES = {
     "chatml": Template(
-        (START, END),
-        "",
-        {role: f"{START}{role}\n" for role in ROLES},
-        END,
-        "\n",
-        "{% for message in messages %}"
-        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+        tokens=(START, END),
+        begin="",
+        opening={role: f"{START}{role}\n" for role in ROLES},
+        end=END,
+        separator="\n",
+        jinja=r"{% for message in messages %}"
+        r"{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+        r"{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
     ),
     "llama3": Template(
-        ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-        "<|begin_of_text|>",
-        {role: f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ROLES},
-        "<|eot_id|>",
-        "",
-        "{{ '<|begin_of_text|>' }}{% for message in messages %}"
-        "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] + '<|eot_id|>' }}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}",
+        tokens=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        begin="<|begin_of_text|>",
+        opening={role: f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ROLES},
+        end="<|eot_id|>",
+        separator="",
+        jinja=r"{{ '<|begin_of_text|>' }}{% for message in messages %}"
+        r"{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + "
+        r"message['content'] + '<|eot_id|>' }}"
+        r"{% endfor %}{% if add_generation_prompt %}"
+        r"{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
     ),
-    # Headers of plain text, as before there were chat tokens: a user who types "### Response:" forges a turn.
+    # Its headers date from before chat tokens: a user who types "### Response:" forges a turn.
     "alpaca": Template(
-        (END_OF_TEXT,),
-        ALPACA,
-        {
-            "system": "",
-            "user": "### Instruction:\n",
-            "tool": "### Input:\n",
-            "assistant": "### Response:\n",
-        },
-        None,
-        "\n\n",
-        "{% if messages[0]['role'] != 'system' %}{{ '"
-        + ALPACA.replace("\n", "\\n")
-        + "' }}{% endif %}"
-        "{% set header = {'system': '', 'user': '### Instruction:\\n', 'tool': '### Input:\\n', 'assistant': '### Response:\\n'} %}"
-        "{% for message in messages %}"
-        "{% set end = '<|endoftext|>' if message['role'] == 'assistant' else '' %}"
-        "{{ header[message['role']] + message['content'] + end + '\\n\\n' }}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}",
+        tokens=(END_OF_TEXT,),
+        begin=ALPACA,
+        opening={"system": "", **HEADERS},
+        end="",
+        separator="\n\n",
+        jinja="{% if messages[0]['role'] != 'system' %}{{ '"
+        + ALPACA.replace("\n", r"\n")
+        + r"' }}{% endif %}"
+        r"{% set header = {'system': '', 'user': '### Instruction:\n', "
+        r"'tool': '### Input:\n', 'assistant': '### Response:\n'} %}"
+        r"{% for message in messages %}"
+        r"{% set end = '<|endoftext|>' if message['role'] == 'assistant' else '' %}"
+        r"{{ header[message['role']] + message['content'] + end + '\n\n' }}"
+        r"{% endfor %}{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}",
     ),
 }
-TEMPLATE = TEMPLATES["chatml"].jinja
 
 
-def name_of(encoding: tiktoken.Encoding) -> str:
-    """The template of a vocabulary: the one that `extend` or its directory chose, llama3 for Llama 3's tokens, else chatml."""
-    llama3 = (
-        set(TEMPLATES["llama3"].tokens) <= set(encoding._special_tokens)
-        and START not in encoding._special_tokens
-    )
-    return getattr(encoding, "template", "llama3" if llama3 else "chatml")
+def template_name(encoding: Encoding) -> str:
+    """The template of a vocabulary: the one that `extend` or its directory chose, else llama3 if it
+    has Llama 3's tokens, else chatml."""
+    special = encoding._special_tokens
+    is_llama3 = set(TEMPLATES["llama3"].tokens) <= set(special) and START not in special
+    return getattr(encoding, "template", "llama3" if is_llama3 else "chatml")
 
 
-class _Format(NamedTuple):
-    """A template in ids and texts. A piece is a special token's id, or text to be encoded together with its neighbours."""
+def extend(encoding: Encoding, template: str = "") -> Encoding:
+    """The encoding with the chat tokens in its vocabulary, or itself if it has them. `render` gives
+    the same ids with either, but only the extended one decodes them, and its `n_vocab` is how many
+    embeddings a chat model needs.
 
-    begin: list  # pieces
-    opening: dict  # role -> pieces
-    closing: list  # pieces behind a turn of others
-    end: int  # id that ends an assistant's turn
-    behind: str
+    template: a name of TEMPLATES, instead of the vocabulary's own. ValueError for another name."""
+    if template and template not in TEMPLATES:
+        names = ", ".join(TEMPLATES)
+        raise ValueError(f"there is no chat template {template!r}: name one of {names}")
+    special = encoding._special_tokens
+    if template and template != template_name(encoding):
+        encoding = _copy(encoding, encoding.name, special)
+        encoding.template = template
+    chat_tokens = _chat_tokens(encoding)
+    if chat_tokens.items() <= special.items():
+        return encoding
+    return _copy(encoding, f"{encoding.name}+chat", special | chat_tokens)
 
 
 @lru_cache(maxsize=16)  # an Encoding is hashed by identity
-def _format(encoding: tiktoken.Encoding) -> _Format:
-    template, ids = TEMPLATES[name_of(encoding)], _chat_tokens(encoding)
-
-    def pieces(text):
-        """'<|im_start|>user\\n' -> [id, 'user\\n']: of the template's own strings, never of a message."""
-        found = [text]
-        for token, id in ids.items():
-            found = [
-                p
-                for part in found
-                for p in ([part] if isinstance(part, int) else _around(part, token, id))
-            ]
-        return [p for p in found if p != ""]
-
-    opening = {role: pieces(text) for role, text in template.opening.items()}
-    closing = pieces((template.end or "") + template.behind)
-    end = ids[template.tokens[-1]]
-    return _Format(pieces(template.begin), opening, closing, end, template.behind)
+def _chat_tokens(encoding: Encoding) -> dict[str, int]:
+    """The special tokens of the template with their ids; the last one ends an assistant's turn.
+    Tokens that the vocabulary lacks get the ids after its last one."""
+    tokens = TEMPLATES[template_name(encoding)].tokens
+    special = encoding._special_tokens
+    missing = [token for token in tokens if token not in special]
+    ids = special | {token: encoding.n_vocab + i for i, token in enumerate(missing)}
+    return {token: ids[token] for token in tokens}
 
 
-def _around(text: str, token: str, id: int) -> list:
-    """text with each occurrence of the token replaced by its id."""
-    parts = [p for part in text.split(token) for p in (part, id)]
-    return parts[:-1]
-
-
-def _encode(pieces: list, encoding: tiktoken.Encoding) -> list[int]:
-    """Pieces -> ids (T,); texts that touch are encoded as one, as they would be in the whole rendering."""
-    ids: list[int] = []
-    for is_text, group in groupby(pieces, lambda piece: isinstance(piece, str)):
-        together = list(group)
-        ids += encoding.encode_ordinary("".join(together)) if is_text else together
-    return ids
-
-
-def _chat_tokens(encoding: tiktoken.Encoding) -> dict[str, int]:
-    """The ids of the template's special tokens: the vocabulary's own, or the next free ones after its last id."""
-    tokens, free = {}, encoding.n_vocab
-    for token in TEMPLATES[name_of(encoding)].tokens:
-        tokens[token] = encoding._special_tokens.get(token, free)
-        free += tokens[token] == free
-    return tokens
-
-
-def extend(encoding: tiktoken.Encoding, template: str = "") -> tiktoken.Encoding:
-    """The encoding with the chat tokens in its vocabulary; itself if it has them. `render` gives the same ids with either,
-    but only the extended one can decode them, and its `n_vocab` is the number of embeddings that a chat model needs.
-
-    template: a name of TEMPLATES, instead of the vocabulary's own. Raises ValueError for another name."""
-    if template and template not in TEMPLATES:
-        raise ValueError(
-            f"there is no chat template {template!r}: name one of {', '.join(TEMPLATES)}"
-        )
-    if template and template != name_of(encoding):
-        encoding = _copy(encoding, encoding.name, encoding._special_tokens)
-        encoding.template = template
-    chat_tokens = _chat_tokens(encoding)
-    if chat_tokens.items() <= encoding._special_tokens.items():
-        return encoding
-    return _copy(encoding, f"{encoding.name}+chat", {**encoding._special_tokens, **chat_tokens})
-
-
-def _copy(encoding: tiktoken.Encoding, name: str, special: dict[str, int]) -> tiktoken.Encoding:
-    copy = type(encoding)(
-        name,
-        pat_str=encoding._pat_str,
-        mergeable_ranks=encoding._mergeable_ranks,
-        special_tokens=special,
-    )
-    copy.template = name_of(encoding)
+def _copy(encoding: Encoding, name: str, special: dict[str, int]) -> Encoding:
+    pattern, ranks = encoding._pat_str, encoding._mergeable_ranks
+    copy = type(encoding)(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    copy.template = template_name(encoding)
     return copy
 
 
-def stop_ids(encoding: tiktoken.Encoding) -> list[int]:
-    """The ids that end an assistant's turn when generated: its end-of-turn token, and the end of text where there is one."""
-    end, end_of_text = _format(encoding).end, end_of_text_id(encoding)
-    return [end] + ([] if end_of_text in (None, end) else [end_of_text])
+def stop_ids(encoding: Encoding) -> list[int]:
+    """The ids that stop generation: the assistant's end-of-turn token, and the end of text."""
+    end = _end_of_turn_id(encoding)
+    end_of_text = end_of_text_id(encoding)
+    return [end] if end_of_text in (None, end) else [end, end_of_text]
 
 
-def end_of_text_id(encoding: tiktoken.Encoding) -> int | None:
-    """The id that ends a document, or None where the vocabulary has none."""
-    return next(
-        (
-            encoding._special_tokens[token]
-            for token in ENDS_OF_TEXT
-            if token in encoding._special_tokens
-        ),
-        None,
-    )
+def _end_of_turn_id(encoding: Encoding) -> int:
+    return list(_chat_tokens(encoding).values())[-1]
 
 
-def render(
-    messages: list[dict], encoding: tiktoken.Encoding, last_only: bool = False
-) -> tuple[list[int], list[bool]]:
-    """(ids, mask) of a conversation, both (T,); mask is True on every assistant token and on the end-of-turn token behind it.
-
-    messages: dicts with `role` (system, user, assistant or tool) and `content` (a string); other keys are not looked at.
-    last_only: supervise the last assistant turn alone. Raises ValueError for anything else than such messages."""
-    return _render(messages, encoding, last_only)
+def end_of_text_id(encoding: Encoding) -> int | None:
+    """The id that ends a document, or None if the vocabulary has none."""
+    special = encoding._special_tokens
+    return next((special[token] for token in ENDS_OF_TEXT if token in special), None)
 
 
-def _render(messages, encoding, last_only, then=()):
-    """`render`; `then`: pieces behind it all, encoded together with the text before them."""
+def _pieces(text: str, encoding: Encoding) -> list:
+    """A text of the template, never of a message: '<|im_start|>user\\n' -> [id, 'user\\n']."""
+    ids = _chat_tokens(encoding)
+    any_token = "(" + "|".join(map(re.escape, ids)) + ")"
+    return [ids.get(piece, piece) for piece in re.split(any_token, text) if piece]
+
+
+def _encode(pieces: list, encoding: Encoding) -> list[int]:
+    """Pieces -> ids (T,). Neighbouring texts are encoded as one, as in the whole rendering."""
+    ids = []
+    for is_text, group in groupby(pieces, lambda piece: isinstance(piece, str)):
+        neighbours = list(group)
+        ids += encoding.encode_ordinary("".join(neighbours)) if is_text else neighbours
+    return ids
+
+
+def render(messages: list[dict], encoding: Encoding, last_only: bool = False) -> Example:
+    """(ids, mask) of a conversation. The mask is True on every assistant token and on the
+    end-of-turn token after it.
+
+    messages: dicts with `role` (one of ROLES) and `content` (a string); other keys are ignored.
+    last_only: supervise only the last assistant turn. Raises ValueError for malformed messages."""
+    return _render(messages, encoding, last_only, following="")
+
+
+def _render(messages, encoding, last_only, following):
+    """`render`. following: a text of the template, encoded together with the text before it."""
     _check(messages)
-    form = _format(encoding)
-    last_answer = max(
-        (i for i, message in enumerate(messages) if message["role"] == "assistant"), default=-1
-    )
-    ids: list[int] = []
-    mask: list[bool] = []
-    waiting = (
-        [] if name_of(encoding) == "alpaca" and messages[0]["role"] == "system" else [*form.begin]
-    )  # pieces not yet encoded
+    template = TEMPLATES[template_name(encoding)]
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    supervised = set(answers[-1:] if last_only else answers)
+    ids = []
+    mask = []
+    replaced = template.begin == ALPACA and messages[0]["role"] == "system"
+    pending = [] if replaced else _pieces(template.begin, encoding)  # not encoded yet
     for i, message in enumerate(messages):
-        waiting += form.opening[message["role"]]
+        pending += _pieces(template.opening[message["role"]], encoding)
         if message["role"] == "assistant":
-            header, content = (
-                _encode(waiting, encoding),
-                encoding.encode_ordinary(message["content"]),
-            )
-            ids += header
-            ids += content
-            ids.append(form.end)
-            mask += [False] * len(header)
-            mask += [not last_only or i == last_answer] * (
-                len(content) + 1
-            )  # + 1: its end-of-turn token
-            waiting = [form.behind] if form.behind else []
+            header = _encode(pending, encoding)
+            answer = completion(message["content"], encoding)
+            ids += header + answer
+            mask += [False] * len(header) + [i in supervised] * len(answer)
+            pending = _pieces(template.separator, encoding)
         else:
-            waiting += [message["content"], *form.closing]
-    rest = _encode([*waiting, *then], encoding)
+            pending += [message["content"], *_pieces(template.end + template.separator, encoding)]
+    rest = _encode([*pending, *_pieces(following, encoding)], encoding)
     return ids + rest, mask + [False] * len(rest)
 
 
-def prompt(messages: list[dict], encoding: tiktoken.Encoding) -> list[int]:
-    """ids (T,) of the conversation so far and the header of the assistant's next turn: what generation continues.
-
-    prompt(messages) + completion(text) is `render` of the longer conversation, up to what stands behind its last end-of-turn token."""
-    return _render(messages, encoding, False, then=_format(encoding).opening["assistant"])[0]
-
-
-def completion(text: str, encoding: tiktoken.Encoding) -> list[int]:
-    """ids (T,) of an assistant's answer with the end-of-turn token that closes it: the tokens that get a loss or a reward."""
-    return [*encoding.encode_ordinary(text), _format(encoding).end]
+def prompt(messages: list[dict], encoding: Encoding) -> list[int]:
+    """ids (T,) of the conversation so far and the header of the assistant's next turn, from where
+    generation continues. prompt(messages) + completion(text) equals `render` of the conversation
+    with that answer, up to the end-of-turn token."""
+    header = TEMPLATES[template_name(encoding)].opening["assistant"]
+    return _render(messages, encoding, last_only=False, following=header)[0]
 
 
-def example(
-    prompt: list[dict], reply: list[dict], encoding: tiktoken.Encoding
-) -> tuple[list[int], list[bool]]:
-    """(ids, mask) of one reply to a prompt, both (T,), up to its end-of-turn token; earlier assistant turns do not count."""
+def completion(text: str, encoding: Encoding) -> list[int]:
+    """ids (T,) of an assistant's answer and its end-of-turn token: what gets a loss or a reward."""
+    return [*encoding.encode_ordinary(text), _end_of_turn_id(encoding)]
+
+
+def example(prompt: list[dict], reply: list[dict], encoding: Encoding) -> Example:
+    """(ids, mask) of a reply to a prompt, up to its end-of-turn token. Earlier assistant turns are
+    not in the mask."""
     ids, mask = render(prompt + reply, encoding, last_only=True)
     end = len(mask) - mask[::-1].index(True)
     return ids[:end], mask[:end]
 
 
-def painted(ids: list[int], mask: list, encoding: tiktoken.Encoding, colour: bool) -> str:
-    """Tokens as a line of text for a terminal, those under the mask (or of weight 1) in green, without colour in « »; of long ones what
-    stands around the first of these."""
+def painted(ids: list[int], mask: list, encoding: Encoding, colour: bool) -> str:
+    """Tokens as a line for a terminal. Supervised ones (mask True or weight 1) are green, or in « »
+    without colour. A long line is cut around the first of them."""
     on, off = ("\033[32m", "\033[0m") if colour else ("«", "»")
     first = mask.index(1) if 1 in mask else 0
     tokens = list(zip(ids, mask, strict=True))[max(0, first - 60) : first + 100]
-    parts = [
-        (counts == 1, encoding.decode([token for token, _ in part]))
-        for counts, part in groupby(tokens, lambda token: token[1])
-    ]
-    return "".join(f"{on}{text}{off}" if counts else text for counts, text in parts).replace(
-        "\n", "\\n"
-    )
+    line = ""
+    for weight, group in groupby(tokens, lambda token: token[1]):
+        text = encoding.decode([token for token, _ in group])
+        line += f"{on}{text}{off}" if weight == 1 else text
+    return line.replace("\n", "\\n")
 
 
-def painted_reply(
-    prompt: list[int], reply: list[int], encoding: tiktoken.Encoding, colour: bool
-) -> str:
-    """`painted` of a prompt and what a model says to it."""
-    return painted(prompt + reply, [False] * len(prompt) + [True] * len(reply), encoding, colour)
+def painted_reply(prompt: list[int], reply: list[int], encoding: Encoding, colour: bool) -> str:
+    """`painted` for a prompt and a model's reply to it."""
+    mask = [False] * len(prompt) + [True] * len(reply)
+    return painted(prompt + reply, mask, encoding, colour)
 
 
 def _check(messages: list[dict]) -> None:
     if not messages:
-        raise ValueError(
-            "a conversation needs at least one message, and this list of messages is empty"
-        )
+        raise ValueError("a conversation needs at least one message, and this list is empty")
     for i, message in enumerate(messages):
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise ValueError(
-                f"message {i} should be an object with the fields role and content, but it is {str(message)[:80]!r}"
+                f"message {i} should be an object with the fields role and content, "
+                f"but it is {str(message)[:80]!r}"
             )
-        if message["role"] not in ROLES:
-            raise ValueError(
-                f"message {i} has the role {message['role']!r}, which is not one of {', '.join(ROLES)}"
-            )
-        if not isinstance(message["content"], str):
-            raise ValueError(
-                f"message {i} ({message['role']}) should have a string as content, but it has {str(message['content'])[:80]!r}"
-            )
+        role, content = message["role"], message["content"]
+        if role not in ROLES:
+            roles = ", ".join(ROLES)
+            raise ValueError(f"message {i} has the role {role!r}, which is not one of {roles}")
+        if not isinstance(content, str):
+            holds = f"should have a string as content, but it has {str(content)[:80]!r}"
+            raise ValueError(f"message {i} ({role}) {holds}")

@@ -1,19 +1,20 @@
-"""Fewer and better demonstrations: LIMA's experiment (Zhou et al. 2023, "less is more for alignment") as one command.
+"""Fewer and better demonstrations, as in LIMA (Zhou et al. 2023, "less is more for alignment").
 
-    python -m data.curate --data a.json b.jsonl --out clean.jsonl                            duplicates, lengths, heuristics
-    python -m data.curate --data pool.jsonl --out best.jsonl --reward out/reward --top 1000  and then the best by a reward model
+    python -m data.curate --data a.json b.jsonl --out clean.jsonl
+    python -m data.curate --data pool.jsonl --out best.jsonl --reward out/reward --top 1000
 
-Any file of conversations goes in, chat messages as JSONL come out, in the order of the files, with a count of what was dropped and why.
-Each record is dropped for the first reason that applies:
+Reads any files of conversations and writes chat messages as JSONL, in the order of the files, with
+a count of what was dropped and why. The first reason that applies drops a record:
 
-    too short / long   answers outside --min-words .. --max-words
-    heuristics         one line each in HEURISTICS: answers that repeat themselves, copy the question, speak of being a language model, ...
-    exact duplicate    the same words as an earlier record that stays, whatever the case and the white space
-    near-duplicate     shares --near of its word triples with such a record (Jaccard; candidates found by MinHash, then counted)
-    below the top      not among the --top best by the reward model's score of the last answer
+    too short / long   the answers have fewer words than --min-words or more than --max-words
+    heuristics         a row of HEURISTICS: the answers repeat themselves, copy the question, ...
+    exact duplicate    same words as an earlier record that stays; case and white space do not count
+    near-duplicate     shares --near of its word triples with such a record (Jaccard similarity)
+    below the top      the reward model prefers --top others, by the score of the last answer
 
-What everybody gets wrong: a reward model's scores compare answers to *one* question. Across questions they also say which are easy, so
-a small --top keeps the easy ones. Leave it a good part of the pool, and look at what is kept.
+What everybody gets wrong: a reward model's scores compare answers to *one* question. Across
+questions they also say which are easy, so that a small --top keeps the easy ones. Keep a good part
+of the pool, and look at the result.
 """
 
 import hashlib
@@ -33,224 +34,191 @@ from data.scores import score_rows
 @dataclass
 class Config:
     data: list = field(default_factory=list)  # files of conversations
-    out: str = ""  # JSONL file to write; one that is there already is an error
-    near: float = 0.8  # shared word triples (0 to 1) from which a record counts as a near-duplicate, .1 at least; 0: only exact ones count
+    out: str = ""  # JSONL file to write; it must not exist
+    near: float = 0.8  # shared word triples that make a near-duplicate (.1 to 1; 0: only exact)
     min_words: int = 1  # shortest answers, all of a conversation's together
     max_words: int = 0  # longest answers, all of a conversation's together (0: no limit)
-    reward: str = ""  # with --top: the reward model whose favourites are kept
-    top: int = 0  # how many to keep by the reward model's score (0: all)
+    reward: str = ""  # with --top: directory of the reward model
+    top: int = 0  # how many records to keep by the reward model's score (0: all)
     device: str = "auto"  # auto, cpu, cuda
 
 
-# ------------------------------------------------------------------------------------------------------------- duplicates
+def check(config):
+    run.require(config.data, "--data FILE ... is needed: the conversations to choose from")
+    run.require(config.out, "--out FILE is needed: the JSONL file to write")
+    is_new = not Path(config.out).exists()
+    run.require(is_new, f"--out {config.out} is there already: name another file")
+    is_share = config.near == 0 or 0.1 <= config.near <= 1
+    allowed = "lie in [.1, 1], or be 0 so that only exact duplicates count"
+    run.require(is_share, f"--near must {allowed}, not {config.near}")
+    both_or_neither = bool(config.top) == bool(config.reward)
+    run.require(both_or_neither, "--top N and --reward DIR need each other: name both, or neither")
+
+
+# -------------------------------------------------------------------------------------- duplicates
 
 PERMUTATIONS = 64
 PRIME = (1 << 31) - 1
 
 
 def bands_for(near):
-    """Into how many bands to cut a signature. Two records become candidates where all the rows of one band agree.
-
-    Of pairs that share `near` of their triples, b bands of r rows find 1 - (1 - near^r)^b. More rows leave fewer pairs to count: as many
-    as still find 99.8 %, which is 4 (16 bands) at .8, 2 at .5 and 1 at .3.
-    """
+    """Into how many bands to cut a signature. Two records become candidates if one band is equal.
+    b bands of r rows find 1 - (1 - near^r)^b of the pairs that share `near` of their triples. More
+    rows leave fewer pairs to count, so we take the most that still find 99.8 %: 4 (16 bands) at .8,
+    2 at .5 and 1 at .3."""
     rows = [r for r in (8, 4, 2) if 1 - (1 - near**r) ** (PERMUTATIONS // r) >= 0.998]
     return PERMUTATIONS // max(rows, default=1)
 
 
 def words_of(record):
-    """The words of a conversation with the roles that say them, in lower case."""
-    return [
-        word
-        for message in record.messages
-        for word in [message["role"], *message["content"].lower().split()]
-    ]
+    """The words of a conversation in lower case, those of each message after its role."""
+    words = []
+    for message in record.messages:
+        words += [message["role"], *message["content"].lower().split()]
+    return words
 
 
 def triples(words):
-    """The set of neighbouring word triples, as 31-bit numbers; shorter texts are one triple."""
-    spans = {" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
-    return {
-        int.from_bytes(hashlib.blake2b(span.encode(), digest_size=4).digest()) % PRIME
-        for span in spans
-    }
+    """The set of neighbouring word triples, as 31-bit numbers. A shorter text is one triple."""
+    texts = {" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
+    hashes = [hashlib.blake2b(text.encode(), digest_size=4).digest() for text in texts]
+    return {int.from_bytes(digest) % PRIME for digest in hashes}
 
 
-def signature(items):
-    """MinHash (Broder 1997): under each of the random orders, the first item of the set -> (PERMUTATIONS,) int64.
-
-    Two sets have the same first item with the probability that they share: |A and B| / |A or B|, their Jaccard similarity.
-    """
+def signature(numbers):
+    """MinHash (Broder 1997): the first number of a set in each random order (PERMUTATIONS,) int64.
+    Two sets have the same first with probability |A and B| / |A or B|, their Jaccard similarity."""
     rng = np.random.default_rng(0)
-    factors, shifts = rng.integers(
-        1, PRIME, (2, PERMUTATIONS)
-    )  # x -> (a x + b) mod p is a random order of the numbers below p
-    return ((factors[:, None] * np.fromiter(items, np.int64) + shifts[:, None]) % PRIME).min(1)
+    # x -> (a x + b) mod p is a random order of the numbers below p.
+    a, b = rng.integers(1, PRIME, (2, PERMUTATIONS))
+    return ((a[:, None] * np.fromiter(numbers, np.int64) + b[:, None]) % PRIME).min(1)
 
 
 def duplicates(records, near=0.8):
     """For each record why it repeats an earlier one that stays, or None."""
-    reasons, seen, buckets, sets = [], set(), defaultdict(list), {}
-    bands_each = bands_for(near)
+    reasons = []
+    seen = set()  # word sequences
+    unique = {}  # index of a record that stays -> its triples
     signatures = np.zeros((len(records), PERMUTATIONS), np.int64)  # (N, PERMUTATIONS)
+    buckets = defaultdict(list)  # (number of a band, its rows) -> indices of records that stay
+    n_bands = bands_for(near)
     for i, record in enumerate(records):
         words = words_of(record)
-        reason = "exact duplicate" if tuple(words) in seen else None
+        is_exact = tuple(words) in seen
         seen.add(tuple(words))
-        if near and not reason:
-            mine = triples(words)
-            signatures[i] = signature(mine)
-            bands = [
-                (b, part.tobytes()) for b, part in enumerate(np.split(signatures[i], bands_each))
-            ]
-            others = np.array(
-                sorted({other for band in bands for other in buckets[band]}), dtype=np.int64
-            )
-            alike = (signatures[others] == signatures[i]).mean(
-                1
-            )  # estimates of Jaccard, good to about .05: few are worth counting
-            if any(
-                len(mine & sets[other]) >= near * len(mine | sets[other])
-                for other in others[alike >= near - 0.2]
-            ):
-                reason = "near-duplicate"
-            else:
-                sets[i] = mine
-                for band in bands:
-                    buckets[band].append(i)
-        reasons.append(reason)
+        if is_exact or not near:
+            reasons.append("exact duplicate" if is_exact else None)
+            continue
+        items = triples(words)
+        signatures[i] = signature(items)
+        bands = [(n, rows.tobytes()) for n, rows in enumerate(np.split(signatures[i], n_bands))]
+        others = sorted({other for band in bands for other in buckets[band]})
+        candidates = np.array(others, dtype=np.int64)
+        # These estimates of the similarity are good to about .05, so that few need to be counted.
+        estimates = (signatures[candidates] == signatures[i]).mean(1)
+        likely = [unique[other] for other in candidates[estimates >= near - 0.2]]
+        if any(len(items & other) >= near * len(items | other) for other in likely):
+            reasons.append("near-duplicate")
+            continue
+        reasons.append(None)
+        unique[i] = items
+        for band in bands:
+            buckets[band].append(i)
     return reasons
 
 
-# ------------------------------------------------------------------------------------------------------------- heuristics
+# -------------------------------------------------------------------------------------- heuristics
 
 
-def repeats(question, answer):
+def repeats(answer):
     """Half of a long answer's word triples occurred before: a sampler in a loop."""
     words = answer.lower().split()
     return len(words) >= 20 and len(triples(words)) < 0.5 * (len(words) - 2)
 
 
-def letters(answer):
-    return sum(char.isalpha() for char in answer)
+def copies(question, answer):
+    return len(answer.split()) > 3 and answer.strip().lower() == question.strip().lower()
 
 
-HEURISTICS = {  # reason: (question, answer) -> whether to drop
-    "repeats itself": repeats,
-    "copies the question": lambda question, answer: (
-        len(answer.split()) > 3 and answer.strip().lower() == question.strip().lower()
-    ),
+AS_A_MODEL = re.compile(r"\bas an? (ai|(large )?language model)\b")
+ATTACHMENT = re.compile(r"\b(attached|above) (image|picture|file|photo)\b")
+CUT_LIST = re.compile(r"\n\s*(\d+[.)]|[-*])\s*$")
+HEURISTICS = {  # reason -> function of (question, answer), true if the record is dropped
+    "repeats itself": lambda question, answer: repeats(answer),
+    "copies the question": copies,
     "broken characters": lambda question, answer: "\ufffd" in answer or "\x00" in answer,
-    "speaks of being a language model": lambda question, answer: re.search(
-        r"\bas an? (ai|(large )?language model)\b", answer.lower()
-    ),
-    "speaks of what is not there": lambda question, answer: re.search(
-        r"\b(attached|above) (image|picture|file|photo)\b", question.lower()
-    ),
-    "a list cut short": lambda question, answer: re.search(r"\n\s*(\d+[.)]|[-*])\s*$", answer),
+    "speaks of being a language model": lambda question, answer: AS_A_MODEL.search(answer.lower()),
+    "speaks of what is not there": lambda question, answer: ATTACHMENT.search(question.lower()),
+    "a list cut short": lambda question, answer: CUT_LIST.search(answer),
     "open code block": lambda question, answer: answer.count("```") % 2,
 }
 
 
 def flaw(record, config):
-    """Why a conversation's lengths or wording are against it, or None."""
+    """Why the lengths or the wording of a conversation's answers drop it, or None."""
     answers = [message["content"] for message in record.messages if message["role"] == "assistant"]
     n = sum(len(answer.split()) for answer in answers)
     if n < config.min_words:
         return f"shorter than {config.min_words} words"
     if config.max_words and n > config.max_words:
         return f"longer than {config.max_words} words"
-    question = next(
-        (message["content"] for message in reversed(record.messages) if message["role"] == "user"),
-        "",
-    )
-    return next(
-        (
-            reason
-            for reason, bad in HEURISTICS.items()
-            if any(bad(question, answer) for answer in answers)
-        ),
-        None,
-    )
+    questions = [message["content"] for message in record.messages if message["role"] == "user"]
+    question = questions[-1] if questions else ""
+    for reason, applies in HEURISTICS.items():
+        if any(applies(question, answer) for answer in answers):
+            return reason
+    return None
 
 
-# ------------------------------------------------------------------------------------------------------- the reward model
+# ------------------------------------------------------------------------------------- the command
 
 
 def scores(records, directory, device):
-    """A reward model's score of each conversation's last answer (N,); nan for one that does not fit its context."""
-    model, encoding = checkpoints.load(directory).to(device).eval(), tokenizer.load(directory)
-    run.require(
-        model.config.head == "score",
-        f"--reward {directory} has no scalar head: train one with reward.py",
-    )
-    rows = [
-        chat.example(record.messages[:-1], record.messages[-1:], encoding)[0] for record in records
-    ]
+    """A reward model's scores of the last answers (N,); nan for those that exceed its context."""
+    model = checkpoints.load(directory).to(device).eval()
+    encoding = tokenizer.load(directory)
+    has_scores = model.config.head == "score"
+    run.require(has_scores, f"--reward {directory} has no scalar head: train one with reward.py")
+    chats = [(record.messages[:-1], record.messages[-1:]) for record in records]
+    rows = [chat.example(prompt, reply, encoding)[0] for prompt, reply in chats]
     fitting = [i for i, ids in enumerate(rows) if len(ids) <= model.config.context]
-    found = np.full(len(rows), np.nan)  # (N,)
+    values = np.full(len(rows), np.nan)  # (N,)
     if fitting:
-        found[fitting] = score_rows(model, [rows[i] for i in fitting]).cpu().numpy()
-    return found
-
-
-# ---------------------------------------------------------------------------------------------------------------- the command
+        values[fitting] = score_rows(model, [rows[i] for i in fitting]).cpu().numpy()
+    return values
 
 
 def curate(records, config):
     """(records that stay, in their order; Counter of the reasons why others were dropped)."""
-    reasons = [
-        flaw(record, config) for record in records
-    ]  # first, or a bad record could knock out its good near-duplicate
-    again = iter(
-        duplicates(
-            [record for record, reason in zip(records, reasons, strict=True) if not reason],
-            config.near,
-        )
-    )
-    reasons = [reason or next(again) for reason in reasons]
-    kept = [record for record, reason in zip(records, reasons, strict=True) if not reason]
+    # Flaws come first: otherwise a bad record could drop its good near-duplicate.
+    reasons = [flaw(record, config) for record in records]
+    flawless = [record for record, reason in zip(records, reasons, strict=True) if not reason]
+    repetitions = iter(duplicates(flawless, config.near))
+    reasons = [reason or next(repetitions) for reason in reasons]
+    clean = [record for record, reason in zip(records, reasons, strict=True) if not reason]
     dropped = Counter(reason for reason in reasons if reason)
-    if config.top:
-        found = scores(kept, config.reward, run.device(config.device))
-        fitting = np.flatnonzero(~np.isnan(found))
-        best = sorted(fitting, key=lambda i: -found[i])[: config.top]
-        dropped += Counter(
-            {
-                "too long for the reward model": len(kept) - len(fitting),
-                f"below the top {config.top}": len(fitting) - len(best),
-            }
-        )
-        kept = [kept[i] for i in sorted(best)]
-    return kept, dropped
+    if not config.top:
+        return clean, dropped
+    values = scores(clean, config.reward, run.device(config.device))
+    fitting = np.flatnonzero(~np.isnan(values))
+    best = sorted(fitting, key=lambda i: -values[i])[: config.top]
+    dropped += Counter({"too long for the reward model": len(clean) - len(fitting)})
+    dropped += Counter({f"below the top {config.top}": len(fitting) - len(best)})
+    return [clean[i] for i in sorted(best)], dropped
 
 
 def main(config):
-    run.require(config.data, "--data FILE ... is needed: the conversations to choose from")
-    run.require(config.out, "--out FILE is needed: the JSONL file to write")
+    check(config)
+    records = formats.read_all(config.data, "conversation")
+    chosen, dropped = curate(records, config)
+    run.require(chosen, f"nothing is left of {len(records)} records: loosen the filters")
     out = Path(config.out)
-    run.require(not out.exists(), f"--out {out} is there already: name another file")
-    near = config.near == 0 or 0.1 <= config.near <= 1
-    run.require(
-        near,
-        f"--near must lie in [.1, 1], or be 0 where only exact duplicates count, not {config.near}",
-    )
-    run.require(
-        bool(config.top) == bool(config.reward),
-        "--top N and --reward DIR belong together: name both, or neither",
-    )
-    records = [record for path in config.data for record in formats.read(path, "conversation")]
-    kept, dropped = curate(records, config)
-    run.require(kept, f"nothing is left of {len(records)} records: loosen the filters")
     out.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(
-        json.dumps({"messages": record.messages, "where": record.where}, ensure_ascii=False) + "\n"
-        for record in kept
-    )
-    run.write(out, text)
+    rows = [{"messages": record.messages, "where": record.where} for record in chosen]
+    run.write(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     for reason, count in dropped.most_common():
         print(f"{count:8} {reason}")
-    print(f"{len(kept):8} of {len(records)} kept, written to {out}")
+    print(f"{len(chosen):8} of {len(records)} kept, written to {out}")
 
 
 if __name__ == "__main__":

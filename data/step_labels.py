@@ -40,9 +40,8 @@ def label_sums(config, policy, encoding, say):
         options = dict(completions=config.completions, seed=config.seed)
         labels = monte_carlo(policy, encoding, prompts, solutions, correct, **options)
         facts["monte_carlo_agreement"] = share = agreement(labels, exact)
-        say(
-            f"reward: {sum(map(len, labels))} Monte-Carlo step labels, of which {share:.3f} agree with the exact ones"
-        )
+        count = f"{sum(map(len, labels))} Monte-Carlo step labels"
+        say(f"reward: {count}, of which {share:.3f} agree with the exact ones")
     records = [
         (messages, steps, marks)
         for messages, steps, marks in zip(prompts, solutions, labels, strict=True)

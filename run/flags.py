@@ -47,6 +47,11 @@ class Flags:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: str = "auto"  # of matrix products: float32 or bfloat16 (auto: bfloat16 on CUDA)
 
+    @property
+    def source(self):
+        """What the data is called in messages."""
+        return ", ".join(map(str, self.data)) or "the embedded world"
+
 
 def require(condition, sentence):
     """Refuses bad input: ValueError with one sentence, which ends a command with exit code 2."""
@@ -69,7 +74,7 @@ def parse(Config, argv=None, description=None):
     help and default. Raises ValueError for unknown flags and for numbers out of range."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=description, allow_abbrev=False, formatter_class=layout)
-    shared = parser.add_argument_group("flags of every stage")
+    shared = parser.add_argument_group("shared flags")
     comments = field_comments(Config)
     for item in dataclasses.fields(Config):
         group = parser if item.name in Config.__annotations__ else shared
@@ -118,6 +123,23 @@ def check_numbers(config):
         in_range = abs(value) < math.inf and value >= least
         require(in_range, f"{flag_name(item.name)} must be {' and '.join(limits)}, not {value}")
     require(getattr(config, "seed", 0) < 2**32, "--seed must be less than 2^32")
+
+
+def check_choice(config, name, choices):
+    value, names = getattr(config, name), ", ".join(choices)
+    require(value in choices, f"{flag_name(name)} must be one of {names}, not {value}")
+
+
+def check_range(config, *names, least=None, most=None, above=None):
+    """Raises ValueError for a flag outside its range: >= least, <= most, > above."""
+    for name in names:
+        value = getattr(config, name)
+        if above is not None:
+            require(value > above, f"{flag_name(name)} must be more than {above}, not {value}")
+        if least is not None:
+            require(value >= least, f"{flag_name(name)} must be at least {least}, not {value}")
+        if most is not None:
+            require(value <= most, f"{flag_name(name)} must be at most {most}, not {value}")
 
 
 def check_requires(config, requires=None):

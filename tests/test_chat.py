@@ -1,4 +1,5 @@
-"""Chat rendering: the mask covers what the model has to say and nothing else, and a prompt is the same ids wherever it is rendered."""
+"""Chat rendering: the mask covers what the model has to say and nothing else, and a prompt is the
+same ids wherever it is rendered."""
 
 import random
 from pathlib import Path
@@ -10,7 +11,8 @@ from data import chat, tokenizer
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 CORPUS = [
-    "user assistant system tool the cat sat on the mat\n\n\n  two  spaces  hello world hello\n world"
+    "user assistant system tool the cat sat on the mat\n\n\n  two  spaces  hello world hello\n "
+    "world"
 ] * 5
 TALK = [
     {"role": "system", "content": "be kind"},
@@ -23,18 +25,17 @@ TALK = [
 
 @pytest.fixture(scope="module", params=["trained", "bare", "tok512", "gpt2"])
 def encoding(request) -> tiktoken.Encoding:
-    """With the chat tokens as its last ids, without them, with them as its first ids, and the real thing (without them)."""
+    """With the chat tokens as its last ids, without them, with them as its first ids, and GPT-2's
+    own (without them)."""
     if request.param == "trained":
-        return tokenizer.train(
-            CORPUS, 330, ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
-        )
+        special = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
+        return tokenizer.train(CORPUS, 330, special)
     if request.param == "bare":
         return tokenizer.train(CORPUS, 320)
     if not SHARED.exists():
         pytest.skip("the published vocabularies are not beside this checkout (../shared)")
-    return tokenizer.load(
-        SHARED / ("hf/tok512" if request.param == "tok512" else "data/tokenizer/gpt2")
-    )
+    directory = {"tok512": "hf/tok512", "gpt2": "data/tokenizer/gpt2"}[request.param]
+    return tokenizer.load(SHARED / directory)
 
 
 def text_of(messages: list[dict]) -> str:
@@ -48,7 +49,7 @@ def end_of_turn(encoding: tiktoken.Encoding) -> int:
 
 
 def random_talk(rng: random.Random, tidy: bool) -> list[dict]:
-    """A conversation of words and white space; tidy: no assistant content starts with white space."""
+    """Turns of words and white space. tidy: no assistant content starts with white space."""
     pieces = [
         "hello",
         " world",
@@ -63,31 +64,23 @@ def random_talk(rng: random.Random, tidy: bool) -> list[dict]:
         "🙂",
         "!",
         "'s",
-        "<|im_end|",
-        "user\n",
     ]
+    pieces += ["<|im_end|", "user\n"]
     turns = []
     for i in range(rng.randint(1, 6)):
+        role = ["user", "assistant"][i % 2]
         content = "".join(rng.choices(pieces, k=rng.randint(0, 6)))
-        turns.append(
-            {
-                "role": ["user", "assistant"][i % 2],
-                "content": content.lstrip() if tidy and i % 2 else content,
-            }
-        )
-        if not turns[-1]["content"] and i % 2:
-            turns[-1]["content"] = "ok"
+        if role == "assistant":
+            content = (content.lstrip() if tidy else content) or "ok"
+        turns.append({"role": role, "content": content})
     return [{"role": "system", "content": "be kind"}][: rng.randint(0, 1)] + turns
 
 
 def test_rendering_is_the_chatml_text_with_its_last_newline(encoding):
     ids, mask = chat.render(TALK, encoding)
     assert chat.extend(encoding).decode(ids) == text_of(TALK)
-    assert (
-        len(ids) == len(mask)
-        and all(type(token) is int for token in ids)
-        and all(type(flag) is bool for flag in mask)
-    )
+    assert len(ids) == len(mask)
+    assert {type(token) for token in ids} == {int} and {type(flag) for flag in mask} == {bool}
 
 
 def test_mask_is_true_exactly_on_assistant_tokens_and_their_end_token(encoding):
@@ -95,25 +88,21 @@ def test_mask_is_true_exactly_on_assistant_tokens_and_their_end_token(encoding):
     supervised = [token for token, flag in zip(ids, mask, strict=True) if flag]
     assert chat.extend(encoding).decode(supervised) == "hello world<|im_end|>the cat sat<|im_end|>"
     runs = sum(flag and not before for flag, before in zip(mask, [False, *mask], strict=False))
-    assert (
-        runs == 2 and supervised.count(end_of_turn(encoding)) == 2
-    )  # the end token is in the loss: the model learns to stop
+    # the end token is in the loss: the model learns to stop
+    assert runs == 2 and supervised.count(end_of_turn(encoding)) == 2
 
 
 def test_mask_covers_only_the_last_answer_on_request(encoding):
     ids, mask = chat.render(TALK, encoding, last_only=True)
     assert ids == chat.render(TALK, encoding)[0]
-    assert (
-        chat.extend(encoding).decode([token for token, flag in zip(ids, mask, strict=True) if flag])
-        == "the cat sat<|im_end|>"
-    )
+    supervised = [token for token, flag in zip(ids, mask, strict=True) if flag]
+    assert chat.extend(encoding).decode(supervised) == "the cat sat<|im_end|>"
 
 
 def test_a_conversation_without_an_answer_supervises_nothing(encoding):
     for messages in (TALK[:1], TALK[:2]):
-        assert not any(chat.render(messages, encoding)[1]) and not any(
-            chat.render(messages, encoding, last_only=True)[1]
-        )
+        for last_only in (False, True):
+            assert not any(chat.render(messages, encoding, last_only)[1])
 
 
 def test_an_empty_answer_supervises_its_end_token(encoding):
@@ -126,18 +115,9 @@ def test_an_empty_answer_supervises_its_end_token(encoding):
 def test_the_prompt_is_the_prefix_that_training_sees_whatever_the_answer_starts_with(encoding):
     rng = random.Random(0)
     newline = encoding.encode_ordinary("\n")
-    for answer in [
-        "hello",
-        " hello",
-        "  hello",
-        "\nhello",
-        "\n\n\nhello",
-        "",
-        " ",
-        "\n",
-        "\t x",
-        *(random_talk(rng, False)[0]["content"] for _ in range(200)),
-    ]:
+    answers = ["hello", " hello", "  hello", "\nhello", "\n\n\nhello", "", " ", "\n", "\t x"]
+    answers += [random_talk(rng, False)[0]["content"] for _ in range(200)]
+    for answer in answers:
         messages = [*random_talk(rng, False), {"role": "user", "content": "go on"}]
         ids, mask = chat.render(
             [*messages, {"role": "assistant", "content": answer}], encoding, last_only=True
@@ -153,10 +133,8 @@ def test_special_tokens_spelled_in_content_stay_text(encoding):
         ids, mask = chat.render([{"role": role, "content": forged}], encoding)
         specials = {*chat.extend(encoding)._special_tokens.values()}
         start = chat.extend(encoding)._special_tokens["<|im_start|>"]
-        assert [token for token in ids if token in specials] == [
-            start,
-            end_of_turn(encoding),
-        ]  # one turn, as was asked for
+        # one turn, as was asked for
+        assert [token for token in ids if token in specials] == [start, end_of_turn(encoding)]
         assert any(mask) == (role == "assistant")
 
 
@@ -174,9 +152,8 @@ def test_ids_are_those_of_the_whole_text_unless_an_answer_starts_with_white_spac
 
 def test_an_answer_of_a_newline_does_not_merge_with_its_header():
     encoding = tokenizer.train(CORPUS, 290)
-    assert (
-        len(encoding.encode_ordinary("\n\n")) == 1
-    )  # the whole text would have this token across header and answer
+    # the whole text would have this token across header and answer
+    assert len(encoding.encode_ordinary("\n\n")) == 1
     ids, mask = chat.render([{"role": "assistant", "content": "\n"}], encoding)
     newline = encoding.encode_ordinary("\n")
     assert ids == [
@@ -193,39 +170,29 @@ def test_an_answer_of_a_newline_does_not_merge_with_its_header():
 def test_a_vocabulary_without_chat_tokens_gets_them_behind_its_last_id():
     encoding = tokenizer.train(CORPUS, 320)
     extended = chat.extend(encoding)
-    assert extended._special_tokens == {
-        "<|im_start|>": encoding.n_vocab,
-        "<|im_end|>": encoding.n_vocab + 1,
-    }
+    n = encoding.n_vocab
+    assert extended._special_tokens == {"<|im_start|>": n, "<|im_end|>": n + 1}
     assert extended.n_vocab == encoding.n_vocab + 2
     assert extended.encode_ordinary("hello world") == encoding.encode_ordinary("hello world")
-    assert chat.render(TALK, extended) == chat.render(TALK, encoding) and chat.stop_ids(
-        extended
-    ) == chat.stop_ids(encoding)
+    assert chat.render(TALK, extended) == chat.render(TALK, encoding)
+    assert chat.stop_ids(extended) == chat.stop_ids(encoding)
 
 
 def test_a_vocabulary_with_one_chat_token_gets_the_other():
     for there, missing in (("<|im_end|>", "<|im_start|>"), ("<|im_start|>", "<|im_end|>")):
-        assert chat.extend(tokenizer.train(CORPUS, 290, [there]))._special_tokens == {
-            there: 289,
-            missing: 290,
-        }
+        extended = chat.extend(tokenizer.train(CORPUS, 290, [there]))
+        assert extended._special_tokens == {there: 289, missing: 290}
 
 
 def test_extending_twice_is_extending_once(encoding):
     extended = chat.extend(encoding)
-    assert (
-        chat.extend(extended) is extended
-        and {"<|im_start|>", "<|im_end|>"} <= extended._special_tokens.keys()
-    )
+    assert chat.extend(extended) is extended
+    assert {"<|im_start|>", "<|im_end|>"} <= extended._special_tokens.keys()
 
 
 def test_a_turn_stops_at_its_end_token_or_at_the_end_of_text(encoding):
-    end_of_text = [
-        encoding._special_tokens[token]
-        for token in ["<|endoftext|>"]
-        if token in encoding._special_tokens
-    ]
+    special = encoding._special_tokens
+    end_of_text = [special["<|endoftext|>"]] if "<|endoftext|>" in special else []
     assert chat.stop_ids(encoding) == [end_of_turn(encoding), *end_of_text]
 
 
@@ -261,13 +228,10 @@ def test_transformers_renders_the_same_ids_from_the_template_that_we_save(encodi
     rng = random.Random(2)
     for messages in [TALK, *(random_talk(rng, tidy=True) for _ in range(100))]:
         assert peer.apply_chat_template(messages, tokenize=False) == text_of(messages)
-        assert (
-            peer.apply_chat_template(messages, return_dict=False)
-            == chat.render(messages, encoding)[0]
-        )
-        assert peer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False
-        ) == chat.prompt(messages, encoding)
+        ids = peer.apply_chat_template(messages, return_dict=False)
+        assert ids == chat.render(messages, encoding)[0]
+        ids = peer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert ids == chat.prompt(messages, encoding)
 
 
 def test_template_renders_as_the_published_one():
@@ -278,12 +242,12 @@ def test_template_renders_as_the_published_one():
     for prompted in (True, False):
         ours, theirs = (
             jinja2.Template(t).render(messages=TALK, add_generation_prompt=prompted)
-            for t in (chat.TEMPLATE, published)
+            for t in (chat.TEMPLATES["chatml"].jinja, published)
         )
         assert ours == theirs == text_of(TALK) + "<|im_start|>assistant\n" * prompted
 
 
-# ------------------------------------------------------------------------------------------------------------ other templates
+# --------------------------------------------------------------------------------- other templates
 
 LLAMA3_TOKENS = [
     "<|begin_of_text|>",
@@ -292,20 +256,24 @@ LLAMA3_TOKENS = [
     "<|end_header_id|>",
     "<|eot_id|>",
 ]
-# As published with Meta-Llama-3-8B-Instruct; SmolLM2's and Qwen2.5's are chatml with a system turn of their own where there is none.
+# As published with Meta-Llama-3-8B-Instruct. SmolLM2's and Qwen2.5's are chatml with a default
+# system turn.
 PUBLISHED_LLAMA3 = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}"
-    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}"
-    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ "
+    "message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}"
+    "{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 PUBLISHED_CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-ALPACA_TEXT = """Below is an instruction that describes a task. Write a response that appropriately completes the request.
+ALPACA_TEXT = """Below is an instruction that describes a task. \
+Write a response that appropriately completes the request.
 
 ### Instruction:
 hi
@@ -346,9 +314,12 @@ def test_alpaca_is_plain_text_between_answers_and_ends_them_with_the_end_of_text
 
 def test_llama_3s_vocabulary_brings_its_template():
     encoding = vocabulary(LLAMA3_TOKENS)
-    assert chat.name_of(encoding) == "llama3" and chat.extend(encoding) is encoding
+    assert chat.template_name(encoding) == "llama3" and chat.extend(encoding) is encoding
     ids = chat.prompt([{"role": "user", "content": "hi"}], encoding)
-    text = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    text = (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
     assert encoding.decode(ids) == text
     assert ids.count(encoding._special_tokens["<|begin_of_text|>"]) == 1
     assert chat.stop_ids(encoding) == [
@@ -367,9 +338,8 @@ def test_in_every_template_the_prompt_is_what_training_sees_and_only_answers_cou
         )
         start, reply = chat.prompt(talk, encoding), chat.completion(answer, encoding)
         assert ids[: len(start) + len(reply)] == start + reply
-        assert mask == [False] * len(start) + [True] * len(reply) + [False] * (
-            len(mask) - len(start) - len(reply)
-        )
+        supervised = [False] * len(start) + [True] * len(reply)
+        assert mask == supervised + [False] * (len(mask) - len(supervised))
 
 
 @pytest.mark.parametrize("name", chat.TEMPLATES)
@@ -377,8 +347,10 @@ def test_every_template_travels_with_the_vocabulary(name, tmp_path):
     encoding = chat.extend(vocabulary(LLAMA3_TOKENS), name)
     tokenizer.save(encoding, tmp_path)
     again = tokenizer.load(tmp_path)
-    assert chat.name_of(again) == name and chat.render(TALK, again) == chat.render(TALK, encoding)
-    assert chat.name_of(chat.extend(again)) == name
+    assert chat.template_name(again) == name and chat.render(TALK, again) == chat.render(
+        TALK, encoding
+    )
+    assert chat.template_name(chat.extend(again)) == name
 
 
 @pytest.mark.parametrize("name", chat.TEMPLATES)
@@ -388,13 +360,10 @@ def test_transformers_renders_every_template_as_we_do(name, tmp_path):
     tokenizer.save(encoding, tmp_path)
     peer, rng = transformers.AutoTokenizer.from_pretrained(tmp_path), random.Random(2)
     for messages in [TALK, TALK[1:], *(random_talk(rng, tidy=True) for _ in range(100))]:
-        assert (
-            peer.apply_chat_template(messages, return_dict=False)
-            == chat.render(messages, encoding)[0]
-        )
-        assert peer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False
-        ) == chat.prompt(messages, encoding)
+        ids = peer.apply_chat_template(messages, return_dict=False)
+        assert ids == chat.render(messages, encoding)[0]
+        ids = peer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert ids == chat.prompt(messages, encoding)
 
 
 @pytest.mark.parametrize(
@@ -423,24 +392,16 @@ def test_what_counts_is_marked_and_the_rest_is_not(world_encoding):
     ]
     ids, mask = chat.render(messages, world_encoding)
     plain = chat.painted(ids, mask, world_encoding, colour=False)
-    assert (
-        plain.endswith("assistant\\n« cat<|im_end|>»\\n")
-        and "\n" not in plain
-        and plain.count("«") == 1
-    )
-    weights = [
-        float(counts) or 0.1 for counts in mask
-    ]  # pretraining's: the scene counts a little, and is not marked
+    assert plain.endswith("assistant\\n« cat<|im_end|>»\\n")
+    assert "\n" not in plain and plain.count("«") == 1
+    # pretraining's weights: the scene counts a little, and is not marked
+    weights = [float(counts) or 0.1 for counts in mask]
     assert chat.painted(ids, weights, world_encoding, colour=False) == plain
-    assert chat.painted(ids, mask, world_encoding, colour=True) == plain.replace(
-        "«", "\033[32m"
-    ).replace("»", "\033[0m")
-    reply = ids[mask.index(True) : -1]
-    assert chat.painted_reply(
-        ids[: mask.index(True)], reply, world_encoding, colour=False
-    ) == plain.removesuffix("\\n")
+    coloured = plain.replace("«", "\033[32m").replace("»", "\033[0m")
+    assert chat.painted(ids, mask, world_encoding, colour=True) == coloured
+    first = mask.index(True)
+    reply = chat.painted_reply(ids[:first], ids[first:-1], world_encoding, colour=False)
+    assert reply == plain.removesuffix("\\n")
     long = chat.painted([ids[0]] * 500 + ids, [False] * 500 + mask, world_encoding, colour=False)
-    assert (
-        len(long) < len(plain) + 60 * len(world_encoding.decode(ids[:1]))
-        and "« cat<|im_end|>»" in long
-    )
+    assert len(long) < len(plain) + 60 * len(world_encoding.decode(ids[:1]))
+    assert "« cat<|im_end|>»" in long

@@ -1,4 +1,5 @@
-"""data.curate: what it calls a duplicate is one, what it drops it counts, and what it keeps is the best by the reward model's score."""
+"""data.curate: what it calls a duplicate is one, what it drops it counts, and what it keeps is the
+best by the reward model's score."""
 
 import json
 import random
@@ -8,9 +9,9 @@ import pytest
 import torch
 
 import run
-from data import curate, formats, tokenizer
-from data.collate import score
+from data import checkpoints, curate, formats, tokenizer
 from data.formats import Conversation
+from data.scores import score
 
 WORDS = [f"w{i}" for i in range(500)]
 
@@ -56,33 +57,28 @@ def test_duplicates_are_those_that_a_comparison_of_all_pairs_finds():
                 words[place] = rng.choice(WORDS)
             records.append(talk(" ".join(words)))
     rng.shuffle(records)
-    expected, kept, seen = [], [], set()
+    expected, unique, seen = [], [], set()
     for record in records:
         words = curate.words_of(record)
-        mine = curate.triples(words)
-        near = any(len(mine & other) >= 0.8 * len(mine | other) for other in kept)
-        expected.append(
-            "exact duplicate" if tuple(words) in seen else "near-duplicate" if near else None
-        )
+        items = curate.triples(words)
+        near = any(len(items & other) >= 0.8 * len(items | other) for other in unique)
+        reason = "near-duplicate" if near else None
+        expected.append("exact duplicate" if tuple(words) in seen else reason)
         seen.add(tuple(words))
-        kept += [] if expected[-1] else [mine]
-    assert {reason: expected.count(reason) > 20 for reason in set(expected)} == dict.fromkeys(
-        ["exact duplicate", "near-duplicate", None], True
-    )
+        unique += [] if expected[-1] else [items]
+    for reason in ("exact duplicate", "near-duplicate", None):
+        assert expected.count(reason) > 20
     assert curate.duplicates(records, 0.8) == expected
     assert {reason for reason in curate.duplicates(records, 0)} == {"exact duplicate", None}
 
 
 @pytest.mark.parametrize("near", [0.1, 0.3, 0.5, 0.8, 0.9])
 def test_near_duplicates_are_found_at_every_threshold(near):
-    """Pairs that share little more than the threshold: what the bands miss of them is a matter of chance, 2 of 1000 at most."""
+    """Pairs just above the threshold. By chance the bands miss 2 of 1000 at most."""
     rng, records = random.Random(7), []
     while len(records) < 400:
-        first, second, shared = (
-            text(rng, 100).split(),
-            text(rng, 100).split(),
-            near + rng.uniform(0, 0.05),
-        )
+        first, second = text(rng, 100).split(), text(rng, 100).split()
+        shared = near + rng.uniform(0, 0.05)
         cut = round(200 * shared / (1 + shared))  # shared = cut / (200 - cut)
         pair = [talk(" ".join(first)), talk(" ".join(first[:cut] + second[cut:]))]
         a, b = (curate.triples(curate.words_of(record)) for record in pair)
@@ -96,21 +92,15 @@ def test_a_record_that_is_dropped_takes_no_duplicate_with_it(tmp_path):
     bad, good = talk(question, "as an ai , i say yes"), talk(question, "as an old hand , i say yes")
     assert "near-duplicate" in curate.duplicates([bad, good], 0.8)
     kept, dropped = curate.curate([bad, good, bad, good], curate.Config())
-    assert kept == [good] and dropped == {
-        "speaks of being a language model": 2,
-        "exact duplicate": 1,
-    }
+    assert kept == [good]
+    assert dropped == {"speaks of being a language model": 2, "exact duplicate": 1}
 
 
 def test_case_and_white_space_do_not_make_a_difference_but_roles_and_order_do():
     again = talk("  Hello\n THERE", "Fine ")
     turned = Conversation(talk("hello there").messages[::-1], "x")
-    assert curate.duplicates([talk("hello there"), again, turned, talk("there hello")], 0.8) == [
-        None,
-        "exact duplicate",
-        None,
-        None,
-    ]
+    records = [talk("hello there"), again, turned, talk("there hello")]
+    assert curate.duplicates(records, 0.8) == [None, "exact duplicate", None, None]
 
 
 @pytest.mark.parametrize(
@@ -130,77 +120,49 @@ def test_case_and_white_space_do_not_make_a_difference_but_roles_and_order_do():
     ],
 )
 def test_every_filter_drops_what_it_names(question, answer, reason):
-    assert (
-        curate.flaw(
-            talk(question, answer),
-            curate.Config(max_words=60 if "no no" in answer else 4 if "five" in answer else 0),
-        )
-        == reason
-    )
+    limits = {"no no": 60, "five": 4}  # "no no no ..." is as long as the limit allows
+    max_words = next((limit for word, limit in limits.items() if word in answer), 0)
+    config = curate.Config(max_words=max_words)
+    assert curate.flaw(talk(question, answer), config) == reason
 
 
 def test_every_heuristic_has_an_example_above():
-    marks = [
-        mark
-        for mark in test_every_filter_drops_what_it_names.pytestmark
-        if mark.name == "parametrize"
-    ]
-    assert {reason for _, _, reason in marks[0].args[1]} >= set(curate.HEURISTICS)
+    marks = test_every_filter_drops_what_it_names.pytestmark
+    examples = next(mark.args[1] for mark in marks if mark.name == "parametrize")
+    assert {reason for _, _, reason in examples} >= set(curate.HEURISTICS)
 
 
 def test_the_command_keeps_the_order_and_counts_what_it_dropped(tmp_path, capsys):
     rng = random.Random(3)
     good = [talk(text(rng, 12), text(rng, 5)) for _ in range(5)]
-    file = write(
-        tmp_path / "pool.jsonl",
-        good[0],
-        good[1],
-        good[1],
-        good[2],
-        talk("hi", "as an ai, no"),
-        good[3],
-        good[4],
-    )
+    bad = talk("hi", "as an ai, no")
+    file = write(tmp_path / "pool.jsonl", *good[:2], good[1], good[2], bad, *good[3:])
     call("--data", file, "--out", tmp_path / "clean.jsonl")
     kept = formats.read(tmp_path / "clean.jsonl", "conversation")
     assert [record.messages for record in kept] == [record.messages for record in good]
     lines = [line.split(None, 1) for line in capsys.readouterr().out.splitlines()]
     assert ["1", "exact duplicate"] in lines and ["1", "speaks of being a language model"] in lines
     assert lines[-1] == ["5", f"of 7 kept, written to {tmp_path / 'clean.jsonl'}"]
-    assert json.loads((tmp_path / "clean.jsonl").read_text().splitlines()[0])["where"].endswith(
-        "pool.jsonl:1"
-    )
+    first = json.loads((tmp_path / "clean.jsonl").read_text().splitlines()[0])
+    assert first["where"].endswith("pool.jsonl:1")
 
 
 @torch.no_grad()
 def test_the_top_is_the_reward_models(tmp_path, world_model, world_encoding, capsys):
     judge = world_model("score").eval()
-    judge.save_pretrained(tmp_path / "reward")
+    checkpoints.save(judge, tmp_path / "reward")
     tokenizer.save(world_encoding, tmp_path / "reward")
-    records = [talk(f"add {i} and {j}", f" {i + j}") for i in range(4) for j in range(4)] + [
-        talk("add 1 and " + "2 " * 200, " 3")
-    ]
+    records = [talk(f"add {i} and {j}", f" {i + j}") for i in range(4) for j in range(4)]
+    records.append(talk("add 1 and " + "2 " * 200, " 3"))
     file = write(tmp_path / "pool.jsonl", *records)
-    call(
-        "--data",
-        file,
-        "--out",
-        tmp_path / "top.jsonl",
-        "--near",
-        0,
-        "--reward",
-        tmp_path / "reward",
-        "--top",
-        5,
-        "--device",
-        "cpu",
-    )
-    found = [
-        score(
-            judge, [curate.chat.example(r.messages[:1], r.messages[1:], world_encoding)[0]]
-        ).item()
-        for r in records[:-1]
-    ]
+    flags = ["--data", file, "--out", tmp_path / "top.jsonl", "--near", 0, "--device", "cpu"]
+    call(*flags, "--reward", tmp_path / "reward", "--top", 5)
+
+    def score_of(record):
+        ids, _ = curate.chat.example(record.messages[:1], record.messages[1:], world_encoding)
+        return score(judge, [ids]).item()
+
+    found = [score_of(record) for record in records[:-1]]
     best = sorted(sorted(range(16), key=lambda i: -found[i])[:5])
     kept = formats.read(tmp_path / "top.jsonl", "conversation")
     assert [record.messages for record in kept] == [records[i].messages for i in best]
@@ -217,10 +179,7 @@ def test_the_top_is_the_reward_models(tmp_path, world_model, world_encoding, cap
         (["--data", "pool.jsonl", "--out", "x.jsonl", "--top", "5"], "--top N and --reward DIR"),
         (["--data", "pool.jsonl", "--out", "x.jsonl", "--near", "2"], "--near must lie in"),
         (["--data", "pool.jsonl", "--out", "x.jsonl", "--near", ".05"], "--near must lie in"),
-        (
-            ["--data", "pool.jsonl", "--out", "x.jsonl", "--min-words", "99"],
-            "nothing is left of 1 records",
-        ),
+        (["--data", "pool.jsonl", "--out", "x.jsonl", "--min-words", "99"], "nothing is left of 1"),
         (["--data", "none.jsonl", "--out", "x.jsonl"], "no such file"),
     ],
 )

@@ -1,5 +1,6 @@
-"""Every public format reads to the records that its file holds; every trap is dropped with a count; every bad file is refused in one
-sentence. The numbers were counted in the files (data/README.md beside DESIGN.md lists the same traps), not taken from the reader."""
+"""Every public format reads to the records that its file holds; every trap is dropped with a count;
+every bad file is refused in one sentence. The numbers were counted in the sample files (whose
+README lists the same traps), not taken from the reader."""
 
 import gzip
 import json
@@ -61,26 +62,29 @@ def raw(tmp_path):
 
 
 def refusal(path, kind=None):
-    """The sentence with which a file is refused: one line, names the file, says what to do behind a semicolon."""
+    """The sentence that refuses a file: one line with its name, a remedy after a semicolon."""
     with pytest.raises(ValueError) as caught:
         formats.read(path, kind)
     sentence = str(caught.value)
-    assert (
-        type(caught.value) is ValueError
-        and sentence.startswith(str(path))
-        and "\n" not in sentence
-        and "; " in sentence
-    )
+    assert type(caught.value) is ValueError
+    assert sentence.startswith(str(path)) and "\n" not in sentence and "; " in sentence
     return sentence
 
 
-# ---------------------------------------------------------------- the sample files: records in the README, minus its documented drops
+# --------------------------- the sample files: records in their README minus its documented drops
 
-T0 = [
-    "common_gen_Given_concepts_type_1", "common_gen_sentence_to_concepts", "commonsense_qa_question_answering", "quarel_choose_between",
-    "quartz_answer_question_below", "qasc_is_correct_1", "kilt_tasks_hotpotqa_straighforward_qa", "cosmos_qa_only_question_answer",
-    "social_i_qa_Generate_answer", "dbpedia_14_given_a_list_of_category_what_does_the_title_belong_to",
-]  # fmt: skip
+T0 = """
+    common_gen_Given_concepts_type_1 common_gen_sentence_to_concepts
+    commonsense_qa_question_answering quarel_choose_between quartz_answer_question_below
+    qasc_is_correct_1 kilt_tasks_hotpotqa_straighforward_qa cosmos_qa_only_question_answer
+    social_i_qa_Generate_answer
+    dbpedia_14_given_a_list_of_category_what_does_the_title_belong_to
+""".split()
+SUPER_NI = "instruct/super_ni"
+HH_DROPS = {"empty chosen": 4, "prompts of the two sides differ": 2}
+RASBT_PAIRS = "preference/rasbt_instruction-data-with-preference.json"
+# 57 pairs have equal scores. One of them is the equal pair (306), none is the empty one (478).
+ULTRA_DROPS = {"tie": 57, "empty rejected": 1}
 SAMPLES = [  # file, kind, records in it, dropped by reason
     ("instruct/alpaca_data_1k.json", Conversation, 750, {}),
     ("instruct/alpaca_en_demo.json", Conversation, 700, {}),
@@ -88,13 +92,8 @@ SAMPLES = [  # file, kind, records in it, dropped by reason
     ("instruct/gpteacher_roleplay.json", Conversation, 300, {}),
     ("instruct/dolly_templated.jsonl", Conversation, 110, {}),
     ("instruct/seed_tasks.jsonl", Conversation, 175, {}),
-    (
-        "instruct/super_ni/task142_odd-man-out_classification_no_category.json",
-        Conversation,
-        6500,
-        {},
-    ),
-    ("instruct/super_ni/task156_codah_classification_adversarial.json", Conversation, 2771, {}),
+    (f"{SUPER_NI}/task142_odd-man-out_classification_no_category.json", Conversation, 6500, {}),
+    (f"{SUPER_NI}/task156_codah_classification_adversarial.json", Conversation, 2771, {}),
     ("instruct/t0_templates/paws_labeled_final_paraphrase_task.jsonl", Conversation, 91, {}),
     *((f"instruct/t0_templates/{name}.jsonl", Conversation, 200, {}) for name in T0),
     ("chat/oasst_en_100_tree.jsonl", Conversation, 70, {}),
@@ -106,26 +105,10 @@ SAMPLES = [  # file, kind, records in it, dropped by reason
     ("process/prm800k_samples.jsonl", Process, 4, {}),
     ("process/math-shepherd_samples.jsonl", Process, 5, {}),
     ("prompts/mt_bench_question.jsonl", Prompt, 80, {}),
-    (
-        "preference/hh-rlhf/harmless-base.test.jsonl.gz",
-        Preference,
-        1800,
-        {"empty chosen": 4, "prompts of the two sides differ": 2},
-    ),
+    ("preference/hh-rlhf/harmless-base.test.jsonl.gz", Preference, 1800, HH_DROPS),
     ("preference/hhh_438_evaluations.jsonl", Preference, 300, {}),
-    (
-        "preference/rasbt_instruction-data-with-preference.json",
-        Preference,
-        880,
-        {"chosen equals rejected": 6},
-    ),
-    # 57 pairs have equal scores; the equal pair (306) is one of them, the empty one (478) is not
-    (
-        "preference/ultrafeedback_train_clean.jsonl",
-        Preference,
-        500,
-        {"tie": 57, "empty rejected": 1},
-    ),
+    (RASBT_PAIRS, Preference, 880, {"chosen equals rejected": 6}),
+    ("preference/ultrafeedback_train_clean.jsonl", Preference, 500, ULTRA_DROPS),
     ("preference/alpaca_eval_alpaca-7b_annotations.json", Preference, 473, {"tie": 7}),
     ("preference/dpo_en_demo.json", Preference, 200, {}),
     ("preference/kto_en_demo.json", Unpaired, 200, {}),
@@ -138,12 +121,7 @@ SAMPLES = [  # file, kind, records in it, dropped by reason
     ("corpus/c4_demo.jsonl", Document, 250, {}),
     ("corpus/wiki_demo.txt", Document, 24, {}),  # one article a line
     ("corpus/tinyshakespeare.txt", Document, 7222, {}),  # speeches, between blank lines
-    (
-        "corpus/wikitext-2.test.txt",
-        Document,
-        1320,
-        {},
-    ),  # paragraphs and titles, between lines of one space
+    ("corpus/wikitext-2.test.txt", Document, 1320, {}),  # paragraphs, between lines of one space
 ]
 
 
@@ -164,11 +142,8 @@ def test_sample_file_gives_its_documented_count_minus_its_documented_drops(
         if record.name == "data" and "dropped" in record.getMessage()
     ]
     reasons = ", ".join(f"{n} {reason}" for reason, n in drops.items())
-    assert lines == (
-        [f"{Path(name).name}: {sum(drops.values())} of {count} records dropped ({reasons})"]
-        if drops
-        else []
-    )
+    report = f"{Path(name).name}: {sum(drops.values())} of {count} records dropped ({reasons})"
+    assert lines == ([report] if drops else [])
 
 
 @needs_shared
@@ -176,9 +151,12 @@ def test_every_sample_file_is_either_tested_or_refused():
     tested = {name for name, *_ in SAMPLES}
     refused = {path.relative_to(SHARED).as_posix() for path in SHARED.rglob("*.json*")} - tested
     assert refused == {
-        "constitution/CritiqueRevisionInstructions.json", "constitution/CritiqueRevisionFewShotPrompts.json",
-        "constitution/RLMadisonInstructions.json", "instruct/t0_templates/trec_fine_grained_ABBR.jsonl", "tokenizer/gpt2/encoder.json",
-    }  # fmt: skip
+        "constitution/CritiqueRevisionInstructions.json",
+        "constitution/CritiqueRevisionFewShotPrompts.json",
+        "constitution/RLMadisonInstructions.json",
+        "instruct/t0_templates/trec_fine_grained_ABBR.jsonl",
+        "tokenizer/gpt2/encoder.json",
+    }
     sentences = {name: refusal(SHARED / name) for name in refused}
     assert "is empty" in sentences["instruct/t0_templates/trec_fine_grained_ABBR.jsonl"]
     assert all(
@@ -192,18 +170,12 @@ def test_every_sample_file_is_either_tested_or_refused():
 @pytest.mark.parametrize(
     ("name", "kind", "count"),
     [
-        (
-            "chat/oasst_en_100_tree.jsonl",
-            "preference",
-            146,
-        ),  # prompter nodes with two or more ranked replies
+        # user turns with two or more ranked replies
+        ("chat/oasst_en_100_tree.jsonl", "preference", 146),
         ("chat/oasst_en_100_tree.jsonl", "unpaired", 292),
         ("chat/oasst_en_100_tree.jsonl", "prompt", 70),
-        (
-            "preference/hh-rlhf/harmless-base.test.jsonl.gz",
-            "prompt",
-            1798,
-        ),  # an empty answer leaves its prompt, differing prompts do not
+        # a pair with an empty answer still has its prompt, a pair with two prompts has none
+        ("preference/hh-rlhf/harmless-base.test.jsonl.gz", "prompt", 1798),
         ("preference/hh-rlhf/harmless-base.test.jsonl.gz", "unpaired", 2 * 1794),
         ("preference/rasbt_instruction-data-with-preference.json", "conversation", 874),
         ("preference/kto_en_demo.json", "prompt", 200),
@@ -237,43 +209,23 @@ def test_the_documented_bad_records_are_the_ones_that_are_dropped(name, places):
 
 @needs_shared
 def test_no_sample_text_ends_in_an_end_marker_or_in_a_turn_mark():
+    roles = ("system", "user", "assistant", "tool")
+    markers = ("<|endoftext|>", "###eos_token###", "\n\nHuman:", "\n\nAssistant:")
     for name in (sample[0] for sample in SAMPLES if sample[0].split("/")[0] != "corpus"):
         for record in formats.read(SHARED / name):
-            for one in (one for field in TURNS_IN for one in getattr(record, field, [])):
-                assert set(one) == {"role", "content"} and one["role"] in (
-                    "system",
-                    "user",
-                    "assistant",
-                    "tool",
-                )
-                assert (
-                    not one["content"]
-                    .rstrip()
-                    .endswith(("<|endoftext|>", "###eos_token###", "\n\nHuman:", "\n\nAssistant:"))
-                ), record.where
+            for message in (one for field in TURNS_IN for one in getattr(record, field, [])):
+                assert set(message) == {"role", "content"} and message["role"] in roles
+                assert not message["content"].rstrip().endswith(markers), record.where
 
 
 @needs_shared
 def test_prm800k_samples_hold_one_path_each_and_keep_the_other_candidates_apart():
     records = formats.read(SHARED / "process/prm800k_samples.jsonl")
     assert [record.labels for record in records] == [
-        [
-            1,
-            None,
-            1,
-            1,
-            1,
-            1,
-        ],  # step 1 was written by the labeller, since all five candidates were bad
-        [
-            1,
-            0,
-            1,
-            1,
-            1,
-            1,
-            -1,
-        ],  # nothing was chosen at the last step: the model's own step, a mistake, ends the path
+        # step 1 was written by the labeller, since all five candidates were bad
+        [1, None, 1, 1, 1, 1],
+        # nothing was chosen at the last step: the model's own step, a mistake, ends the path
+        [1, 0, 1, 1, 1, 1, -1],
         [1] * 5,
         [1] * 7,
     ]
@@ -339,8 +291,8 @@ FORMATS = [  # one record, what it reads to (without where)
     ),
     (
         {
-            "prompt": "Below is an instruction that describes a task, paired with an input. Write a response.\n\n"
-            "### Instruction:\nWho?\n\n### Input:\nIt was me.\n\n### Response:",
+            "prompt": "Below is an instruction that describes a task, paired with an input. Write "
+            "a response.\n\n### Instruction:\nWho?\n\n### Input:\nIt was me.\n\n### Response:",
             "answer": "Me.###eos_token###",
         },
         Conversation([user("Who?\n\nIt was me."), assistant("Me.")], ""),
@@ -558,17 +510,11 @@ def test_each_format_reads_to_the_record_that_a_person_would_write(record, expec
 
 
 def test_every_row_of_the_table_is_read_by_a_test_here():
-    small = [{**record, "message_tree_id": 0} for record, _ in FORMATS] + [
-        record for record, _ in FORMATS
-    ]
-    tested = {
-        formats.shape_of(record, "", kind)[1] for record in small for kind in (None, "preference")
-    }
-    later = {
-        ("labeler", "question", "label"),
-        ("Definition", "Instances"),
-    }  # nested: tests of their own below
-    assert tested | later == {row[1] for row in formats.SHAPES}
+    records = [record for record, _ in FORMATS]
+    records += [{**record, "message_tree_id": 0} for record in records]
+    tested = {shape for record in records for shape in formats.shapes_of(record, "")}
+    nested = {"PRM800K", "Super-NaturalInstructions"}  # these have tests of their own below
+    assert {shape.name for shape in tested} | nested == {shape.name for shape in formats.SHAPES}
 
 
 TREE = {
@@ -584,7 +530,9 @@ TREE = {
                     {"role": "assistant", "text": "none", "rank": None, "replies": []},
                 ]},
             ]},
-            {"role": "assistant", "text": "middle", "rank": 1, "replies": [{"role": "prompter", "text": "and?", "replies": []}]},
+            {"role": "assistant", "text": "middle", "rank": 1, "replies": [
+                {"role": "prompter", "text": "and?", "replies": []},
+            ]},
         ],
     },
 }  # fmt: skip
@@ -593,17 +541,12 @@ TREE = {
 def test_openassistant_tree_gives_its_best_ranked_path_or_best_against_worst_siblings(jsonl):
     (path,) = formats.read(jsonl(TREE))
     assert path.messages == [user("q"), assistant("best"), user("more"), assistant("only")]
-    (pair,) = formats.read(
-        jsonl(TREE), "preference"
-    )  # the second user turn has one ranked reply only: an unranked sibling is not worse
-    assert (pair.prompt, pair.chosen, pair.rejected) == (
-        [user("q")],
-        [assistant("best")],
-        [assistant("worst")],
-    )
-    assert "; use it as conversation or preference or unpaired or prompt" in refusal(
-        jsonl(TREE), "process"
-    )
+    # the second user turn has one ranked reply only: an unranked sibling is not worse
+    (pair,) = formats.read(jsonl(TREE), "preference")
+    assert (pair.prompt, pair.chosen) == ([user("q")], [assistant("best")])
+    assert pair.rejected == [assistant("worst")]
+    sentence = refusal(jsonl(TREE), "process")
+    assert "; use it as conversation or preference or unpaired or prompt" in sentence
 
 
 def test_openassistant_siblings_of_equal_rank_are_a_tie(jsonl, caplog):
@@ -612,9 +555,8 @@ def test_openassistant_siblings_of_equal_rank_are_a_tie(jsonl, caplog):
         "text": "q",
         "replies": [{"role": "assistant", "text": text, "rank": 0, "replies": []} for text in "ab"],
     }
-    assert (
-        len(formats.read(jsonl(TREE, {"message_tree_id": "u", "prompt": tie}), "preference")) == 1
-    )
+    path = jsonl(TREE, {"message_tree_id": "u", "prompt": tie})
+    assert len(formats.read(path, "preference")) == 1
     assert caplog.messages == ["file.jsonl: 1 of 2 records dropped (1 tie)"]
 
 
@@ -655,7 +597,7 @@ def test_prm800k_takes_the_chosen_candidate_then_the_labellers_own_step_then_sto
     assert got.alternatives == ((0, "a", -1), (1, "c", -1), (2, "f", 1))
 
 
-# ---------------------------------------------------------------- files: the ways in which the same records are stored
+# ------------------------------------------- files: the ways in which the same records are stored
 
 
 def test_jsonl_json_array_and_gzip_of_either_give_the_same_records_whatever_their_name(raw):
@@ -672,16 +614,11 @@ def test_jsonl_json_array_and_gzip_of_either_give_the_same_records_whatever_thei
         " \n" + array,
     ):
         for name in ("a.jsonl", "a.json", "a.txt", "a"):
-            assert [record.messages for record in formats.read(raw(content, name))] == want
-            assert [
-                record.messages
-                for record in formats.read(raw(gzip.compress(content.encode()), name))
-            ] == want  # .gz by its bytes
-    assert [record.where[-9:] for record in formats.read(raw(array))] == [
-        " record 0",
-        " record 1",
-        " record 2",
-    ]
+            zipped = gzip.compress(content.encode())  # known by its bytes, not by a name in .gz
+            for data in (content, zipped):
+                assert [record.messages for record in formats.read(raw(data, name))] == want
+    places = [record.where for record in formats.read(raw(array))]
+    assert [place[-9:] for place in places] == [" record 0", " record 1", " record 2"]
 
 
 def test_read_takes_a_string_as_path(jsonl):
@@ -690,10 +627,8 @@ def test_read_takes_a_string_as_path(jsonl):
 
 def test_line_separators_inside_a_json_string_do_not_end_a_line(jsonl):
     odd = "a\u2028b\u2029c\x85d\x0be"
-    assert [record.text for record in formats.read(jsonl({"text": odd}, {"text": "next"}))] == [
-        odd,
-        "next",
-    ]
+    records = formats.read(jsonl({"text": odd}, {"text": "next"}))
+    assert [record.text for record in records] == [odd, "next"]
 
 
 def test_plain_text_gives_its_paragraphs(raw):
@@ -706,11 +641,8 @@ def test_plain_text_gives_its_paragraphs(raw):
 
 
 def test_plain_text_without_blank_lines_gives_its_lines(raw):
-    assert [record.text for record in formats.read(raw("[Scene]\ntwo\n{three}\n", "book.txt"))] == [
-        "[Scene]",
-        "two",
-        "{three}",
-    ]
+    records = formats.read(raw("[Scene]\ntwo\n{three}\n", "book.txt"))
+    assert [record.text for record in records] == ["[Scene]", "two", "{three}"]
 
 
 def test_inline_human_is_no_turn_mark(jsonl):
@@ -752,12 +684,8 @@ def test_a_pair_reads_as_its_chosen_side_as_two_thumbs_and_as_a_prompt(jsonl):
         (record.prompt[0]["content"], record.completion[0]["content"], record.desirable)
         for record in formats.read(path, "unpaired")
     ]
-    assert thumbs == [
-        ("a", "b", True),
-        ("a", "c", False),
-        ("d", "e", False),
-        ("d", "f", True),
-    ]  # label .2: rejected is the better one
+    # label .2: rejected is the better one
+    assert thumbs == [("a", "b", True), ("a", "c", False), ("d", "e", False), ("d", "f", True)]
     assert [record.messages for record in formats.read(path, "prompt")] == [
         [user("a")],
         [user("d")],
@@ -802,10 +730,9 @@ def test_a_reading_that_the_records_cannot_give_is_refused_with_what_they_are(ow
     path = jsonl(record)
     for kind in kinds.split():
         sentence = refusal(path, kind)
-        assert (
-            f"holds {own} records" in sentence and f"cannot be read as {kind} records" in sentence
-        )
-    assert set(kinds.split()) | set(formats.GIVES[own]) == set(formats.GIVES)
+        assert f"holds {own} records" in sentence
+        assert f"cannot be read as {kind} records" in sentence
+    assert set(kinds.split()) | set(formats.READINGS[own]) == set(formats.READINGS)
 
 
 def test_an_unknown_kind_is_refused(jsonl):
@@ -910,7 +837,7 @@ def test_a_conversation_that_ends_on_the_user_loses_that_turn(jsonl, caplog):
         TURNS,
     )
     assert [record.messages for record in formats.read(path)] == [[user("a"), assistant("b")]] * 2
-    assert caplog.messages == ["file.jsonl: 1 of 2 records cut behind the last assistant turn"]
+    assert caplog.messages == ["file.jsonl: 1 of 2 records cut after the last assistant turn"]
 
 
 # ---------------------------------------------------------------- refused in one sentence
@@ -919,9 +846,8 @@ def test_a_conversation_that_ends_on_the_user_loses_that_turn(jsonl, caplog):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         formats.read(tmp_path / "nowhere.jsonl")
-    assert (
-        str(caught.value) == f"{tmp_path / 'nowhere.jsonl'}: there is no such file; check the path"
-    )
+    path = tmp_path / "nowhere.jsonl"
+    assert str(caught.value) == f"{path}: there is no such file; check the path"
 
 
 def test_a_directory_is_refused(tmp_path):
@@ -960,10 +886,8 @@ def test_malformed_json_is_refused_with_its_line(content, line, raw):
 
 def test_bytes_that_are_not_utf8_are_refused_with_line_and_byte(raw):
     path = raw(b'{"text": "a"}\n{"text": "caf\xe9"}\n')
-    assert (
-        refusal(path)
-        == f"{path}:2: is not UTF-8 (at byte 27 of the file); convert the file to UTF-8"
-    )
+    remedy = "convert the file to UTF-8"
+    assert refusal(path) == f"{path}:2: is not UTF-8 (at byte 27 of the file); {remedy}"
     assert "is not UTF-8" in refusal(raw('{"text": "a"}'.encode("utf-16")))
 
 
@@ -975,19 +899,16 @@ def test_a_damaged_gzip_file_is_refused(raw):
 
 def test_unknown_fields_are_listed_beside_the_known_ones(jsonl):
     sentence = refusal(jsonl({"foo": 1, "bar": 2}))
-    assert (
-        "file.jsonl:1: has the unknown fields foo, bar; known are messages, " in sentence
-        and "prompt + chosen + rejected" in sentence
-    )
+    assert "file.jsonl:1: has the unknown fields foo, bar; known are messages, " in sentence
+    assert "prompt + chosen + rejected" in sentence
     assert "f7, ..." in refusal(jsonl({f"f{i}": i for i in range(50_000)}))
     assert "the unknown fields (none)" in refusal(jsonl({}))
 
 
 def test_a_record_of_another_format_further_down_is_refused_with_its_line(jsonl):
     path = jsonl(GOOD, GOOD, {"prompt": "a", "completion": "b"})
-    assert refusal(path).startswith(
-        f"{path}:3: has the fields prompt, completion, but the file began as preference (prompt, chosen, rejected)"
-    )
+    began = "the file began as preference (prompt, chosen, rejected)"
+    assert refusal(path).startswith(f"{path}:3: has the fields prompt, completion, but {began}")
     assert "has the unknown fields foo" in refusal(jsonl(GOOD, {"foo": 1}))
 
 
@@ -1050,12 +971,9 @@ WRONG = [  # record, words of the sentence
         "is not built like Super-NaturalInstructions (KeyError: 'output')",
     ),
     ({"message_tree_id": "t", "prompt": {"text": "q"}}, "is not built like OpenAssistant"),
-    ("a bare string", "holds text where a record"),
-    (["a list"], "holds a list where a record"),
-    (
-        {"harmful0": {"prompt": ["Critique"], "edit_request": "Rewrite"}},
-        "holds the principles of a constitution",
-    ),
+    ("a bare string", "is no record (an object with fields"),
+    (["a list"], "is no record (an object with fields"),
+    ({"harmful0": {"prompt": ["Critique"]}}, "a constitution, its principles and few-shot texts"),
 ]
 
 

@@ -1,4 +1,5 @@
-"""Vocabularies: every format read to the published ids, written to files that come back the same, trained by hand."""
+"""Vocabularies: every format read to the published ids, written to files that come back the same,
+trained as by hand."""
 
 import base64
 import inspect
@@ -11,8 +12,7 @@ from pathlib import Path
 import pytest
 import tiktoken
 
-from data import chat, tokenizer
-from model import GPT
+from data import chat, checkpoints, tokenizer
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 needs_shared = pytest.mark.skipif(
@@ -39,18 +39,11 @@ def gpt2() -> tiktoken.Encoding:
 
 
 def random_texts(n: int) -> list[str]:
-    """Strings over an alphabet of everything that split patterns tell apart: letter cases, digits, white space, marks, emoji."""
+    """Strings over an alphabet of everything that split patterns tell apart: letter cases, digits,
+    white space, marks, emoji."""
     rng = random.Random(0)
-    alphabet = [
-        *"ab zZ  \n\t\r12345'sdéñ日語🙂.,!-_<|>\u00a0\u2028\u0301ßǅ²Ⅷ٣",
-        "the ",
-        "\n\n",
-        "   ",
-        "hello",
-        " 12 ",
-        "'ll",
-        "'S",
-    ]
+    alphabet = [*"ab zZ  \n\t\r12345'sdéñ日語🙂.,!-_<|>\u00a0\u2028\u0301ßǅ²Ⅷ٣"]
+    alphabet += ["the ", "\n\n", "   ", "hello", " 12 ", "'ll", "'S"]
     return ["".join(rng.choices(alphabet, k=rng.randint(0, 25))) for _ in range(n)]
 
 
@@ -74,32 +67,30 @@ def same(a: tiktoken.Encoding, b: tiktoken.Encoding) -> bool:
 def test_named_patterns_are_openais_own():
     """tiktoken's own table of encodings, read as text: calling it would download the ranks."""
     source = inspect.getsource(pytest.importorskip("tiktoken_ext.openai_public"))
-    body = (
-        source[source.index("def o200k_base") : source.index("def o200k_harmony")]
-        if "o200k_harmony" in source
-        else source
-    )
+    body = source
+    if "o200k_harmony" in source:
+        body = source[source.index("def o200k_base") : source.index("def o200k_harmony")]
     assert "|".join(re.findall(r'r"""(.*?)""",', body)[:7]) == tokenizer.O200K
     assert "<|endofprompt|>" in tokenizer.NAMED["o200k_base"][1] and "ENDOFPROMPT: 200018" in body
 
 
 def test_llama_3s_own_file_is_ranks_under_another_name(trained, tmp_path):
-    """A vocabulary of Llama 3's size would take seconds; its first line and its name are what tells it from SentencePiece's."""
+    """Its first line and its name tell it from SentencePiece's. (A vocabulary of Llama 3's size
+    would take seconds.)"""
     ranks = {**{bytes([b]): b for b in range(256)}}
     order = [b"!", *(token for token in ranks if token != b"!")]
     text = "".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(order))
     (tmp_path / "tokenizer.model").write_text(text)
     encoding = tokenizer.load(tmp_path)
-    assert (
-        encoding._special_tokens["<|eot_id|>"] == 128009 and encoding._pat_str == tokenizer.CL100K
-    )
-    assert chat.name_of(encoding) == "llama3"
+    assert encoding._special_tokens["<|eot_id|>"] == 128009
+    assert encoding._pat_str == tokenizer.CL100K
+    assert chat.template_name(encoding) == "llama3"
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
     with pytest.raises(ValueError, match="SentencePiece"):
         tokenizer.load(tmp_path)
 
 
-# ----------------------------------------------------------------------------------------------------------------- reading
+# ----------------------------------------------------------------------------------------- reading
 
 
 def test_byte_table_is_a_bijection_with_gpt2s_known_spellings():
@@ -112,9 +103,8 @@ def test_byte_table_is_a_bijection_with_gpt2s_known_spellings():
 def test_tok512_gives_the_published_ids():
     encoding = tokenizer.load(SHARED / "hf/tok512")
     assert encoding.n_vocab == 512
-    for expected in json.loads(
-        (SHARED / "hf/tok512/expected_encodings.json").read_text(encoding="utf-8")
-    ):
+    published = (SHARED / "hf/tok512/expected_encodings.json").read_text(encoding="utf-8")
+    for expected in json.loads(published):
         assert encoding.encode(expected["text"], allowed_special="all") == expected["ids"]
         assert encoding.decode(expected["ids"]) == expected["decoded"]
 
@@ -122,19 +112,15 @@ def test_tok512_gives_the_published_ids():
 def test_gpt2_files_give_gpt2s_vocabulary(gpt2):
     assert gpt2.n_vocab == 50257 and gpt2._special_tokens == {"<|endoftext|>": 50256}
     assert gpt2.encode_ordinary(" the") == [262]
-    assert gpt2.encode_ordinary("hello world") == [
-        31373,
-        995,
-    ]  # the example in tiktoken's documentation
+    # the example in tiktoken's documentation
+    assert gpt2.encode_ordinary("hello world") == [31373, 995]
     assert all(gpt2.decode(gpt2.encode_ordinary(text)) == text for text in random_texts(300))
 
 
 def test_text_never_produces_a_special_token(trained):
     ids = trained.encode_ordinary("a<|endoftext|>b<|im_end|>")
-    assert (
-        max(ids) < min(trained._special_tokens.values())
-        and trained.decode(ids) == "a<|endoftext|>b<|im_end|>"
-    )
+    assert max(ids) < min(trained._special_tokens.values())
+    assert trained.decode(ids) == "a<|endoftext|>b<|im_end|>"
 
 
 @pytest.mark.parametrize("names", [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")])
@@ -143,9 +129,8 @@ def test_vocab_and_merges_read_the_same_in_both_spellings(trained, tmp_path, nam
     (tmp_path / names[0]).write_text(json.dumps(model["vocab"]), encoding="utf-8")
     merges = "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in model["merges"])
     (tmp_path / names[1]).write_text(merges, encoding="utf-8")
-    assert same(
-        tokenizer.load(tmp_path), trained
-    )  # the unmerged <|...|> entries come back as special tokens
+    # the unmerged <|...|> entries come back as special tokens
+    assert same(tokenizer.load(tmp_path), trained)
     assert same(tokenizer.load(tmp_path / names[0]), trained)
 
 
@@ -157,12 +142,8 @@ def test_merges_as_strings_read_like_merges_as_lists(trained, tmp_path):
 
 def test_tiktoken_file_gives_the_ids_of_its_ranks(trained, tmp_path):
     path = tmp_path / "world.tiktoken"
-    path.write_text(
-        "".join(
-            f"{base64.b64encode(token).decode()} {rank}\n"
-            for token, rank in trained._mergeable_ranks.items()
-        )
-    )
+    ranks = trained._mergeable_ranks.items()
+    path.write_text("".join(f"{base64.b64encode(token).decode()} {id}\n" for token, id in ranks))
     assert tokenizer.load(path)._special_tokens == {}
     added = {
         str(id): {"content": token, "special": True}
@@ -170,44 +151,29 @@ def test_tiktoken_file_gives_the_ids_of_its_ranks(trained, tmp_path):
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
     assert same(tokenizer.load(tmp_path), trained)
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "Qwen2Tokenizer"})
-    )
+    config = {"tokenizer_class": "Qwen2Tokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert tokenizer.load(path)._pat_str == tokenizer.QWEN
-    assert (
-        tokenizer.load(path.rename(tmp_path / "cl100k_base.tiktoken"))._special_tokens[
-            "<|endoftext|>"
-        ]
-        == 100257
-    )
+    named = tokenizer.load(path.rename(tmp_path / "cl100k_base.tiktoken"))
+    assert named._special_tokens["<|endoftext|>"] == 100257
 
 
 def test_split_pattern_of_the_file_is_used(trained, tmp_path):
     spec = spec_of(trained, tmp_path / "a")
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-    split = {
-        "type": "Split",
-        "pattern": {"Regex": tokenizer.CL100K},
-        "behavior": "Isolated",
-        "invert": False,
-    }
+    pattern = {"Regex": tokenizer.CL100K}
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
     spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
     assert tokenizer.load(write(tmp_path / "b", spec))._pat_str == tokenizer.CL100K
     digits = {"type": "Digits", "individual_digits": True}
-    spec["pre_tokenizer"] = {
-        "type": "Sequence",
-        "pretokenizers": [digits, {**byte_level, "use_regex": True}],
-    }
+    steps = [digits, {**byte_level, "use_regex": True}]
+    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
     assert tokenizer.load(write(tmp_path / "c", spec))._pat_str == tokenizer.GPT2_DIGITS
 
 
 def test_split_patterns_cut_numbers_as_their_models_do():
-    digits = {
-        "GPT2": ["12345"],
-        "GPT2_DIGITS": [*"12345"],
-        "CL100K": ["123", "45"],
-        "QWEN": [*"12345"],
-    }
+    single = [*"12345"]
+    digits = {"GPT2": ["12345"], "GPT2_DIGITS": single, "CL100K": ["123", "45"], "QWEN": single}
     for name, words in digits.items():
         assert tokenizer.regex.findall(getattr(tokenizer, name), "12345") == words
 
@@ -215,11 +181,8 @@ def test_split_patterns_cut_numbers_as_their_models_do():
 def test_nfc_normalizer_composes_before_encoding_and_survives_a_save(trained, tmp_path):
     spec = spec_of(trained, tmp_path / "a") | {"normalizer": {"type": "NFC"}}
     encoding = tokenizer.load(write(tmp_path / "b", spec))
-    assert (
-        encoding.encode_ordinary("e\u0301")
-        == trained.encode_ordinary("é")
-        != trained.encode_ordinary("e\u0301")
-    )
+    composed = trained.encode_ordinary("é")
+    assert encoding.encode_ordinary("e\u0301") == composed != trained.encode_ordinary("e\u0301")
     tokenizer.save(encoding, tmp_path / "c", chat=True)
     assert type(tokenizer.load(tmp_path / "c")) is type(encoding)
 
@@ -286,20 +249,10 @@ def test_tokenizers_of_another_kind_are_refused_in_one_sentence(trained, tmp_pat
     "pattern, words", [(r"\p{N}", "does not cover all text"), (r"(", "cannot be used")]
 )
 def test_split_patterns_that_would_lose_text_are_refused(trained, tmp_path, pattern, words):
-    lossy = {
-        "type": "Split",
-        "pattern": {"Regex": pattern},
-        "behavior": "Isolated",
-        "invert": False,
-    }
+    lossy = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
     spec = spec_of(trained, tmp_path)
-    spec["pre_tokenizer"] = {
-        "type": "Sequence",
-        "pretokenizers": [
-            lossy,
-            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-        ],
-    }
+    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [lossy, byte_level]}
     with pytest.raises(ValueError, match=words):
         tokenizer.load(write(tmp_path, spec))
 
@@ -326,7 +279,7 @@ def test_missing_and_malformed_files_are_refused_in_one_sentence(tmp_path):
         tokenizer.load(tmp_path)
 
 
-# ----------------------------------------------------------------------------------------------------------------- writing
+# ----------------------------------------------------------------------------------------- writing
 
 
 def test_merges_recovered_from_the_ids_are_gpt2s_published_merges(gpt2):
@@ -354,11 +307,8 @@ def test_save_then_load_is_the_identity_for_published_vocabularies(gpt2, tmp_pat
 
 def test_saving_a_chat_model_adds_the_chat_tokens_behind_the_last_id(tmp_path):
     tokenizer.save(tokenizer.train(CORPUS, 300, ["<|endoftext|>"]), tmp_path)
-    assert tokenizer.load(tmp_path)._special_tokens == {
-        "<|endoftext|>": 299,
-        "<|im_start|>": 300,
-        "<|im_end|>": 301,
-    }
+    special = {"<|endoftext|>": 299, "<|im_start|>": 300, "<|im_end|>": 301}
+    assert tokenizer.load(tmp_path)._special_tokens == special
 
 
 def test_only_a_chat_model_is_saved_with_a_template(trained, tmp_path):
@@ -366,9 +316,8 @@ def test_only_a_chat_model_is_saved_with_a_template(trained, tmp_path):
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["chat_template"] == (tmp_path / "chat_template.jinja").read_text()
     assert (config["eos_token"], config["pad_token"]) == ("<|im_end|>", "<|pad|>")
-    tokenizer.save(
-        trained, tmp_path, chat=False
-    )  # over the files of the other: no template stays behind
+    # over the files of the chat model: no template is left
+    tokenizer.save(trained, tmp_path, chat=False)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert "chat_template" not in config and not (tmp_path / "chat_template.jinja").exists()
     assert (config["eos_token"], config["pad_token"]) == ("<|endoftext|>", "<|pad|>")
@@ -403,25 +352,21 @@ def test_a_fitted_model_tells_other_tools_where_a_turn_ends_and_what_pads(
     encoding = chat.extend(tokenizer.train(CORPUS, 300, ["<|endoftext|>"]), template)
     model = tokenizer.fit(tiny(vocab_size=encoding.n_vocab - 1), encoding)
     special = encoding._special_tokens
-    assert model.config.eos_token_id == [
-        special[token] for token in ends
-    ] and model.config.pad_token_id == (pad and special[pad])
-    model.save_pretrained(tmp_path)
-    assert GPT.from_pretrained(tmp_path).config == model.config
+    assert model.config.eos_token_id == [special[token] for token in ends]
+    assert model.config.pad_token_id == (pad and special[pad])
+    checkpoints.save(model, tmp_path)
+    assert checkpoints.load(tmp_path).config == model.config
     transformers = pytest.importorskip("transformers")
-    assert (
-        transformers.AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id
-        == model.config.eos_token_id
-    )
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert peer.generation_config.eos_token_id == model.config.eos_token_id
 
 
 def test_a_base_model_claims_padding_only_where_the_vocabulary_has_a_token_of_its_own_for_it(
     tiny, trained
 ):
     bare = chat.extend(tokenizer.train(CORPUS, 300, ["<|endoftext|>"]))
-    assert (
-        tokenizer.fit(tiny(vocab_size=bare.n_vocab), bare, chat=False).config.pad_token_id is None
-    )
+    model = tokenizer.fit(tiny(vocab_size=bare.n_vocab), bare, chat=False)
+    assert model.config.pad_token_id is None
     padded = tokenizer.fit(tiny(vocab_size=trained.n_vocab), trained, chat=False)
     assert padded.config.pad_token_id == trained._special_tokens["<|pad|>"]
 
@@ -433,11 +378,11 @@ def test_saved_files_are_the_same_bytes_every_time(trained, tmp_path):
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
-# ---------------------------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------------------- training
 
 
 def train_by_recounting(texts: list[str], n_merges: int) -> list[bytes]:
-    """The definition of BPE training with nothing kept between merges: the oracle for the incremental counts."""
+    """The definition of BPE training, counted from scratch for each merge: the oracle."""
     splitter = tokenizer.regex.compile(tokenizer.GPT2)
     words = [list(word.encode()) for text in texts for word in splitter.findall(text)]
     tokens = [bytes([byte]) for byte in range(256)]
@@ -450,32 +395,26 @@ def train_by_recounting(texts: list[str], n_merges: int) -> list[bytes]:
 
 
 def test_training_by_incremental_counts_equals_recounting_every_time():
-    texts = [
-        *CORPUS,
-        "aaaa aaaaa aaaaaa banana bananas ananas",
-    ]  # runs of one letter: overlapping pairs
+    # runs of one letter: overlapping pairs
+    texts = [*CORPUS, "aaaa aaaaa aaaaaa banana bananas ananas"]
     encoding = tokenizer.train(texts, 320)
     assert list(encoding._mergeable_ranks) == train_by_recounting(texts, 64)
 
 
 def test_first_merges_are_the_most_frequent_pairs():
     encoding = tokenizer.train(["ab ab ab cd cd ab"], 259)
-    # counts: "ab" 4, " a" 3, "cd" 2, " c" 2; once "ab" is one token, " ab" counts 3; of the last two " c" has the lower ids
-    assert [token for token, id in encoding._mergeable_ranks.items() if id > 255] == [
-        b"ab",
-        b" ab",
-        b" c",
-    ]
+    # counts: "ab" 4, " a" 3, "cd" 2, " c" 2; once "ab" is one token, " ab" counts 3; of the last
+    # two " c" has the lower ids
+    merged = [token for token, id in encoding._mergeable_ranks.items() if id > 255]
+    assert merged == [b"ab", b" ab", b" c"]
 
 
 def test_trained_ids_are_bytes_then_merges_then_special_tokens(trained):
     assert all(trained._mergeable_ranks[bytes([byte])] == byte for byte in range(256))
     assert trained._special_tokens == {token: 316 + i for i, token in enumerate(SPECIAL)}
     assert trained.n_vocab == 320 == len(trained._mergeable_ranks) + len(trained._special_tokens)
-    assert all(
-        trained.decode(trained.encode_ordinary(text)) == text
-        for text in [*CORPUS, *random_texts(300)]
-    )
+    texts = [*CORPUS, *random_texts(300)]
+    assert all(trained.decode(trained.encode_ordinary(text)) == text for text in texts)
 
 
 def test_no_token_spans_two_words(trained):
@@ -485,10 +424,8 @@ def test_no_token_spans_two_words(trained):
 
 
 def test_training_is_deterministic_and_ignores_the_order_of_texts():
-    assert (
-        tokenizer.train(CORPUS, 330)._mergeable_ranks
-        == tokenizer.train(CORPUS[::-1], 330)._mergeable_ranks
-    )
+    ranks = [tokenizer.train(texts, 330)._mergeable_ranks for texts in (CORPUS, CORPUS[::-1])]
+    assert ranks[0] == ranks[1]
 
 
 def test_training_stops_when_no_pair_is_left():
@@ -503,7 +440,7 @@ def test_a_vocabulary_without_room_for_the_bytes_is_refused():
         tokenizer.train(CORPUS, 400, ["<|pad|>", "<|pad|>"])
 
 
-# ------------------------------------------------------------------------------------------------------------------- peers
+# ------------------------------------------------------------------------------------------- peers
 
 
 @pytest.mark.parametrize("pattern", ["GPT2", "GPT2_DIGITS", "CL100K", "QWEN"])
@@ -519,10 +456,9 @@ def test_transformers_opens_what_we_save_with_identical_ids(trained, tmp_path, p
     )
     tokenizer.save(encoding, tmp_path)
     peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert (
-        len(peer) == encoding.n_vocab
-        and peer.convert_tokens_to_ids("<|im_end|>") == encoding._special_tokens["<|im_end|>"]
-    )
+    assert len(peer) == encoding.n_vocab
+    end = encoding._special_tokens["<|im_end|>"]
+    assert peer.convert_tokens_to_ids("<|im_end|>") == end
     for text in random_texts(1000):
         ids = encoding.encode_ordinary(text)
         assert peer.encode(text) == ids and peer.decode(ids) == encoding.decode(ids)
@@ -530,15 +466,13 @@ def test_transformers_opens_what_we_save_with_identical_ids(trained, tmp_path, p
 
 def test_openais_possessive_patterns_split_as_in_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
-    ranks = tokenizer.train(
-        ["12345 12345 123"], 300
-    )._mergeable_ranks  # merges across the threes, for a wrong split to find
+    # merges across the threes, for a wrong split to find
+    ranks = tokenizer.train(["12345 12345 123"], 300)._mergeable_ranks
     possessive = tokenizer.CL100K.replace("{1,3}", "{1,3}+")
     encoding = tiktoken.Encoding("x", pat_str=possessive, mergeable_ranks=ranks, special_tokens={})
     tokenizer.save(encoding, tmp_path, chat=False)
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path).encode(
-        "12345"
-    ) == encoding.encode_ordinary("12345")
+    peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert peer.encode("12345") == encoding.encode_ordinary("12345")
 
 
 def test_single_digits_before_gpt2s_pattern_split_as_in_transformers(trained, tmp_path):
@@ -555,6 +489,5 @@ def test_transformers_opens_gpt2_as_we_save_it(gpt2, tmp_path):
     transformers = pytest.importorskip("transformers")
     tokenizer.save(gpt2, tmp_path, chat=False)
     peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert len(peer) == 50257 and all(
-        peer.encode(text) == gpt2.encode_ordinary(text) for text in random_texts(1000)
-    )
+    assert len(peer) == 50257
+    assert all(peer.encode(text) == gpt2.encode_ordinary(text) for text in random_texts(1000))
