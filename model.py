@@ -33,6 +33,7 @@ import copy
 import math
 import re
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -64,18 +65,16 @@ class Config:
     score_bias: float = 0.0  # score head: its bias, which config.json holds beside the weights
     score_gain: float = 1.0  # reward.py has scaled scores by this: score / score_gain is log-odds
     eos_token_id: int | list | None = None  # the ids that end a turn, recorded for other tools
-    pad_token_id: int | None = (
-        None  # recorded for other tools; here the id of padding does not matter
-    )
+    pad_token_id: int | None = None  # for other tools; here the id of padding does not matter
     init_std: float = 0.02
 
 
 def rope_frequencies(config):
     """The angle (d/2,) by which each coordinate pair turns per position, theta^(-2i/d).
 
-    Llama 3.1 stretches a context of `original` tokens by `factor`. A pair that turns fewer than
-    `low` times within it is slowed down by that factor. A pair that turns more than `high` times
-    tells neighbours apart and is left alone. In between the two are mixed.
+    Llama 3.1 stretches a context of `original` tokens by `factor`: a pair that turns fewer than
+    `low` times within it is slowed down by that factor, one that turns more than `high` times is
+    left alone, and in between the two are mixed.
     """
     frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
     if config.rope_scaling is None:
@@ -97,8 +96,7 @@ class Cache:
     """Keys and values of every layer. Each row has its own length (right-padded, as everywhere).
 
     Use: begin(), model(ids, cache), then add the new tokens to `lengths`. A row's new tokens
-    overwrite its padding before any query can see it.
-    """
+    overwrite its padding before any query can see it."""
 
     def __init__(self, config, batch, capacity, device, dtype):
         shape = (config.layers, batch, config.kv_heads, capacity, config.head_dim)
@@ -133,12 +131,9 @@ class Cache:
 
 
 class Linear(nn.Linear):
-    """x W^T + b. With an adapter W is frozen and x A^T B^T alpha / r is added: LoRA, rank r
-    (Hu et al. 2021, eq. 3).
-
+    """x W^T + b, and with an adapter + x A^T B^T alpha / r: LoRA of rank r (Hu et al. 2021, eq. 3).
     parts: the output sizes of the matrices stacked in W (q, k, v; gate, up). Checkpoints store them
-    apart, so each part has an A and a B.
-    """
+    apart, so each part has an A and a B."""
 
     def __init__(self, inputs, *parts, bias):
         super().__init__(inputs, sum(parts), bias=bias)
@@ -146,9 +141,9 @@ class Linear(nn.Linear):
 
     def attach(self, rank, scale):
         """Adds an adapter of zeros, for `adapt` or a file to fill in. scale: alpha / r."""
-        device, rows = self.weight.device, len(self.parts) * rank
-        self.A = nn.Parameter(torch.zeros(rows, self.in_features, device=device))  # (parts r, in)
-        self.B = nn.Parameter(torch.zeros(self.out_features, rank, device=device))  # (out, r)
+        zeros = partial(torch.zeros, device=self.weight.device)
+        self.A = nn.Parameter(zeros(len(self.parts) * rank, self.in_features))  # (parts r, in)
+        self.B = nn.Parameter(zeros(self.out_features, rank))  # (out, r)
         self.scale = scale
 
     def pairs(self):
@@ -162,14 +157,13 @@ class Linear(nn.Linear):
         if self.A is None:
             return y
         low = (F.linear(x, self.A) * self.scale).chunk(len(self.parts), dim=-1)  # (..., r) per part
-        Bs = self.B.split(self.parts)
-        return y + torch.cat([F.linear(z, B) for z, B in zip(low, Bs, strict=True)], dim=-1)
+        up = self.B.split(self.parts)
+        return y + torch.cat([F.linear(z, B) for z, B in zip(low, up, strict=True)], dim=-1)
 
     def merged(self):
         """W with its adapter added, (out, in); W itself without one."""
-        if self.A is None:
-            return self.weight
-        return self.weight + self.scale * torch.cat([B @ A for A, B in self.pairs()])
+        products = [B @ A for A, B in self.pairs()]
+        return self.weight + self.scale * torch.cat(products) if products else self.weight
 
 
 class Attention(nn.Module):
@@ -277,10 +271,6 @@ class GPT(nn.Module):
             angles = torch.outer(torch.arange(config.context), rope_frequencies(config))
             self.register_buffer("cos", angles.cos(), persistent=False)  # (context, d/2)
             self.register_buffer("sin", angles.sin(), persistent=False)
-        self.initialise()
-
-    def initialise(self):
-        config = self.config
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=config.init_std)
@@ -303,27 +293,17 @@ class GPT(nn.Module):
         layers, width, context = map(int, match.groups()[1:]) if match else (0, 0, 0)
         head_dim = 32 if width < 512 else 64
         if layers < 1 or width < 1 or width % head_dim or context < 2:
-            forms = "gpt2:LAYERSxWIDTHxCONTEXT or llama:LAYERSxWIDTHxCONTEXT"
-            multiple = f"width a multiple of {head_dim}"
-            raise ValueError(f"--shape {shape!r} should read {forms}, {multiple}")
-        config = Config(
-            arch=match[1],
-            head=head,
-            vocab_size=vocab_size,
-            width=width,
-            layers=layers,
-            heads=width // head_dim,
-            kv_heads=width // head_dim,
-            head_dim=head_dim,
-            # SwiGLU has three matrices where GELU has two: a width of 8/3 D instead of 4 D costs
-            # the same (Shazeer 2020); here to a multiple of 32
-            mlp_width=4 * width if match[1] == "gpt2" else 32 * round(8 * width / 96),
-            context=context,
-            # wavelengths that suit the context: with 10000, short distances are learned late
-            rope_theta=100.0 if context <= 256 else 10000.0,
-            init_std=0.02 if width >= 512 else 1 / math.sqrt(width),
-        )
-        return cls(config)
+            forms = "gpt2:LAYERSxWIDTHxCONTEXT or llama:LAYERSxWIDTHxCONTEXT, width a multiple of"
+            raise ValueError(f"--shape {shape!r} should read {forms} {head_dim}")
+        heads = width // head_dim
+        # SwiGLU has three matrices where GELU has two: a width of 8/3 D instead of 4 D costs the
+        # same (Shazeer 2020); here to a multiple of 32
+        mlp_width = 4 * width if match[1] == "gpt2" else 32 * round(8 * width / 96)
+        rope_theta = 100.0 if context <= 256 else 10000.0  # short wavelengths for short contexts
+        init_std = 0.02 if width >= 512 else 1 / math.sqrt(width)
+        sizes = (vocab_size, width, layers, heads, heads, head_dim, mlp_width, context)
+        options = dict(arch=match[1], head=head, rope_theta=rope_theta, init_std=init_std)
+        return cls(Config(*sizes, **options))
 
     @property
     def device(self):
@@ -333,8 +313,9 @@ class GPT(nn.Module):
     def head_weight(self):
         """The LM head (V, D), tied or not, that `kernels` multiplies hidden states with."""
         if self.config.head != "lm":
-            has = "this checkpoint has a scalar head and no vocabulary head"
-            raise ValueError(f"{has}: it scores text, it cannot write any")
+            raise ValueError(
+                "this checkpoint has no vocabulary head: it scores text, it cannot write"
+            )
         return self.embed.weight if self.config.tied else self.lm_head.weight
 
     def forward(self, ids, cache=None):
@@ -345,8 +326,7 @@ class GPT(nn.Module):
         """
         T, context = ids.shape[1], self.config.context
         if cache is None and context < T:
-            limit = f"the model's context of {context}"
-            raise ValueError(f"a sequence of {T} tokens does not fit {limit}")
+            raise ValueError(f"a sequence of {T} tokens does not fit the context of {context}")
         positions = torch.arange(T, device=ids.device) if cache is None else cache.positions
         x = self.embed(ids)  # (B, T, D)
         rope = None
@@ -363,11 +343,9 @@ class GPT(nn.Module):
         return F.linear(hidden, self.head_weight)
 
     def score(self, hidden):
-        """hidden (B, T, D) -> one scalar per position (B, T), fp32; for models with a scalar
-        head."""
+        """hidden (B, T, D) -> a scalar per position (B, T), fp32, of a model with a scalar head."""
         if self.config.head != "score":
-            has = "this checkpoint has a vocabulary head and no scalar head"
-            raise ValueError(f"{has}: train one with reward.py")
+            raise ValueError("this checkpoint has no scalar head: train one with reward.py")
         weight, bias = self.score_head.weight.float(), self.score_head.bias.float()
         with torch.autocast(hidden.device.type, enabled=False):  # bf16 has under three digits
             return F.linear(hidden.float(), weight, bias).squeeze(-1)
@@ -376,9 +354,8 @@ class GPT(nn.Module):
         """Adds rows to the vocabulary, for new special tokens, drawn around the mean embedding."""
         for module in [self.embed] + ([self.lm_head] if hasattr(self, "lm_head") else []):
             old = module.weight.data  # (V, D)
-            noise = torch.randn(vocab_size - len(old), old.shape[1]).to(old)
-            new = old.mean(0) + self.config.init_std * noise
-            module.weight = nn.Parameter(torch.cat([old, new]))
+            noise = self.config.init_std * torch.randn(vocab_size - len(old), old.shape[1])
+            module.weight = nn.Parameter(torch.cat([old, old.mean(0) + noise.to(old)]))
         self.embed.num_embeddings = self.config.vocab_size = vocab_size
         self.grown = True
         return self
@@ -412,11 +389,12 @@ class GPT(nn.Module):
                 raise ValueError(f"prompt {row} has {len(prompt)} tokens; {limits}")
         replies = [[] for _ in range(len(prompts) * samples)]
         logprobs = [[] for _ in replies]
+        result = (replies, logprobs) if return_logprobs else replies
         if not prompts or max_new_tokens < 1:
-            return (replies, logprobs) if return_logprobs else replies
+            return result
 
-        stops = torch.tensor([] if stop_id is None else stop_id, dtype=torch.long).reshape(-1)
-        stops = stops.to(self.device)
+        stop_ids = [] if stop_id is None else stop_id
+        stops = torch.tensor(stop_ids, dtype=torch.long, device=self.device).reshape(-1)
         longest = max(map(len, prompts))  # no row of the cache is longer
         capacity = min(longest + max_new_tokens, context)
         cache, hidden = self.prefill(prompts, longest, capacity, samples)  # hidden (B, D)
@@ -428,8 +406,9 @@ class GPT(nn.Module):
             token = sample(logits, temperature, top_k, top_p, generator)  # (B,)
             logprob = None
             if return_logprobs:  # (B,) log softmax(logits / temperature) at the token
-                options = dict(temperature=temperature or 1.0)
-                logprob = kernels.logprob_rows(logits, token, **options).logprob
+                logprob = kernels.logprob_rows(
+                    logits, token, temperature=temperature or 1.0
+                ).logprob
             steps.append((reply, token, logprob))
             if stream:
                 stream(reply.tolist(), token.tolist())
@@ -451,7 +430,7 @@ class GPT(nn.Module):
             for i, t, value in zip(reply.tolist(), token.tolist(), values, strict=True):
                 replies[i].append(t)
                 logprobs[i].append(value)
-        return (replies, logprobs) if return_logprobs else replies
+        return result
 
     def prefill(self, prompts, longest, capacity, samples):
         """-> a Cache of the prompts, each `samples` times, and each row's last hidden state (B,
@@ -481,18 +460,16 @@ class GPT(nn.Module):
             return self
         chosen = targets.split(",")
         if not set(chosen) <= set(TARGETS.split(",")):
-            names = f"names out of {TARGETS}, separated by commas"
-            raise ValueError(f"--lora-targets {targets} should be {names}")
+            raise ValueError(f"--lora-targets {targets} should be names out of {TARGETS}")
         if not self.origin:
-            needs = "--lora-rank adapts a trained model; this one has random weights"
-            raise ValueError(f"{needs}: name a checkpoint with --init")
+            raise ValueError("--lora-rank adapts a trained model: name a checkpoint with --init")
         self.freeze()
-        adapted_before = self.rank > 0
+        adapted = self.rank > 0
         for name, module in self.linears():
-            if adapted_before and module.A is not None:  # share() may have given them away
+            if module.A is not None:  # share() may have given the old ones to another model
                 module.A = nn.Parameter(module.A.detach().clone())
                 module.B = nn.Parameter(module.B.detach().clone())
-            elif not adapted_before and name.rpartition(".")[2] in chosen:
+            elif not adapted and name.rpartition(".")[2] in chosen:
                 module.attach(rank, (alpha or 2 * rank) / rank)
                 bound = module.in_features**-0.5
                 nn.init.uniform_(module.A, -bound, bound)
