@@ -385,7 +385,7 @@ class GPT(nn.Module):
         context = self.config.context
         for row, prompt in enumerate(prompts):
             if not 0 < len(prompt) < context:
-                limits = f"it must have 1 to {context - 1} (the context is {context})"
+                limits = f"it must have 1 to {context - 1}, for a context of {context}"
                 raise ValueError(f"prompt {row} has {len(prompt)} tokens; {limits}")
         replies = [[] for _ in range(len(prompts) * samples)]
         logprobs = [[] for _ in replies]

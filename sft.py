@@ -1,24 +1,24 @@
-"""Stage 1: supervised fine-tuning. Show the model good replies and make each of their tokens
+"""Stage 1, supervised fine-tuning: show the model good replies and make each of their tokens
 likely.
 
-    minimise   - sum_t m_t log pi(y_t | y_<t) / sum_t m_t          (Ouyang et al. 2022, sec. 3.5)
+    minimise   - sum_t m_t log pi(y_t | y_<t) / sum_t m_t
 
-m_t is 1 on the assistant's tokens and on the end-of-turn token behind them, 0 on everything a user
-or system wrote: the model learns to answer, not to ask. Pretraining is the same script and the same
-loss with every token in it: m_t = 1, or 0.1 for a question in front of an answer where the data
-tells them apart (nobody can predict a question, and noise costs gradient).
+m_t is 1 on the assistant's tokens and on the end-of-turn token after them, 0 on everything a user
+or system wrote: the model learns to answer, not to ask (Ouyang et al. 2022, sec. 3.5). Pretraining
+is the same loss with m_t = 1 on every token, or 0.1 on a question before its answer: nobody can
+predict a question, and it mostly adds noise.
 
     python sft.py --pretrain                      raw documents of the embedded world  -> out/base
     python sft.py                                 its demonstrations, from out/base    -> out/sft
     python sft.py --init DIR --data chats.jsonl   any checkpoint, any file of conversations
 
-Watch: loss (falls fast, then slowly; 40 % of the world's demonstrations contain mistakes, so it
-levels off above 0), held_out_loss (follows the loss; when it rises while the loss still falls, the
-model has begun to memorise), grad_norm (below about 1 after the warm-up; spikes mean that lr is too
+Watch: loss (falls fast, then slowly, and levels off above 0: many replies fit a prompt, and 40 % of
+the world's demonstrations contain mistakes), held_out_loss (follows the loss; when it rises while
+the loss falls, the model memorises), grad_norm (below about 1 after the warm-up; spikes: lr is too
 high).
 
-What everybody gets wrong: the divisor. It is the number of supervised tokens of the *whole*
-optimiser step. With a mean of micro-batch means, a token would count more in a short micro-batch.
+What everybody gets wrong: the divisor. It is sum_t m_t over the *whole* optimiser step. A mean of
+micro-batch means counts a token more in a short micro-batch.
 """
 
 from dataclasses import dataclass
@@ -40,20 +40,15 @@ class Config(run.Flags):
     lr: float = 0.0  # peak learning rate (default: 1e-3, with --pretrain 1.5e-3)
     weight_decay: float = 0.01  # AdamW's, on matrices
     pretrain: bool = False  # raw text, every token in the loss
-    prompt_weight: float = (
-        0.1  # --pretrain: weight of a question's tokens, which nobody can predict
-    )
-    template: str = (
-        ""  # chat format: chatml, llama3 or alpaca (default: the vocabulary's, or chatml)
-    )
+    prompt_weight: float = 0.1  # --pretrain: m_t of a question's tokens
+    template: str = ""  # chat format: chatml, llama3, alpaca (default: the vocabulary's, or chatml)
     last_only: bool = False  # of a conversation with several answers, only the last one counts
     micro_batch_size: int = 0  # sequences per forward pass of a process (0: the whole batch)
     shard: bool = False  # under torchrun: divide weights, gradients and moments among the processes
 
 
 def check(config):
-    """Fills in the defaults that depend on --pretrain, and refuses flags that nothing would
-    read."""
+    """Fills in defaults that depend on --pretrain; refuses flags that clash or have no effect."""
     config.steps = config.steps or (3000 if config.pretrain else 800)
     config.lr = config.lr or (1.5e-3 if config.pretrain else 1e-3)
     config.init = config.init or ("scratch" if config.pretrain else "out/base")
@@ -63,79 +58,75 @@ def check(config):
         "shard": {"resume": False, "save_every": False},
     }
     run.check_requires(config, requires)
-    several = "--shard divides a model among several processes: start them with torchrun"
-    run.require(not config.shard or run.environment("WORLD_SIZE", 1) > 1, several)
+    alone = config.shard and run.environment("WORLD_SIZE", 1) == 1
+    run.require(not alone, "--shard divides a model among several processes: start with torchrun")
 
 
-def token_losses(model, examples):
-    """(ids, weights) examples -> minus the weighted log-probs of each one's tokens, summed (B,),
-    nats.
+def sequence_losses(model, examples):
+    """(ids, weights) examples -> sum_t -m_t log pi(y_t | y_<t) of each example, in nats (B,).
 
-    The loss of a token needs nothing but its own log-prob, so the kernel forms the gradient in its
-    forward pass, and the (B * T, V) logits never exist as a whole.
+    A token's loss depends only on its own log-prob, so the kernel forms the gradient in its forward
+    pass, chunk by chunk, and the (B * T, V) logits never exist as a whole.
     """
-    batch = collate(examples).to(model.device)
-    weights = batch.weights.flatten()  # (B * T,) the m_t above
+    batch = collate(examples).to(model.device)  # inputs ids[:-1], targets ids[1:], m_t; (B, T)
+    weights = batch.weights.flatten()  # (B * T,) m_t
 
-    def weighted_nll(logprob, index):  # (n,) supervised tokens and their places among the B * T
+    def weighted_nll(logprob, index):  # (n,) log-probs, and their positions among the B * T
         return -weights[index] * logprob
 
     hidden = model(batch.inputs).flatten(0, 1)  # (B * T, D)
-    targets = batch.targets.flatten()  # (B * T,)
-    losses = kernels.linear_token_loss(hidden, model.head_weight, targets, weighted_nll)
+    targets = batch.targets.flatten()  # (B * T,) -100 where m_t is 0
+    losses = kernels.linear_token_loss(hidden, model.head_weight, targets, weighted_nll)  # (B * T,)
     return losses.view(batch.mask.shape).sum(1)
 
 
-def supervised_tokens(examples):
+def total_weight(examples):
     """sum_t m_t over all examples: the divisor of the loss. A first token is never a target."""
     return sum(sum(weights[1:]) for _, weights in examples)
 
 
 @torch.no_grad()
 def held_out_loss(model, examples, size):
-    """Mean loss per supervised token over examples that training never sees, `size` at a time."""
+    """The loss, in float32, over examples that training never sees, `size` at a time."""
     starts = range(0, len(examples), size)
-    total = sum(token_losses(model, examples[start : start + size]).sum() for start in starts)
-    return total / supervised_tokens(examples)
+    total = sum(sequence_losses(model, examples[start : start + size]).sum() for start in starts)
+    return total / total_weight(examples)
 
 
 def load_records(config):
     """Records of --data or of the embedded world: documents to pretrain on, else conversations."""
     if config.data:
-        kind = "document" if config.pretrain else "conversation"
-        return formats.read_all(config.data, kind)
-    count = config.steps * config.batch_size + 500
+        return formats.read_all(config.data, "document" if config.pretrain else "conversation")
     make = world.documents if config.pretrain else world.demonstrations
-    return make(count, config.seed)
+    return make(config.steps * config.batch_size + 500, config.seed)  # one epoch, and held-out ones
 
 
 def load_examples(config, encoding, context):
-    """-> (ids, weights) examples, how many were cut to the context, and how many were dropped
-    because nothing in them is supervised."""
-    end = chat.end_of_text_id(encoding)
+    """-> (ids, weights) examples, how many were cut to the context, and how many were dropped."""
+    end_of_text = chat.end_of_text_id(encoding)
+    end = [] if end_of_text is None else [end_of_text]
     examples, cut = [], 0
     records = load_records(config)
     for record in records:
-        if config.pretrain:
+        if config.pretrain:  # record.prompt: characters of the question, 0 without one
             prompt = encoding.encode_ordinary(record.text[: record.prompt])
-            rest = encoding.encode_ordinary(record.text[record.prompt :])
-            rest += [] if end is None else [end]
-            ids, weights = prompt + rest, [config.prompt_weight] * len(prompt) + [1.0] * len(rest)
+            rest = encoding.encode_ordinary(record.text[record.prompt :]) + end
+            ids = prompt + rest
+            weights = [config.prompt_weight] * len(prompt) + [1.0] * len(rest)
         else:
             ids, weights = chat.render(record.messages, encoding, config.last_only)
         cut += len(ids) > context + 1
         ids, weights = ids[: context + 1], weights[: context + 1]  # the last is only a target
-        if any(weights[1:]):
+        if any(weights[1:]):  # else nothing is supervised
             examples.append((ids, weights))
     return examples, cut, len(records) - len(examples)
 
 
 def greedy_reply(model, example, encoding, colour):
-    """The model's most likely reply to a held-out example, as a line for the terminal."""
+    """The model's most likely reply to an example, as a line for the terminal."""
     ids, weights = example
-    prompt_length = weights.index(1) if 1 in weights else len(ids) - 1
-    # keep at least one token, and leave half the context for the reply
-    prompt = ids[: max(1, prompt_length)][-model.config.context // 2 :]
+    prompt_length = weights.index(1) if 1 in weights else len(ids) - 1  # before the first reply
+    prompt = ids[: max(1, prompt_length)][-(model.config.context // 2) :]  # leaves room to reply
     stops = chat.stop_ids(encoding)
     (reply,) = model.generate([prompt], world.MAX_NEW_TOKENS, temperature=0, stop_id=stops)
     return chat.painted_reply(prompt, reply, encoding, colour)
@@ -146,21 +137,21 @@ def main(config):
     stage = "base" if config.pretrain else "sft"
     job = run.start(config, stage)
     encoding = checkpoints.open_vocabulary(config, template=config.template)
+    # a base model gets no chat tokens
     model = checkpoints.open_model(config, encoding, job.device, chats=not config.pretrain)
 
     context = model.config.context
-    examples, cut, empty = load_examples(config, encoding, context)
-    limit = f"within the context of {context} tokens"
-    nothing = f"no record of {config.source} has a supervised token {limit}"
-    run.require(examples, f"nothing to train on: {nothing}")
+    examples, cut, dropped = load_examples(config, encoding, context)
+    nothing = f"{config.source} has no supervised token within the context of {context} tokens"
+    run.require(examples, f"nothing to train on: no record of {nothing}")
     rows, kept = hold_out(len(examples), min(500, 16 * config.batch_size), config.seed)
     held_out, examples = [examples[i] for i in rows], [examples[i] for i in kept]
-    counts = f"{cut} cut to the context, {empty} dropped with nothing to learn"
+    counts = f"{cut} cut to the context, {dropped} dropped with nothing to learn"
     job.say(f"{stage}: {len(examples)} examples ({counts}), such as")
     job.say(chat.painted(*examples[0], encoding, job.colour))  # the supervised tokens are marked
 
     lengths = [len(ids) for ids, _ in examples]
-    held_out_rows = rows_at_once(128, max(lengths), model)
+    held_out_size = rows_at_once(128, max(lengths), model)  # examples per forward pass
     order = batch_order(lengths, config.batch_size, config.seed, config.steps)
     job.memory(model=model)
     if config.shard:
@@ -168,23 +159,23 @@ def main(config):
     optimizer = run.adamw(model, config.lr, config.weight_decay)
     for step in job.steps(config.steps, model=model, optimizer=optimizer):
         batch = [examples[i] for i in order[step]]
-        tokens = supervised_tokens(batch)  # of the whole step: the divisor of every micro-batch
+        divisor = total_weight(batch)  # of the whole step, for every micro-batch
         loss = 0.0
         for micro_batch in job.micro_batches(batch, config.micro_batch_size):
-            losses = job.forward(token_losses, model, micro_batch)  # (b,)
-            micro_loss = losses.sum() / tokens
+            losses = job.forward(sequence_losses, model, micro_batch)  # (b,) of all processes
+            micro_loss = losses.sum() / divisor
             micro_loss.backward()  # gradients add up to those of the whole batch
             loss += micro_loss.detach()
-        grad_norm = run.clip(model, max_norm=1.0)
+        grad_norm = run.clip(model, max_norm=1.0)  # the norm before clipping
         lr = run.linear(config.lr, step, config.steps, warmup=config.steps // 20)
-        run.step(optimizer, lr)
-        metrics = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": tokens}
+        run.step(optimizer, lr)  # and clears the gradients
+        metrics = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": divisor}
         if held_out and run.due(step, config.steps, times=10):
-            metrics["held_out_loss"] = held_out_loss(model, held_out, held_out_rows)
+            metrics["held_out_loss"] = held_out_loss(model, held_out, held_out_size)
             job.say(greedy_reply(model, held_out[0], encoding, job.colour))
         job.log(step, **metrics)
-
-    job.finish(lambda directory: checkpoints.save(model, directory, encoding, not config.pretrain))
+    chats = not config.pretrain
+    job.finish(lambda directory: checkpoints.save(model, directory, encoding, chat=chats))
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ def test_the_end_token_s_gradient_reaches_the_model(world_model, world_encoding)
     model, end = world_model(tied=False), world_encoding._special_tokens["<|im_end|>"]
     examples = [chat.render(TALK, world_encoding), chat.render(TALK[:3], world_encoding)]
     batch = collate(examples)
-    (sft.token_losses(model, examples).sum() / batch.weights.sum()).backward()
+    (sft.sequence_losses(model, examples).sum() / batch.weights.sum()).backward()
     untrained = copy.deepcopy(batch.mask) & (batch.targets != end)
     assert int(batch.mask.sum() - untrained.sum()) == 4
     # raising an end token's logit pays at the four places where it is the target: its row must be
@@ -270,7 +270,7 @@ def test_the_sft_loss_is_the_slow_loop_and_1_x_8_is_8_x_1(world_model, world_enc
         losses = []
         for start in range(0, 8, size):
             micro_batch = examples[start : start + size]
-            losses.append(sft.token_losses(model, micro_batch).sum() / sum(supervised))
+            losses.append(sft.sequence_losses(model, micro_batch).sum() / sum(supervised))
             losses[-1].backward()
         grads = gradients(model)
         for name, grad in expected.items():

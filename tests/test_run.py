@@ -139,7 +139,7 @@ def test_help_shows_every_flag_with_its_comment_and_default(name, capsys):
 def test_a_stage_s_own_comment_and_default_replace_those_of_the_shared_flags(capsys):
     with pytest.raises(SystemExit):
         run.parse(Inherited, ["--help"])
-    stage, shared = " ".join(capsys.readouterr().out.split()).split("flags of every stage:")
+    stage, shared = " ".join(capsys.readouterr().out.split()).split("shared flags:")
     assert "a stage's own words (default: 0.25)" in stage and "a stage's own flag" in stage
     assert "peak learning rate" not in stage + shared and "--lr " not in shared
     for item in fields(run.Flags):
