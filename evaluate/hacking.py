@@ -117,11 +117,11 @@ class Detector:
         }
         paid = float(correlation(values["length"], scores))
         kl = float(log_ratios.mean())
-        found = signs(drifts, self.start["length"], paid, kl, self.kl_budget)
-        warnings = [sentence for sign, sentence in found.items() if sign not in self.seen]
-        self.seen += [sign for sign in found if sign not in self.seen]
+        current = signs(drifts, self.start["length"], paid, kl, self.kl_budget)
+        warnings = [sentence for sign, sentence in current.items() if sign not in self.seen]
+        self.seen += [sign for sign in current if sign not in self.seen]
         metrics = {f"{name}_drift": moved for name, (moved, _) in drifts.items()}
-        return metrics | {"length_paid": paid, "hacking": len(found)}, warnings
+        return metrics | {"length_paid": paid, "hacking": len(current)}, warnings
 
     def state_dict(self):
         return {"start": self.start, "seen": self.seen}
