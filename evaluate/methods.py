@@ -183,18 +183,17 @@ def main(config):
     for name, row in rows.items():
         cells[name] = {key: plus_minus(cell) for key, cell in row.items() if key in COLUMNS}
     print(table(cells))
-    print("\nbest of n replies of sft, chosen by the reward model")
     cells = {}
     for n in BEST_OF:
         cells[f"n = {n}"] = {"kl at most": show(kl_bound(n)), "gold": plus_minus(best[n])}
-    print(table(cells))
-    print("\ndifferences in gold, seed by seed")
+    print(f"\nbest of n replies of sft, chosen by the reward model\n{table(cells)}")
     cells = {}
     for a, b in COMPARED:
         gaps = [board[a]["gold"] - board[b]["gold"] for board in boards]
         by_seed = " ".join(f"{gap:+.3f}" for gap in gaps)
         cells[f"{a} - {b}"] = {"mean": plus_minus(spread(gaps)), "seeds": by_seed}
-    print(f"{table(cells)}\npicture: {out / 'methods.png'}", flush=True)
+    print(f"\ndifferences in gold, seed by seed\n{table(cells)}")
+    print(f"picture: {out / 'methods.png'}", flush=True)
 
 
 if __name__ == "__main__":
