@@ -16,18 +16,17 @@ sampling:
                                                                   (Schulman et al. 2017, eq. 7)
     critic      minimise  1/2 max((V - R)^2, (clip(V, V_old-eps, V_old+eps) - R)^2),  R = A + V_old
 
-The critic predicts the return from every prefix. The other three values of `--advantage` have none:
-they sample each prompt K times and compare. All tokens of a reply then share one advantage, made of
-G = score - beta KL of the whole reply.
+The critic predicts the return from every prefix. The other three values of --advantage have none:
+they sample each prompt K times and compare G = score - beta KL, one number for all tokens of a
+reply.
 
-                advantage                         loss of a minibatch
-    gae         A_t, whitened                     mean over all tokens
-    rloo        G_i - mean of the others' G       mean over replies of the sum over tokens
-                                                                  (Ahmadian et al. 2024)
-    grpo        (G_i - mean) / (std + 1e-4)       mean over replies of the mean over tokens
-                                                                  (Shao et al. 2024, eq. 3)
-    dr-grpo     G_i - mean                        sum over tokens / (replies x max_new_tokens)
-                                                                  (Liu et al. 2025)
+                advantage                      loss of a minibatch
+    gae         A_t, whitened                  mean over all its tokens
+    rloo        G_i - mean of the others' G    sum over tokens / replies      (Ahmadian et al. 2024)
+    grpo        (G_i - mean) / (std + 1e-4)    mean over replies of the mean over tokens
+                                                                     (Shao et al. 2024, eq. 3)
+    dr-grpo     G_i - mean                     sum over tokens / (replies x max_new_tokens)
+                                                                               (Liu et al. 2025)
 
 DEVIATION: all keep PPO's clipped ratio and the KL in the reward. The RLOO paper takes one unclipped
 step per batch, which is the same at --minibatches 1. The GRPO paper adds k3 to the loss; the
@@ -49,6 +48,7 @@ fixed low score instead.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -61,7 +61,7 @@ from data.collate import Batch, collate, reply_examples
 from data.logprobs import token_logprobs
 from data.prompts import load_prompts, prompt_batches
 from data.scores import score
-from evaluate.hacking import Detector
+from evaluate.hacking import Detector, observe
 
 ADVANTAGES = ["gae", "rloo", "grpo", "dr-grpo"]
 
@@ -329,15 +329,13 @@ def update(config, job, models, parts, old, step):
 
 
 def open_models(config, policy, encoding):
-    """The four models, and the ensemble's reward models. With adapters all stand on one trunk, if
-    the reward model was adapted from the same --init."""
+    """The four models, and the ensemble's reward models. With adapters all share one frozen trunk,
+    if the reward model was adapted from the same --init."""
     trunk = policy if policy.rank else None
     options = dict(encoding=encoding, device=policy.device, trunk=trunk)
     reward_model = annotators.open_reward_model(config.reward, flag="--reward", **options)
-    ensemble = [
-        annotators.open_reward_model(directory, flag="--ensemble", **options)
-        for directory in config.ensemble
-    ]
+    open_one = partial(annotators.open_reward_model, flag="--ensemble", **options)
+    ensemble = [open_one(directory) for directory in config.ensemble]
     ref = policy.reference()
     critic = None
     if config.advantage == "gae":
@@ -347,28 +345,6 @@ def open_models(config, policy, encoding):
         critic.adapt(config.lora_rank, config.lora_alpha, config.lora_targets)
     reward_model.requires_grad_(False)
     return Models(policy, ref, reward_model, critic), ensemble
-
-
-def observe(config, job, detector, ensemble, encoding, prompts, old, step):
-    """What the replies of a rollout look like -> metrics: the detector's signs, and gold on the
-    world. prompts: (ids, messages) of each reply."""
-    ended = old.ended.tolist()
-    texts = [
-        encoding.decode(reply[:-1] if end else reply)
-        for reply, end in zip(old.replies, ended, strict=True)
-    ]
-    others = [score(model, old.sequences) for model in ensemble]  # (B,) each
-    others = [torch.where(old.ended, scores, config.no_end_score) for scores in others]
-    lengths, log_ratios = old.batch.mask.sum(1), old.kl.sum(1)  # (B,) each
-    options = (texts, old.scores, lengths, log_ratios, others)
-    metrics, warnings = detector.observe(old.replies, *options)
-    for sentence in warnings:
-        job.say(f"ppo: step {step + 1}: this looks like reward hacking: {sentence}")
-    if not config.data:
-        replies = zip(prompts, texts, ended, strict=True)
-        golds = [world.judge(messages, text, end)["gold"] for (_, messages), text, end in replies]
-        metrics["gold"] = sum(golds) / len(golds)
-    return metrics
 
 
 def main(config):
@@ -411,10 +387,14 @@ def main(config):
         }
         metrics |= update(config, job, models, parts, old, step)
         if config.kl_target:
-            options = (float(metrics["kl"]), config.kl_target, config.batch_size)
-            parts.kl_strength.beta = adaptive_beta(beta, *options)
-        asked = [prompt for prompt in batches[step] for _ in range(K)]
-        metrics |= observe(config, job, parts.detector, ensemble, encoding, asked, old, step)
+            kl = float(metrics["kl"])
+            beta = adaptive_beta(beta, kl, config.kl_target, config.batch_size)
+            parts.kl_strength.beta = beta
+        asked = [messages for _, messages in batches[step] for _ in range(K)]
+        signs, warnings = observe(parts.detector, ensemble, config, encoding, asked, old)
+        metrics |= signs
+        for warning in warnings:
+            job.say(f"ppo: step {step + 1}: this looks like reward hacking: {warning}")
         if run.due(step, config.steps):
             reply = chat.painted_reply(ids[0], old.replies[0], encoding, job.colour)
             job.say(f"{reply}  score {old.scores[0]:.2f}")

@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 
 import run
+from data import world
+from data.scores import score
 from evaluate.measures import FORMS, fit_form, mean, output, table
 
 REFUSALS = ("i can not", "i cannot", "i can't", "i do not know", "i don't know")
@@ -128,6 +130,27 @@ class Detector:
 
     def load_state_dict(self, state):
         self.start, self.seen = state["start"], state["seen"]
+
+
+def observe(detector, ensemble, config, encoding, conversations, old):
+    """What a rollout's replies look like -> metrics, with gold where the world's judge knows the
+    prompts, and the detector's new warnings. ensemble: reward models that were not trained against;
+    conversations: the messages before each reply."""
+    ended = old.ended.tolist()
+    texts = [
+        encoding.decode(reply[:-1] if end else reply)
+        for reply, end in zip(old.replies, ended, strict=True)
+    ]
+    others = [score(model, old.sequences) for model in ensemble]  # (B,) each
+    others = [torch.where(old.ended, scores, config.no_end_score) for scores in others]
+    lengths, log_ratios = old.batch.mask.sum(1), old.kl.sum(1)  # (B,) each
+    traits = texts, old.scores, lengths, log_ratios, others
+    metrics, warnings = detector.observe(old.replies, *traits)
+    if not config.data:
+        replies = zip(conversations, texts, ended, strict=True)
+        golds = [world.judge(messages, text, end)["gold"] for messages, text, end in replies]
+        metrics["gold"] = mean(golds)
+    return metrics, warnings
 
 
 @dataclass

@@ -1,9 +1,11 @@
-"""Claims that hold exactly between the rooms: what was sampled is what is trained on, a step is its micro-batches, the loss sees the
-assistant's tokens and nothing else, a score sits on the last one, and nothing depends on padding."""
+"""Claims that hold exactly between the rooms: what was sampled is what is trained on, a step is its
+micro-batches, the loss sees the assistant's tokens and nothing else, a score sits on the last one,
+and nothing depends on padding."""
 
 import copy
 import json
 import math
+import os
 import random
 from types import SimpleNamespace
 
@@ -14,21 +16,13 @@ import torch.nn.functional as F
 import dpo
 import ppo
 import reward
+import run
 import sft
-from data import chat, formats, tokenizer, world
-from data.collate import (
-    IGNORE,
-    collate,
-    encode_pairs,
-    epochs,
-    fork,
-    joined_length,
-    pad,
-    score,
-    score_pairs,
-)
-from data.formats import Preference
-from model import GPT
+from data import chat, checkpoints, comparisons, formats, logprobs, world
+from data.collate import IGNORE, collate, encode_pairs, encode_unpaired, epochs, hold_out, pad
+from data.forks import fork
+from data.records import Preference, Unpaired
+from data.scores import all_pair_scores, pair_scores, score
 
 ARCHS = ["gpt2", "llama"]
 TALK = [
@@ -44,6 +38,11 @@ TALK = [
 
 def turn(role, content):
     return {"role": role, "content": content}
+
+
+def rows_of(preferences):
+    """Preference records as the rows of a file."""
+    return [dict(prompt=r.prompt, chosen=r.chosen, rejected=r.rejected) for r in preferences]
 
 
 @pytest.fixture(scope="module")
@@ -68,28 +67,33 @@ def preferences():
 
 @pytest.fixture
 def checkpoint(tmp_path, world_model, world_encoding):
-    """checkpoint(head, seed): the directory of such a model with its tokenizer, as a stage leaves it."""
+    """checkpoint(head, seed): the directory of such a model with its tokenizer, as a stage leaves
+    it."""
 
     def write(head="lm", seed=0, **changes):
         directory = tmp_path / f"{head}{seed}"
-        world_model(head, seed, **changes).save_pretrained(directory)
-        tokenizer.save(world_encoding, directory)
+        checkpoints.save(world_model(head, seed, **changes), directory, world_encoding)
         return str(directory)
 
     return write
 
 
+def metrics_of(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
 @pytest.fixture
 def run_stage(tmp_path, capsys):
-    """run_stage(script, **flags): runs a script's main on the CPU and gives its run directory and its metrics, line by line."""
+    """run_stage(script, **flags): runs a script's main on the CPU and gives its run directory and
+    its metrics, line by line."""
 
-    def run(script, **flags):
+    def run_main(script, **flags):
         out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         script.main(script.Config(out=str(out), device="cpu", dtype="float32", **flags))
         capsys.readouterr()
-        return out, [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        return out, metrics_of(out)
 
-    return run
+    return run_main
 
 
 @pytest.fixture
@@ -104,7 +108,7 @@ def jsonl(tmp_path):
     return write
 
 
-# ------------------------------------------------------------------------------------------------------ what is supervised
+# ------------------------------------------------------------------------------- what is supervised
 
 
 def test_after_the_shift_every_assistant_token_and_its_end_is_a_target_and_nothing_else(
@@ -127,11 +131,8 @@ def test_each_reply_is_predicted_from_its_header_on_up_to_its_end_token(world_en
     header = chat.prompt(TALK[:2], world_encoding)[-3:]
     assert world_encoding.decode(header) == "<|im_start|>assistant\n"
     batch = collate([chat.render(TALK, world_encoding), chat.render(TALK[:3], world_encoding)])
-    mask, inputs, targets = (
-        batch.mask[0].tolist(),
-        batch.inputs[0].tolist(),
-        batch.targets[0].tolist(),
-    )
+    first_row = batch.mask[0], batch.inputs[0], batch.targets[0]
+    mask, inputs, targets = (tensor.tolist() for tensor in first_row)
     starts = [t for t in range(len(mask)) if mask[t] and (t == 0 or not mask[t - 1])]
     stops = [t for t in range(len(mask)) if mask[t] and not mask[t + 1]]
     assert len(starts) == len(stops) == 3
@@ -144,30 +145,22 @@ def test_each_reply_is_predicted_from_its_header_on_up_to_its_end_token(world_en
 def test_inputs_targets_mask_and_weights_agree_and_padding_is_outside_of_all(chats, world_encoding):
     examples = [chat.render(messages, world_encoding) for messages in chats]
     batch = collate(examples)
-    assert (
-        batch.inputs.dtype == batch.targets.dtype == torch.int64 and batch.mask.dtype == torch.bool
-    )
-    assert torch.equal(batch.weights, batch.mask.float()) and batch.weights.dtype == torch.float32
-    assert (
-        batch.inputs.shape
-        == batch.targets.shape
-        == batch.mask.shape
-        == (len(chats), max(batch.lengths))
-    )
+    assert batch.inputs.dtype == batch.targets.dtype == torch.int64
+    assert batch.mask.dtype == torch.bool and batch.weights.dtype == torch.float32
+    assert torch.equal(batch.weights, batch.mask.float())
+    shape = (len(chats), max(batch.lengths))
+    assert batch.inputs.shape == batch.targets.shape == batch.mask.shape == shape
     for row, (ids, mask) in enumerate(examples):
         n = int(batch.lengths[row])
-        assert (
-            n == len(ids) - 1
-            and batch.inputs[row, :n].tolist() == ids[:-1]
-            and batch.mask[row, :n].tolist() == mask[1:]
-        )
+        assert n == len(ids) - 1
+        assert batch.inputs[row, :n].tolist() == ids[:-1]
+        assert batch.mask[row, :n].tolist() == mask[1:]
         assert not batch.mask[row, n:].any() and (batch.inputs[row, n:] == 0).all()
 
 
 def test_a_token_counts_by_its_position_even_if_its_id_is_the_padding_s():
-    batch = collate(
-        [([5, 0, 0], [False, True, True]), ([5, 6, 7, 8, 0], [False, True, False, False, True])]
-    )
+    second = ([5, 6, 7, 8, 0], [False, True, False, False, True])
+    batch = collate([([5, 0, 0], [False, True, True]), second])
     assert batch.targets.tolist() == [[0, 0, IGNORE, IGNORE], [6, IGNORE, IGNORE, 0]]
     assert batch.mask.tolist() == [[True, True, False, False], [True, False, False, True]]
 
@@ -176,15 +169,8 @@ def test_sft_examples_are_the_rendered_chats_and_pretraining_weighs_every_token(
     jsonl, chats, world_encoding
 ):
     path = jsonl([{"messages": messages} for messages in chats])
-    config = SimpleNamespace(
-        data=[path],
-        pretrain=False,
-        steps=1,
-        batch_size=1,
-        seed=0,
-        prompt_weight=0.1,
-        last_only=False,
-    )
+    config = SimpleNamespace(data=[path], pretrain=False, steps=1, batch_size=1, seed=0)
+    config.prompt_weight, config.last_only = 0.1, False
     examples, *_ = sft.load_examples(config, world_encoding, 128)
     assert examples == [chat.render(messages, world_encoding) for messages in chats]
     config.pretrain, config.data = True, []
@@ -192,47 +178,38 @@ def test_sft_examples_are_the_rendered_chats_and_pretraining_weighs_every_token(
     end = world_encoding._special_tokens["<|endoftext|>"]
     assert len(examples) > 100
     for ids, weights in examples:
-        assert (
-            ids[-1] == end
-            and weights[-1] == 1.0
-            and set(weights) <= {0.1, 1.0}
-            and len(ids) == len(weights)
-        )
+        assert ids[-1] == end and weights[-1] == 1.0
+        assert set(weights) <= {0.1, 1.0} and len(ids) == len(weights)
 
 
 def test_the_end_token_s_gradient_reaches_the_model(world_model, world_encoding):
     """Trap 1: a model whose end-of-turn token is not in the loss never learns to stop."""
     model, end = world_model(tied=False), world_encoding._special_tokens["<|im_end|>"]
-    batch = collate([chat.render(TALK, world_encoding), chat.render(TALK[:3], world_encoding)])
-    sft.batch_loss(model, batch, batch.weights.sum()).backward()
+    examples = [chat.render(TALK, world_encoding), chat.render(TALK[:3], world_encoding)]
+    batch = collate(examples)
+    (sft.token_losses(model, examples).sum() / batch.weights.sum()).backward()
     untrained = copy.deepcopy(batch.mask) & (batch.targets != end)
     assert int(batch.mask.sum() - untrained.sum()) == 4
-    # raising an end token's logit pays at the four places where it is the target: its row must be pulled towards their hidden states
+    # raising an end token's logit pays at the four places where it is the target: its row must be
+    # pulled towards their hidden states
     hidden = model(batch.inputs)
     probabilities = model.logits(hidden).softmax(-1)[..., end]
-    wanted = (
-        ((probabilities - (batch.targets == end).float()) * batch.mask)[..., None]
-        * hidden
-        / batch.mask.sum()
-    )
-    torch.testing.assert_close(
-        model.lm_head.weight.grad[end], wanted.sum((0, 1)), rtol=1e-4, atol=1e-6
-    )
+    errors = (probabilities - (batch.targets == end).float()) * batch.mask  # (B, T)
+    expected = (errors[..., None] * hidden / batch.mask.sum()).sum((0, 1))  # (D,)
+    torch.testing.assert_close(model.lm_head.weight.grad[end], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_every_stage_trains_on_the_same_tokens_of_a_reply(preferences, world_encoding):
-    """A reply's ids are the same whether generation starts there, DPO sums over it, or the reward model reads it."""
+    """A reply's ids are the same whether generation starts there, DPO sums over it, or the reward
+    model reads it."""
     pairs, _, kept = encode_pairs(preferences, world_encoding, 128)
     assert kept == preferences
     for record, pair in zip(preferences, pairs, strict=True):
         for reply, (ids, mask) in zip((record.chosen, record.rejected), pair, strict=True):
-            prompt, completion = (
-                chat.prompt(record.prompt, world_encoding),
-                chat.completion(reply[0]["content"], world_encoding),
-            )
-            assert ids == prompt + completion and mask == [False] * len(prompt) + [True] * len(
-                completion
-            )
+            prompt = chat.prompt(record.prompt, world_encoding)
+            completion = chat.completion(reply[0]["content"], world_encoding)
+            assert ids == prompt + completion
+            assert mask == [False] * len(prompt) + [True] * len(completion)
 
 
 def test_pairs_that_teach_nothing_are_dropped_and_counted(preferences, world_encoding):
@@ -252,22 +229,17 @@ def test_an_epoch_shows_every_example_once_in_an_order_of_its_own():
     order = epochs(lengths, 10, seed=1)
     first, second = ([next(order) for _ in range(101)] for _ in range(2))
     for epoch in (first, second):
-        assert (
-            sorted(i for batch in epoch for i in batch) == list(range(1003))
-            and max(map(len, epoch)) == 10
-        )
-    again, other = epochs(lengths, 10, seed=1), epochs(lengths, 10, seed=2)
-    assert first != second and [next(again) for _ in range(101)] == first != [
-        next(other) for _ in range(101)
-    ]
-    spread = (
-        sum(max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in first)
-        / 101
-    )
+        assert sorted(i for batch in epoch for i in batch) == list(range(1003))
+        assert max(map(len, epoch)) == 10
+    orders = epochs(lengths, 10, seed=1), epochs(lengths, 10, seed=2)
+    again, other = ([next(order) for _ in range(101)] for order in orders)
+    assert first != second and again == first != other
+    batches = [[lengths[i] for i in batch] for batch in first]
+    spread = sum(max(batch) - min(batch) for batch in batches) / 101
     assert spread < 10  # of 89: rows of a batch are of similar length
 
 
-# --------------------------------------------------------------------------------------------------- one step, many batches
+# --------------------------------------------------------------------------- one step, many batches
 
 
 def slow_sft_loss(model, examples):
@@ -297,44 +269,31 @@ def test_the_sft_loss_is_the_slow_loop_and_1_x_8_is_8_x_1(world_model, world_enc
     for size in (8, 1, 3):
         losses = []
         for start in range(0, 8, size):
-            losses.append(
-                sft.batch_loss(model, collate(examples[start : start + size]), sum(supervised))
-            )
+            micro_batch = examples[start : start + size]
+            losses.append(sft.token_losses(model, micro_batch).sum() / sum(supervised))
             losses[-1].backward()
         grads = gradients(model)
         for name, grad in expected.items():
-            scale = float(grad.abs().max())
-            torch.testing.assert_close(
-                grads[name],
-                grad,
-                rtol=1e-6,
-                atol=1e-6 * scale,
-                msg=f"{name}, micro-batches of {size}",
-            )
-        assert float(sum(losses).detach()) == pytest.approx(
-            float(slow_sft_loss(model, examples).detach()), rel=1e-6
-        )
+            tolerance = dict(rtol=1e-6, atol=1e-6 * float(grad.abs().max()))
+            where = f"{name}, micro-batches of {size}"
+            torch.testing.assert_close(grads[name], grad, **tolerance, msg=where)
+        slow = float(slow_sft_loss(model, examples).detach())
+        assert float(sum(losses).detach()) == pytest.approx(slow, rel=1e-6)
 
 
 def test_three_steps_of_sft_end_in_the_same_weights_whatever_the_micro_batch(
     run_stage, jsonl, checkpoint, chats
 ):
-    flags = dict(
-        init=checkpoint(),
-        data=[jsonl([{"messages": messages} for messages in chats])],
-        steps=3,
-        batch_size=8,
-        lr=1e-3,
-    )
+    path = jsonl([{"messages": messages} for messages in chats])
+    flags = dict(init=checkpoint(), data=[path], steps=3, batch_size=8, lr=1e-3)
     whole, metrics = run_stage(sft, **flags)
     parts, micro_metrics = run_stage(sft, micro_batch_size=1, **flags)
     for a, b in zip(metrics, micro_metrics, strict=True):
         assert a.keys() == b.keys()
         for name, value in a.items():
             assert b[name] == pytest.approx(value, rel=1e-5), name
-    ours, theirs, before = (
-        GPT.from_pretrained(directory).state_dict() for directory in (whole, parts, flags["init"])
-    )
+    directories = whole, parts, flags["init"]
+    ours, theirs, before = (checkpoints.load(place).state_dict() for place in directories)
     moved = max(float((ours[name] - before[name]).abs().max()) for name in before)
     assert moved > 1e-3  # three steps of Adam: about 3 lr
     for name in ours:
@@ -345,44 +304,36 @@ def test_sft_reports_the_loss_and_the_supervised_tokens_of_its_whole_step(
     run_stage, jsonl, checkpoint, world_encoding, chats
 ):
     init, four = checkpoint(), chats[-4:]  # too few for a held-out tenth: one batch holds them all
-    _, metrics = run_stage(
-        sft,
-        init=init,
-        data=[jsonl([{"messages": messages} for messages in four])],
-        steps=1,
-        batch_size=4,
-    )
+    path = jsonl([{"messages": messages} for messages in four])
+    _, metrics = run_stage(sft, init=init, data=[path], steps=1, batch_size=4)
     examples = [chat.render(messages, world_encoding) for messages in four]
-    expected = slow_sft_loss(GPT.from_pretrained(init), examples)
+    expected = slow_sft_loss(checkpoints.load(init), examples)
     assert metrics[0]["loss"] == pytest.approx(float(expected.detach()), rel=1e-5)
     assert metrics[0]["tokens"] == sum(sum(mask) for _, mask in examples)
 
 
-# ----------------------------------------------------------------------------------------------------------------------- DPO
+# ---------------------------------------------------------------------------------------------- DPO
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_first_dpo_loss_is_ln_2(world_model, world_encoding, preferences, arch):
     policy = world_model(arch=arch)
     pairs, _, _ = encode_pairs(preferences, world_encoding, 128)
-    ref_logps = dpo.all_logps(
-        policy, pairs, size=7
-    )  # in other batches, with other padding, than training will use
+    # in other batches, with other padding, than training will use
+    ref_logps = logprobs.all_logps(policy, pairs, size=7)
     for rows in ([3], [0, 9, 4, 17], list(range(24))):
-        chosen, rejected = dpo.pair_logps(policy, [pairs[i] for i in rows]).unbind(1)
+        chosen, rejected = logprobs.pair_logps(policy, [pairs[i] for i in rows]).unbind(1)
         losses = dpo.dpo_loss(chosen, rejected, *ref_logps[rows].unbind(1), beta=0.1)
         assert losses.shape == (len(rows),)
         assert float((losses.detach() - math.log(2)).abs().max()) < 1e-6
-        assert (
-            torch.isfinite(chosen).all()
-            and float(chosen.detach().min()) < -1
-            and not torch.equal(chosen, rejected)
-        )
+        assert torch.isfinite(chosen).all() and float(chosen.detach().min()) < -1
+        assert not torch.equal(chosen, rejected)
 
 
 @pytest.fixture(scope="module")
 def forking(world_encoding, preferences):
-    """Pairs that part early, late and never: preferences, nothing in common, one side going on, too long together for the context."""
+    """Pairs that part early, late and never: preferences, nothing in common, one side going on, too
+    long together for the context."""
     pairs, _, _ = encode_pairs(preferences, world_encoding, 128)
     rows = [
         ([3, 4, 5], [6, 7]),
@@ -398,112 +349,116 @@ def test_what_a_pair_begins_with_is_read_once_and_each_side_as_if_it_stood_alone
     world_model, forking, arch
 ):
     policy, scorer = world_model(arch=arch).double(), world_model("score", arch=arch).double()
-    alone = torch.stack(
-        [torch.stack([dpo.sequence_logps(policy, [side])[0] for side in pair]) for pair in forking]
-    )  # (N, 2)
-    together = dpo.pair_logps(policy, forking)  # (N, 2)
+    sides = [side for pair in forking for side in pair]
+    alone = [logprobs.sequence_logps(policy, [side]) for side in sides]
+    alone = torch.cat(alone).view(-1, 2)  # (N, 2)
+    together = logprobs.pair_logps(policy, forking)  # (N, 2)
     torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(
-        dpo.pair_logps(policy, forking, apart=True), alone, rtol=1e-10, atol=1e-10
-    )
     weights = torch.randn(alone.shape, generator=torch.Generator().manual_seed(0))
-    found, expected = (
+    ours, expected = (
         torch.autograd.grad((logps * weights).sum(), list(policy.parameters()))
         for logps in (together, alone)
     )
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(ours, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8 * float(other.abs().max()))
     with torch.no_grad():
-        scores = torch.stack(score_pairs(scorer, forking), dim=1)  # (N, 2), fp32
-        expected = torch.stack(
-            [torch.cat([score(scorer, [ids]) for ids, _ in pair]) for pair in forking]
-        )
+        scores = pair_scores(scorer, forking)  # (N, 2), fp32
+        expected = torch.cat([score(scorer, [ids]) for ids, _ in sides]).view(-1, 2)
     torch.testing.assert_close(scores, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_a_fork_holds_every_token_once_and_the_ledger_knows_its_length(forking):
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kto_s_log_probs_are_those_of_both_replies_and_only_the_first_one_s_have_a_gradient(
+    world_model, world_encoding, preferences, arch
+):
+    policy = world_model(arch=arch).double()
+    singles = [Unpaired(r.prompt, r.chosen, i % 2 == 0, r.where) for i, r in enumerate(preferences)]
+    pairs, _, _ = encode_unpaired(singles, world_encoding, 128)
+    replies, mismatched = zip(*pairs, strict=True)
+    logps = logprobs.mismatched_logps(policy, pairs)  # (N, 2)
+    expected = logprobs.sequence_logps(policy, replies)  # (N,)
+    others = logprobs.sequence_logps(policy, mismatched)  # (N,)
+    both = torch.stack([expected, others], dim=1)
+    torch.testing.assert_close(logps, both, rtol=1e-10, atol=1e-10)
+    assert logps.shape == (len(pairs), 2) and not torch.allclose(expected, others)
+
+    parameters = list(policy.parameters())
+    weights = torch.randn(logps.shape, generator=torch.Generator().manual_seed(0))
+    ours = torch.autograd.grad((logps * weights).sum(), parameters, retain_graph=True)
+    alone = torch.autograd.grad((expected * weights[:, 0]).sum(), parameters)
+    for one, other in zip(ours, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8 * float(other.abs().max()))
+    of_second = torch.autograd.grad(logps[:, 1].sum(), parameters)
+    assert all((gradient == 0).all() for gradient in of_second)
+
+
+def test_a_fork_holds_every_token_once(forking):
     ids, lengths = pad([ids for pair in forking for ids, _ in pair])
     forks = fork(ids, lengths)
+    joined = []  # tokens of each pair, those that both sides begin with counted once
     for row, pair in enumerate(forking):
-        sides = [
-            [forks.places[2 * row + side, t] for t in range(len(one))]
-            for side, (one, _) in enumerate(pair)
-        ]
-        for places, (one, _) in zip(sides, pair, strict=True):
-            assert forks.ids[row, places].tolist() == one and forks.positions[
-                row, places
-            ].tolist() == list(range(len(one)))
-        assert len({int(place) for side in sides for place in side}) == joined_length(pair)
-    assert forks.ids.shape[1] == max(map(joined_length, forking)) > 128  # their context
+        columns = []
+        for side, (one, _) in enumerate(pair):
+            places = forks.columns[2 * row + side, : len(one)]
+            assert forks.ids[row, places].tolist() == one
+            assert forks.positions[row, places].tolist() == list(range(len(one)))
+            columns += places.tolist()
+        first, second = (ids for ids, _ in pair)
+        joined.append(len(first) + len(second) - len(os.path.commonprefix([first, second])))
+        assert len(set(columns)) == joined[-1]
+    assert forks.ids.shape[1] == max(joined) > 128  # their context
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_reference_and_policy_are_read_at_the_same_precision(
     jsonl, checkpoint, preferences, tmp_path, dtype
 ):
-    """The first loss is ln 2 and the first ratio 1 in bfloat16, too, up to what the company in a batch makes of a rounding."""
-    path = jsonl(
-        [{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in preferences]
-    )
+    """The first loss is ln 2 and the first ratio 1 in bfloat16, too, up to what the company in a
+    batch makes of a rounding."""
+    path = jsonl(rows_of(preferences))
     flags = dict(device="cpu", dtype=dtype, steps=1)
-    dpo.main(
-        dpo.Config(
-            init=checkpoint(), data=[path], out=str(tmp_path / "dpo"), batch_size=24, **flags
-        )
-    )
-    ppo.main(
-        ppo.Config(
-            init=checkpoint(),
-            reward=checkpoint("score"),
-            out=str(tmp_path / "ppo"),
-            batch_size=16,
-            max_new_tokens=8,
-            **flags,
-        )
-    )
-    first = {
-        name: json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])
-        for name in ("dpo", "ppo")
-    }
-    tolerance = 1e-5 if dtype == "float32" else 1e-2
-    assert first["dpo"]["loss"] == pytest.approx(math.log(2), abs=tolerance)
-    assert first["ppo"]["ratio_first"] == pytest.approx(
-        1, abs=tolerance if dtype == "float32" else 0.1
-    )
+    dpo_flags = dict(init=checkpoint(), data=[path], batch_size=24)
+    dpo.main(dpo.Config(**flags, **dpo_flags, out=str(tmp_path / "dpo")))
+    ppo_flags = dict(init=checkpoint(), reward=checkpoint("score"), batch_size=16, max_new_tokens=8)
+    ppo.main(ppo.Config(**flags, **ppo_flags, out=str(tmp_path / "ppo")))
+    (dpo_metrics, *_), (ppo_metrics, *_) = (metrics_of(tmp_path / name) for name in ("dpo", "ppo"))
+    exact = dtype == "float32"
+    assert dpo_metrics["loss"] == pytest.approx(math.log(2), abs=1e-5 if exact else 1e-2)
+    assert ppo_metrics["ratio_first"] == pytest.approx(1, abs=1e-5 if exact else 0.1)
 
 
 @pytest.mark.parametrize("loss", dpo.LOSSES)
 def test_every_preference_loss_is_lowered_by_its_own_run(
     run_stage, jsonl, checkpoint, preferences, loss
 ):
-    path = jsonl(
-        [{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in preferences]
-    )
-    _, metrics = run_stage(
-        dpo, init=checkpoint(), data=[path], steps=8, batch_size=48, lr=1e-3, loss=loss
-    )
+    path = jsonl(rows_of(preferences))
+    flags = dict(init=checkpoint(), data=[path], steps=8, batch_size=48, lr=1e-3, loss=loss)
+    _, metrics = run_stage(dpo, **flags)
     assert metrics[-1]["loss"] < metrics[0]["loss"]
-    assert (
-        metrics[-1]["margin"] > metrics[0]["margin"]
-        and metrics[-1]["held_out_loss"] == metrics[-1]["held_out_loss"]
-    )
-    assert {
-        "accuracy",
-        "chosen_rewards",
-        "rejected_rewards",
-        "chosen_logps",
-        "rejected_logps",
-    } <= set(metrics[0])
+    assert metrics[-1]["margin"] > metrics[0]["margin"]
+    assert math.isfinite(metrics[-1]["held_out_loss"])
+    names = {"chosen_rewards", "rejected_rewards", "chosen_logps", "rejected_logps"}
+    assert names | {"accuracy"} <= set(metrics[0])
+
+
+def encoded(config, records, encoding):
+    """Comparisons of these records, each of them once."""
+    data, _ = comparisons.encode(config, records, encoding, 128, 0, "cpu", say=lambda text: None)
+    return data
+
+
+def held_out_first(values):
+    """Values of the records in the order in which Comparisons hold them."""
+    held_out, training = hold_out(len(values), 300, seed=0)
+    return [values[i] for i in held_out + training]
 
 
 def test_soft_labels_below_a_half_change_the_sides(jsonl, preferences, world_encoding):
-    records = [
-        {"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected, "label": 0.2}
-        for r in preferences
-    ]
-    pairs, labels, *_ = dpo.encode(dpo.Config(), formats.read(jsonl(records)), world_encoding, 128)
+    records = formats.read(jsonl([row | {"label": 0.2} for row in rows_of(preferences)]))
+    data = encoded(dpo.Config(), records, world_encoding)
     plain, _, _ = encode_pairs(preferences, world_encoding, 128)
-    assert pairs == [pair[::-1] for pair in plain] and labels == [0.8] * len(pairs)
+    assert data.pairs == held_out_first([pair[::-1] for pair in plain]) and data.held_out == 2
+    assert data.labels.tolist() == [pytest.approx(0.8)] * len(plain)
 
 
 def test_kto_s_mismatched_replies_belong_to_other_prompts(jsonl, preferences, world_encoding):
@@ -511,10 +466,12 @@ def test_kto_s_mismatched_replies_belong_to_other_prompts(jsonl, preferences, wo
         {"prompt": r.prompt, "completion": r.chosen, "label": i % 2 == 0}
         for i, r in enumerate(preferences)
     ]
-    pairs, labels, *_ = dpo.encode(
-        dpo.Config(loss="kto"), formats.read(jsonl(records)), world_encoding, 128
-    )
-    assert labels == [float(i % 2 == 0) for i in range(len(pairs))]
+    records = formats.read(jsonl(records))
+    pairs, labels, usable = encode_unpaired(records, world_encoding, 128)
+    assert usable == records and labels == [float(i % 2 == 0) for i in range(len(pairs))]
+    data = encoded(dpo.Config(loss="kto"), records, world_encoding)
+    assert data.pairs == held_out_first(pairs)
+    assert data.labels.tolist() == held_out_first(labels)
 
     def reply(example):
         return [i for i, counts in zip(*example, strict=True) if counts]
@@ -526,13 +483,9 @@ def test_kto_s_mismatched_replies_belong_to_other_prompts(jsonl, preferences, wo
     assert all(question(a) == question(b) for a, b in pairs)
     answers = {tuple(question(pair[0])): reply(pair[0]) for pair in pairs}
     assert all(other in own for other in others) and len(set(map(tuple, others))) > len(others) / 3
-    assert (
-        sum(
-            other == answers[tuple(question(pair[0]))]
-            for other, pair in zip(others, pairs, strict=True)
-        )
-        <= 2
-    )  # equal by chance
+    right = [answers[tuple(question(pair[0]))] for pair in pairs]
+    equal = sum(other == answer for other, answer in zip(others, right, strict=True))
+    assert equal <= 2  # by chance
 
 
 def test_kto_refuses_replies_of_one_kind_and_the_others_refuse_replies_without_a_partner(
@@ -540,23 +493,20 @@ def test_kto_refuses_replies_of_one_kind_and_the_others_refuse_replies_without_a
 ):
     path = jsonl([{"prompt": r.prompt, "completion": r.chosen, "label": True} for r in preferences])
     with pytest.raises(ValueError, match="only one kind"):
-        dpo.encode(dpo.Config(loss="kto"), formats.read(path), world_encoding, 128)
+        encoded(dpo.Config(loss="kto"), formats.read(path), world_encoding)
     with pytest.raises(ValueError, match="preference"):
-        dpo.load_source(dpo.Config(loss="ipo", data=[path]))
+        comparisons.load_records(dpo.Config(loss="ipo", data=[path]))
 
 
 def test_dpo_s_run_starts_at_ln_2_and_lowers_its_own_loss(
     run_stage, jsonl, checkpoint, preferences
 ):
-    path = jsonl(
-        [{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in preferences]
-    )
+    path = jsonl(rows_of(preferences))
     out, metrics = run_stage(dpo, init=checkpoint(), data=[path], steps=6, batch_size=8, lr=1e-3)
-    assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and metrics[0][
-        "margin"
-    ] == pytest.approx(0, abs=1e-5)
+    assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert metrics[0]["margin"] == pytest.approx(0, abs=1e-5)
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.01 and metrics[-1]["margin"] > 0
-    assert GPT.from_pretrained(out).config.head == "lm"
+    assert checkpoints.load(out).config.head == "lm"
 
 
 def test_a_reply_s_logp_is_the_sum_over_its_tokens_and_end_token_whatever_the_batch(
@@ -565,52 +515,46 @@ def test_a_reply_s_logp_is_the_sum_over_its_tokens_and_end_token_whatever_the_ba
     model = world_model()
     pairs, _, _ = encode_pairs(preferences, world_encoding, 128)
     examples = [side for pair in pairs for side in pair]
-    together = dpo.sequence_logps(model, examples)
+    together = logprobs.sequence_logps(model, examples)
     assert together.shape == (len(examples),) and together.dtype == torch.float32
     for (ids, mask), logp in zip(examples, together, strict=True):
-        logprobs = F.log_softmax(model.logits(model(torch.tensor([ids[:-1]]))[0]), -1)
-        expected = sum(logprobs[t - 1, ids[t]] for t in range(1, len(ids)) if mask[t])
+        rows = F.log_softmax(model.logits(model(torch.tensor([ids[:-1]]))[0]), -1)
+        expected = sum(rows[t - 1, ids[t]] for t in range(1, len(ids)) if mask[t])
         torch.testing.assert_close(logp, expected, rtol=1e-5, atol=1e-5)
     assert mask[-1] and ids[-1] == world_encoding._special_tokens["<|im_end|>"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------- PPO
+# ---------------------------------------------------------------------------------------------- PPO
 
 
 @pytest.fixture
 def rolled(world_model, world_encoding):
-    """rolled(**flags): a rollout of tiny random models on world prompts, with all that it was made of."""
+    """rolled(**flags): a rollout of tiny random models on world prompts, with all that it was made
+    of."""
 
     def roll(arch="llama", n=24, **flags):
-        defaults = dict(
-            max_new_tokens=12,
-            temperature=1.0,
-            beta=0.2,
-            gamma=1.0,
-            lam=0.95,
-            no_end_score=-2.0,
-            advantage="gae",
-            group_size=4,
-        )
-        config = SimpleNamespace(**(defaults | flags))
+        config = dict(max_new_tokens=12, beta=0.2, no_end_score=-2.0, group_size=4)
+        config = SimpleNamespace(**vars(ppo.Config(**(config | flags))))
         policy, ref = world_model(seed=0, arch=arch), world_model(seed=1, arch=arch)
-        reward_model, critic = (
-            world_model("score", 2),
-            world_model("score", 3) if config.advantage == "gae" else None,
-        )
+        reward_model = world_model("score", 2)
+        critic = world_model("score", 3) if config.advantage == "gae" else None
+        models = ppo.Models(policy, ref, reward_model, critic)
         prompts = [chat.prompt(record.messages, world_encoding) for record in world.prompts(n)]
-        # random models seldom say <|im_end|>: every eighth token ends a reply here, so that replies of every length do
+        # random models seldom say <|im_end|>: every eighth token ends a reply here, so that replies
+        # of every length do
         stops = list(range(0, world_encoding.n_vocab, 8))
         generator = torch.Generator().manual_seed(0)
-        out = ppo.rollout(
-            config, config.beta, policy, ref, critic, reward_model, prompts, stops, generator
-        )
-        models = dict(policy=policy, ref=ref, reward_model=reward_model, critic=critic)
-        return SimpleNamespace(
-            config=config, prompts=prompts, stops=stops, **models, **out._asdict()
-        )
+        job = SimpleNamespace(dtype=torch.float32, forward=forward)
+        out = ppo.rollout(config, job, models, prompts, stops, generator, config.beta)
+        inputs = dict(config=config, prompts=prompts, stops=stops)
+        return SimpleNamespace(**inputs, **models._asdict(), **out._asdict())
 
     return roll
+
+
+def forward(function, model, rows, counts=None, **options):
+    """Job.forward in one process and at full precision."""
+    return function(model, rows, **options)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -619,16 +563,13 @@ def test_the_ratio_of_the_first_minibatch_is_1(rolled, arch, temperature):
     r = rolled(arch, temperature=temperature)
     assert len(set(map(len, r.replies))) > 3
     for rows in (torch.arange(24), torch.tensor([5, 2, 19]), torch.tensor([7])):
-        part = type(r.batch)(*(tensor[rows] for tensor in r.batch))
-        logprobs = ppo.token_logprobs(r.policy, part, temperature)
-        ratio = (logprobs - r.old_logprobs[rows]).exp()[part.mask].detach()
-        assert (
-            len(ratio) == sum(len(r.replies[i]) for i in rows)
-            and float((ratio - 1).abs().max()) < 1e-5
-        )
-        assert (
-            float(r.old_logprobs[rows][part.mask].std()) > 0.5 and (logprobs[~part.mask] == 0).all()
-        )
+        batch = r.batch.select(rows)
+        logprob = logprobs.token_logprobs(r.policy, batch, temperature)
+        ratio = (logprob - r.old_logprobs[rows]).exp()[batch.mask].detach()
+        assert len(ratio) == sum(len(r.replies[i]) for i in rows)
+        assert float((ratio - 1).abs().max()) < 1e-5
+        assert float(r.old_logprobs[rows][batch.mask].std()) > 0.5
+        assert (logprob[~batch.mask] == 0).all()
 
 
 def test_ppo_s_run_starts_at_a_ratio_of_1_and_saves_its_policy(run_stage, checkpoint):
@@ -636,10 +577,9 @@ def test_ppo_s_run_starts_at_a_ratio_of_1_and_saves_its_policy(run_stage, checkp
     out, metrics = run_stage(ppo, init=checkpoint(), reward=checkpoint("score"), **flags)
     for line in metrics:
         assert line["ratio_first"] == pytest.approx(1, abs=1e-5)
-    assert metrics[0]["kl"] == pytest.approx(
-        0, abs=1e-3
-    )  # policy and reference are the same before the first step
-    assert GPT.from_pretrained(out).config.head == "lm"
+    # policy and reference are the same before the first step
+    assert metrics[0]["kl"] == pytest.approx(0, abs=1e-3)
+    assert checkpoints.load(out).config.head == "lm"
 
 
 def test_the_rollout_trains_on_exactly_what_was_sampled(rolled):
@@ -652,7 +592,8 @@ def test_the_rollout_trains_on_exactly_what_was_sampled(rolled):
 
 
 def test_the_score_sits_on_the_last_reply_token(rolled):
-    """With no KL penalty, lam 1 and discount 1/2, a return is the score halved once per token that is still to come."""
+    """With no KL penalty, lam 1 and discount 1/2, a return is the score halved once per token that
+    is still to come."""
     r = rolled(beta=0.0, lam=1.0, gamma=0.5)
     for row, reply in enumerate(r.replies):
         returns = r.returns[row][r.batch.mask[row]]
@@ -662,14 +603,13 @@ def test_the_score_sits_on_the_last_reply_token(rolled):
 
 def test_returns_are_the_score_less_the_kl_that_is_still_to_come(rolled):
     r = rolled(beta=0.3, lam=1.0)
-    ref = ppo.token_logprobs(r.ref, r.batch, 1.0).detach()
+    ref = logprobs.token_logprobs(r.ref, r.batch, 1.0).detach()
     for row in range(24):
         mask = r.batch.mask[row]
         penalty = 0.3 * (r.old_logprobs[row] - ref[row])[mask]  # the end token's among them
         to_come = penalty.flip(0).cumsum(0).flip(0)
-        torch.testing.assert_close(
-            r.returns[row][mask], r.scores[row] - to_come, rtol=1e-4, atol=1e-4
-        )
+        expected = r.scores[row] - to_come
+        torch.testing.assert_close(r.returns[row][mask], expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(r.kl[row].sum(), penalty.sum() / 0.3, rtol=1e-4, atol=1e-4)
     white = r.advantages[r.batch.mask]
     assert abs(float(white.mean())) < 1e-5 and float(white.std()) == pytest.approx(1, abs=0.01)
@@ -694,9 +634,8 @@ def test_values_are_those_of_the_state_before_each_token_whatever_the_padding(ro
         for row, (prompt, reply) in enumerate(zip(r.prompts, r.replies, strict=True)):
             for t in range(len(reply)):
                 value = r.critic.score(r.critic(torch.tensor([prompt + reply[:t]])))[0, -1]
-                torch.testing.assert_close(
-                    r.values[row, len(prompt) - 1 + t], value, rtol=1e-5, atol=1e-5
-                )
+                ours = r.values[row, len(prompt) - 1 + t]
+                torch.testing.assert_close(ours, value, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("advantage", ["rloo", "grpo", "dr-grpo"])
@@ -711,43 +650,28 @@ def test_without_a_critic_a_reply_is_compared_with_the_others_to_its_prompt(roll
         group = worth[start : start + 4]
         for i in range(4):
             others = torch.cat([group[:i], group[i + 1 :]])
-            expected = {
-                "rloo": group[i] - others.mean(),
-                "grpo": (group[i] - group.mean()) / (group.std() + 1e-4),
-            }
-            expected = expected.get(advantage, group[i] - group.mean())
-            got, mask = r.advantages[start + i], r.batch.mask[start + i]
+            ours, mask = r.advantages[start + i], r.batch.mask[start + i]
+            expected = group[i] - (others.mean() if advantage == "rloo" else group.mean())
             if advantage == "grpo":
-                expected = expected / mask.sum()
-            torch.testing.assert_close(
-                got[mask], expected.expand(int(mask.sum())), rtol=1e-4, atol=1e-5
-            )
-            assert (got[~mask] == 0).all()
+                expected = expected / (group.std() + 1e-4) / mask.sum()
+            expected = expected.expand(int(mask.sum()))
+            torch.testing.assert_close(ours[mask], expected, rtol=1e-4, atol=1e-5)
+            assert (ours[~mask] == 0).all()
 
 
 @pytest.mark.parametrize("advantage", ["rloo", "grpo", "dr-grpo"])
 def test_a_run_without_a_critic_starts_at_a_ratio_of_1(run_stage, checkpoint, advantage):
-    flags = dict(
-        steps=2,
-        batch_size=16,
-        minibatches=2,
-        max_new_tokens=8,
-        lr=1e-3,
-        advantage=advantage,
-        kl_target=0.1,
-    )
-    out, metrics = run_stage(ppo, init=checkpoint(), reward=checkpoint("score"), **flags)
-    assert all(
-        line["ratio_first"] == pytest.approx(1, abs=1e-5) and "value_loss" not in line
-        for line in metrics
-    )
-    assert metrics[1]["beta"] == pytest.approx(
-        0.2 * (1 - 0.2 * 16 / 10000)
-    )  # no KL yet: beta falls as fast as it may
-    assert GPT.from_pretrained(out).config.head == "lm"
+    flags = dict(steps=2, batch_size=16, minibatches=2, max_new_tokens=8, lr=1e-3, kl_target=0.1)
+    models = dict(init=checkpoint(), reward=checkpoint("score"))
+    out, metrics = run_stage(ppo, **models, **flags, advantage=advantage)
+    for line in metrics:
+        assert line["ratio_first"] == pytest.approx(1, abs=1e-5) and "value_loss" not in line
+    # no KL yet: beta falls as fast as it may
+    assert metrics[1]["beta"] == pytest.approx(0.2 * (1 - 0.2 * 16 / 10000))
+    assert checkpoints.load(out).config.head == "lm"
 
 
-# --------------------------------------------------------------------------------------------------------------- reward model
+# ------------------------------------------------------------------------------------- reward model
 
 
 def test_scores_do_not_change_with_padding_order_or_company(
@@ -758,21 +682,13 @@ def test_scores_do_not_change_with_padding_order_or_company(
     sequences = [side[0] for pair in pairs for side in pair]
     with torch.no_grad():
         alone = torch.stack([model.score(model(torch.tensor([ids])))[0, -1] for ids in sequences])
-        for function in (score, ppo.score):
-            torch.testing.assert_close(function(model, sequences), alone, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(
-                function(model, sequences[::-1]).flip(0), alone, rtol=1e-5, atol=1e-5
-            )
-            beside_long = function(model, [sequences[0], [5] * 120, sequences[7]])
-            torch.testing.assert_close(beside_long[[0, 2]], alone[[0, 7]], rtol=1e-5, atol=1e-5)
-        chosen, rejected = reward.score_pairs(model, pairs)
-        torch.testing.assert_close(
-            torch.stack([chosen, rejected], 1).flatten(), alone, rtol=1e-5, atol=1e-5
-        )
-        chosen, rejected = reward.score_all(model, pairs, size=5)
-        torch.testing.assert_close(
-            torch.stack([chosen, rejected], 1).flatten(), alone, rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(score(model, sequences), alone, rtol=1e-5, atol=1e-5)
+        backwards = score(model, sequences[::-1]).flip(0)
+        torch.testing.assert_close(backwards, alone, rtol=1e-5, atol=1e-5)
+        beside_long = score(model, [sequences[0], [5] * 120, sequences[7]])
+        torch.testing.assert_close(beside_long[[0, 2]], alone[[0, 7]], rtol=1e-5, atol=1e-5)
+        for scores in (pair_scores(model, pairs), all_pair_scores(model, pairs, size=5)):  # (N, 2)
+            torch.testing.assert_close(scores.flatten(), alone, rtol=1e-5, atol=1e-5)
 
 
 def test_padding_rows_are_zero_behind_their_lengths():
@@ -788,41 +704,76 @@ def test_normalised_rewards_have_mean_0_and_deviation_1_and_the_gain_is_kept(
         model.score_head.weight.mul_(5)
         model.score_head.bias.fill_(3.0)
     pairs, _, _ = encode_pairs(preferences, world_encoding, 128)
-    before = torch.cat(list(reward.score_all(model, pairs)))
+    before = all_pair_scores(model, pairs).flatten()
     reward.normalise(model, pairs)
-    model.save_pretrained(tmp_path)
-    again = GPT.from_pretrained(tmp_path)
-    scores = torch.cat(list(reward.score_all(again, pairs)))
+    checkpoints.save(model, tmp_path)
+    again = checkpoints.load(tmp_path)
+    scores = all_pair_scores(again, pairs).flatten()
     assert abs(float(scores.mean())) < 1e-5 and float(scores.std()) == pytest.approx(1, abs=1e-5)
     assert torch.equal(scores.argsort(), before.argsort())
     # differences over the gain are the log-odds that were trained
     trained, now = before[:, None] - before, scores[:, None] - scores
     torch.testing.assert_close(now / again.config.score_gain, trained, rtol=1e-4, atol=1e-4)
     reward.normalise(again, pairs)
-    assert again.config.score_gain == pytest.approx(
-        model.config.score_gain, rel=1e-4
-    )  # twice is once
+    gain = model.config.score_gain
+    assert again.config.score_gain == pytest.approx(gain, rel=1e-4)  # twice is once
 
 
 def test_the_reward_run_normalises_what_it_saves_and_starts_the_next_stage(
     run_stage, jsonl, checkpoint, preferences, world_encoding
 ):
-    path = jsonl(
-        [{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in preferences]
-    )
+    path = jsonl(rows_of(preferences))
     out, metrics = run_stage(reward, init=checkpoint(), data=[path], steps=6, batch_size=8, lr=1e-3)
     assert metrics[-1]["loss"] < metrics[0]["loss"]
-    model = GPT.from_pretrained(out)
+    model = checkpoints.load(out)
     pairs, _, _ = encode_pairs(formats.read(path, "preference"), world_encoding, 128)
-    scores = torch.cat(list(reward.score_all(model, pairs)))
+    scores = all_pair_scores(model, pairs).flatten()
     assert abs(float(scores.mean())) < 1e-4 and float(scores.std()) == pytest.approx(1, abs=1e-4)
-    run_stage(
-        ppo,
-        init=checkpoint(),
-        reward=str(out),
-        steps=1,
-        batch_size=4,
-        minibatches=1,
-        critic_warmup=0,
-        max_new_tokens=3,
-    )
+    flags = dict(steps=1, batch_size=4, minibatches=1, critic_warmup=0, max_new_tokens=3)
+    run_stage(ppo, init=checkpoint(), reward=str(out), **flags)
+
+
+# -------------------------------------------------------------------------------------- optimiser
+
+
+@pytest.mark.parametrize("steps, warmup", [(10, 0), (10, 3), (1, 0), (4, 4), (5, 9), (40, 2)])
+def test_the_learning_rate_rises_over_the_warm_up_and_falls_to_the_end(steps, warmup):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    optimizer, rates = run.adamw(model, 0.1), []
+    for step in range(steps):
+        model(torch.ones(1, 3)).sum().backward()
+        run.clip(model, max_norm=1.0)
+        rates.append(run.step(optimizer, run.linear(0.3, step, steps, warmup)))
+        assert {group["lr"] for group in optimizer.param_groups} == {rates[-1]}
+        assert all(parameter.grad is None for parameter in model.parameters())
+    fall = max(1, steps - warmup)
+    expected = [0.3 * min((s + 1) / (warmup + 1), (steps - s) / fall) for s in range(steps)]
+    assert rates == expected
+
+
+def test_a_step_is_adamw_s_own_at_its_rate_with_gradients_of_at_most_norm_1():
+    """run.clip, run.linear and run.step, against PyTorch's parts put together by hand."""
+    torch.manual_seed(0)
+    ours = torch.nn.Linear(3, 2)
+    theirs = copy.deepcopy(ours)
+    optimizer = run.adamw(ours, 0.1, weight_decay=0.5)
+    groups = [dict(params=[theirs.weight], weight_decay=0.5)]
+    groups += [dict(params=[theirs.bias], weight_decay=0.0)]
+    reference = torch.optim.AdamW(groups, lr=0.1, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    for step in range(6):
+        inputs = torch.randn(5, 3) * (100 if step % 2 else 1e-3)  # beyond the norm, and within it
+        for model in (ours, theirs):
+            model(inputs).square().sum().backward()
+        gradients = torch.cat([p.grad.flatten() for p in theirs.parameters()])
+        norm = float(gradients.norm())
+        assert float(run.clip(ours, max_norm=1.0)) == pytest.approx(norm, rel=1e-5)
+        for parameter in theirs.parameters():
+            parameter.grad.mul_(min(1.0, 1 / (norm + 1e-6)))
+        for group in reference.param_groups:
+            group["lr"] = 0.1 * min((step + 1) / 3, (6 - step) / 4)
+        reference.step()
+        reference.zero_grad()
+        run.step(optimizer, run.linear(0.1, step, 6, warmup=2))
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

@@ -1,5 +1,6 @@
-"""Claims about the losses of the stage scripts: they are the published equations, by hand numbers, slow loops and fp64 gradients;
-what stands under a mask does not count; no log-ratio makes them overflow."""
+"""Claims about the losses of the stage scripts: they are the published equations, by hand numbers,
+slow loops and fp64 gradients; what stands under a mask does not count; no log-ratio makes them
+overflow."""
 
 import math
 
@@ -46,7 +47,7 @@ def randn():
     return lambda *shape: torch.randn(*shape, generator=generator, dtype=F64)
 
 
-# -------------------------------------------------------------------------------------------------------------- comparisons
+# -------------------------------------------------------------------------------------- comparisons
 
 
 def test_bradley_terry_of_equal_scores_is_ln_2():
@@ -126,7 +127,8 @@ def test_dpo_is_bradley_terry_on_implicit_rewards(randn):
 
 
 def test_dpo_pushes_a_pair_by_how_wrongly_it_is_ordered():
-    """Rafailov et al. 2023, eq. 8: the gradient's weight is beta sigmoid(beta (h_l - h_w)), up for chosen, down for rejected."""
+    """Rafailov et al. 2023, eq. 8: the gradient's weight is beta sigmoid(beta (h_l - h_w)), up for
+    chosen, down for rejected."""
     w, lost = numbers(-12.0).requires_grad_(), numbers(-9.0).requires_grad_()
     dpo_loss(w, lost, numbers(-10.0), numbers(-10.0), 0.5).sum().backward()
     weight = 0.5 / (1 + math.exp(-0.5 * 3))
@@ -167,7 +169,7 @@ def test_losses_per_pair_do_not_mix_pairs(randn):
     assert bradley_terry_loss(*four[:2]).shape == (8,)
 
 
-# ----------------------------------------------------------------------------------------------------------- DPO's relatives
+# ---------------------------------------------------------------------------------- DPO's relatives
 
 
 def sigmoid(x):
@@ -278,7 +280,7 @@ def test_relatives_stay_finite_at_log_ratios_of_ten_thousand_and_log_probs_of_ze
         assert torch.isfinite(value).all() and torch.isfinite(gradient).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------- advantages
+# --------------------------------------------------------------------------------------- advantages
 
 
 def gae_by_definition(rewards, values, mask, gamma, lam):
@@ -356,7 +358,7 @@ def test_whitening_a_single_token_is_finite():
     assert torch.isfinite(whiten(torch.tensor([[0.0, 3.0]]), mask)).all()
 
 
-# ----------------------------------------------------------------------------------------------------------------------- PPO
+# ---------------------------------------------------------------------------------------------- PPO
 
 
 @pytest.mark.parametrize(
@@ -406,7 +408,8 @@ def test_policy_loss_is_the_slow_loop_and_its_divisor_makes_micro_batches_add_up
 
 
 def test_value_loss_by_hand():
-    # |V - R| = .1 but the clipped value (.7) is .3 off; |V - R| = .9 and the clipped is .7 off; inside the clip both agree
+    # |V - R| = .1 but the clipped value (.7) is .3 off; |V - R| = .9 and the clipped is .7 off;
+    # inside the clip both agree
     values, old, returns = numbers(0.9, 0.9, 0.6), numbers(0.5, 0.5, 0.5), numbers(1.0, 0.0, 1.0)
     one = torch.ones(1, dtype=torch.bool)
     for i, error in enumerate([0.09, 0.81, 0.16]):

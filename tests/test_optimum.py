@@ -1,8 +1,10 @@
-"""Claims about what each objective converges to, in a world small enough to enumerate: expectations are sums, optima are formulas.
+"""Claims about what each objective converges to, in a world small enough to enumerate: expectations
+are sums, optima are formulas.
 
-Two prompts; a reply is up to three tokens of {a, b}, the last of which is the end token where it is shorter: 15 replies. A policy
-is a table of next-token logits per prompt and prefix, so that every distribution over replies can be reached. The losses are the
-real ones of the stage scripts, minimised over all replies (or pairs of them) at once, in fp64.
+Two prompts; a reply is up to three tokens of {a, b}, the last of which is the end token where it is
+shorter: 15 replies. A policy is a table of next-token logits per prompt and prefix, so that every
+distribution over replies can be reached. The losses are the real ones of the stage scripts,
+minimised over all replies (or pairs of them) at once, in fp64.
 
     python -m tests.test_optimum PICTURE.png       draws the closed forms and what the losses reach
 """
@@ -32,7 +34,8 @@ for row, reply in enumerate(REPLIES):
 
 
 def token_logprobs(table):
-    """table (P, prefixes, 3) logits -> log-prob of each token of each reply (P, R, T), zero outside the mask."""
+    """table (P, prefixes, 3) logits -> log-prob of each token of each reply (P, R, T), zero outside
+    the mask."""
     return table.log_softmax(-1)[:, STATE, TOKEN].masked_fill(~MASK, 0.0)
 
 
@@ -41,16 +44,13 @@ def logps(table):
     return token_logprobs(table).sum(-1)
 
 
+EXACT = dict(tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe")
+
+
 def minimise(objective, table, steps=300):
     """L-BFGS over a table of logits, to convergence -> the policy's probabilities (P, R)."""
     table = table.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [table],
-        max_iter=steps,
-        tolerance_grad=1e-12,
-        tolerance_change=1e-16,
-        line_search_fn="strong_wolfe",
-    )
+    optimizer = torch.optim.LBFGS([table], max_iter=steps, **EXACT)
 
     def closure():
         optimizer.zero_grad()
@@ -63,7 +63,8 @@ def minimise(objective, table, steps=300):
 
 
 def climb(surrogate, table, steps=4000, lr=0.05):
-    """Gradient steps on a surrogate that is remade at every step (a policy gradient is the gradient of no fixed function)."""
+    """Gradient steps on a surrogate that is remade at every step (a policy gradient is the gradient
+    of no fixed function)."""
     table = table.clone().requires_grad_()
     optimizer = torch.optim.Adam([table], lr=lr)
     for step in range(steps):
@@ -87,31 +88,23 @@ def world():
     """A reference policy's table and probabilities, and rewards (P, R)."""
     generator = torch.Generator().manual_seed(3)
     table = torch.randn(PROMPTS, len(PREFIXES), 3, generator=generator, dtype=F64)
-    return (
-        table,
-        logps(table).exp(),
-        torch.randn(PROMPTS, len(REPLIES), generator=generator, dtype=F64),
-    )
+    rewards = torch.randn(PROMPTS, len(REPLIES), generator=generator, dtype=F64)
+    return table, logps(table).exp(), rewards
 
 
 laboratory = pytest.fixture(world, scope="module")
 
 BETA = 0.5
-FIRST, SECOND = torch.triu_indices(
-    len(REPLIES), len(REPLIES), offset=1
-)  # every pair of replies once
+FIRST, SECOND = torch.triu_indices(len(REPLIES), len(REPLIES), offset=1)  # every pair once
 
 
 def population(loss, table, ref_table, preference, *arguments):
-    """Mean of a pairwise loss over pairs drawn from the reference; preference (P, pairs): how often the first is chosen."""
+    """Mean of a pairwise loss over pairs drawn from the reference; preference (P, pairs): how often
+    the first is chosen."""
     now, ref = logps(table), logps(ref_table)
     weight = ref.exp()[:, FIRST] * ref.exp()[:, SECOND]  # (P, pairs)
-    first, second, ref_first, ref_second = (
-        now[:, FIRST],
-        now[:, SECOND],
-        ref[:, FIRST],
-        ref[:, SECOND],
-    )
+    first, second = now[:, FIRST], now[:, SECOND]
+    ref_first, ref_second = ref[:, FIRST], ref[:, SECOND]
     won = loss(first, second, ref_first, ref_second, *arguments)
     lost = loss(second, first, ref_second, ref_first, *arguments)
     return (weight * (preference * won + (1 - preference) * lost)).sum()
@@ -156,23 +149,17 @@ def test_ipo_reaches_its_own_optimum_and_not_dpo_s(laboratory):
 
 
 def two_replies(loss, preference, *arguments):
-    """Odds log pi_w - log pi_l that a loss settles on, for two replies that the reference finds equally likely."""
+    """Odds log pi_w - log pi_l that a loss settles on, for two replies that the reference finds
+    equally likely."""
     logit = torch.zeros(1, dtype=F64, requires_grad=True)
     zero = torch.zeros(1, dtype=F64)
-    optimizer = torch.optim.LBFGS(
-        [logit],
-        max_iter=500,
-        tolerance_grad=1e-12,
-        tolerance_change=1e-16,
-        line_search_fn="strong_wolfe",
-    )
+    optimizer = torch.optim.LBFGS([logit], max_iter=500, **EXACT)
 
     def closure():
         optimizer.zero_grad()
-        value = (
-            preference * loss(logit, zero, zero, zero, *arguments)
-            + (1 - preference) * loss(zero, logit, zero, zero, *arguments)
-        ).sum()
+        won = preference * loss(logit, zero, zero, zero, *arguments)
+        lost = (1 - preference) * loss(zero, logit, zero, zero, *arguments)
+        value = (won + lost).sum()
         value.backward()
         return value
 
@@ -184,35 +171,31 @@ def two_replies(loss, preference, *arguments):
 def test_flipped_labels_move_dpo_by_a_formula_and_robust_dpo_not_at_all(flipped):
     p = 0.9
     observed = (1 - 2 * flipped) * p + flipped
-    assert two_replies(dpo_loss, observed, 1.0) == pytest.approx(
-        math.log(observed / (1 - observed)), abs=1e-4
-    )
-    assert two_replies(robust_dpo_loss, observed, 1.0, flipped) == pytest.approx(
-        math.log(p / (1 - p)), abs=1e-4
-    )
+    moved, true = math.log(observed / (1 - observed)), math.log(p / (1 - p))
+    assert two_replies(dpo_loss, observed, 1.0) == pytest.approx(moved, abs=1e-4)
+    assert two_replies(robust_dpo_loss, observed, 1.0, flipped) == pytest.approx(true, abs=1e-4)
 
 
 def test_the_hinge_forgets_by_how_much_a_reply_is_better():
-    """Its optimum is the margin for every preference above 1/2: the probabilities themselves are lost."""
+    """Its optimum is the margin for every preference above 1/2: the probabilities themselves are
+    lost."""
     assert two_replies(hinge_loss, 0.6, 1.0) == pytest.approx(1, abs=1e-3)
     assert two_replies(hinge_loss, 0.95, 1.0) == pytest.approx(1, abs=1e-3)
 
 
 def ppo_surrogate(table, ref_table, rewards, lam=1.0):
-    """PPO's loss at its first minibatch (ratio 1), exactly: every reply, weighted by its probability; KL in the token rewards."""
+    """PPO's loss at its first minibatch (ratio 1), exactly: every reply, weighted by its
+    probability; KL in the token rewards."""
     logprobs, ref_logprobs = token_logprobs(table), token_logprobs(ref_table)  # (P, R, T)
     old = logprobs.detach()
     token_rewards = -BETA * (old - ref_logprobs)  # (P, R, T)
-    token_rewards.scatter_add_(
-        2, MASK.sum(1)[None, :, None].expand(PROMPTS, -1, 1) - 1, rewards[:, :, None]
-    )  # at the last token
+    last = MASK.sum(1)[None, :, None].expand(PROMPTS, -1, 1) - 1  # (P, R, 1) the last token
+    token_rewards.scatter_add_(2, last, rewards[:, :, None])
     mask = MASK.expand(PROMPTS, -1, -1).flatten(0, 1)  # (P R, T)
-    advantages, _ = gae(
-        token_rewards.flatten(0, 1), torch.zeros_like(mask, dtype=F64), mask, 1.0, lam
-    )
-    weighted = (
-        advantages * old.sum(-1).exp().flatten()[:, None]
-    )  # exact expectation instead of samples
+    values = torch.zeros_like(mask, dtype=F64)
+    advantages, _ = gae(token_rewards.flatten(0, 1), values, mask, 1.0, lam)
+    probability = old.sum(-1).exp().flatten()[:, None]  # (P R, 1)
+    weighted = advantages * probability  # an exact expectation instead of samples
     return policy_loss(logprobs.flatten(0, 1), old.flatten(0, 1), weighted, mask, 0.2, divisor=1)
 
 
@@ -223,22 +206,18 @@ def test_ppo_with_the_kl_in_its_rewards_reaches_the_kl_regularised_optimum(labor
 
 
 def rloo_surrogate(table, ref_table, rewards):
-    """Leave-one-out with two samples, exactly: every pair of replies, weighted by its probability."""
+    """Leave-one-out with two samples, exactly: every pair of replies, weighted by its
+    probability."""
     now = logps(table)  # (P, R)
     old = now.detach()
     worth = rewards - BETA * (old - logps(ref_table))  # (P, R)
     n = len(REPLIES)
-    pairs = torch.stack(
-        [worth[:, :, None].expand(-1, -1, n), worth[:, None, :].expand(-1, n, -1)], -1
-    )  # (P, R, R, K = 2)
+    first, second = worth[:, :, None].expand(-1, -1, n), worth[:, None, :].expand(-1, n, -1)
+    pairs = torch.stack([first, second], -1)  # (P, R, R, K = 2)
     advantages = rloo_advantages(pairs.reshape(-1, 2)).view_as(pairs)
     weight = (old[:, :, None] + old[:, None, :]).exp()  # (P, R, R)
-    return (
-        -(
-            weight * (advantages[..., 0] * now[:, :, None] + advantages[..., 1] * now[:, None, :])
-        ).sum()
-        / 2
-    )
+    gain = advantages[..., 0] * now[:, :, None] + advantages[..., 1] * now[:, None, :]
+    return -(weight * gain).sum() / 2
 
 
 def test_rloo_reaches_the_kl_regularised_optimum(laboratory):
@@ -248,7 +227,8 @@ def test_rloo_reaches_the_kl_regularised_optimum(laboratory):
 
 
 def reward_and_estimate(table, ref_table, rewards, kind):
-    """The loss of those who differentiate an estimate of the KL on samples of the policy, without an importance weight."""
+    """The loss of those who differentiate an estimate of the KL on samples of the policy, without
+    an importance weight."""
     now, ref = logps(table), logps(ref_table)  # (P, R)
     weight = now.detach().exp()
     return -(weight * (rewards * now - BETA * kernels.kl_estimate(now, ref, kind))).sum()
@@ -256,10 +236,8 @@ def reward_and_estimate(table, ref_table, rewards, kind):
 
 def k3_optimum(ref, rewards):
     """beta pi_ref / (lambda - r): grad E[k3] = grad KL(pi_ref || pi), the other direction."""
-    low, high = (
-        rewards.max(-1).values,
-        rewards.max(-1).values + BETA,
-    )  # lambda by bisection: the probabilities sum to 1
+    low = rewards.max(-1).values  # (P,) lambda by bisection: the probabilities sum to 1
+    high = low + BETA
     for _ in range(100):
         middle = (low + high) / 2
         excess = (BETA * ref / (middle[:, None] - rewards)).sum(-1) > 1
@@ -292,68 +270,48 @@ def test_best_of_n_stays_under_its_kl_bound(laboratory, n):
     _, ref, rewards = laboratory
     for p, r in zip(ref, rewards, strict=True):
         order = r.argsort()
-        below = torch.cat(
-            [torch.zeros(1, dtype=F64), p[order].cumsum(0)]
-        )  # P(a reply is no better than the k-th)
+        # P(a reply is no better than the k-th)
+        below = torch.cat([torch.zeros(1, dtype=F64), p[order].cumsum(0)])
         best = below[1:] ** n - below[:-1] ** n  # P(the best of n is the k-th)
         kl = float(torch.special.xlogy(best, best / p[order]).sum())
         assert -1e-12 <= kl <= math.log(n) - (n - 1) / n + 1e-12
 
 
 def draw(path):
-    """The first prompt's replies: pi_ref (grey), the closed form (line) and what each objective reaches (dots)."""
+    """The first prompt's replies: pi_ref (grey), the closed form (line) and what each objective
+    reaches (dots)."""
     from matplotlib import pyplot
 
     table, ref, rewards = world()
     best = tilted(ref, rewards / BETA)
     top = torch.nn.functional.one_hot(rewards.argmax(-1), len(REPLIES)).to(F64)
-    ipo, k3, k1 = (
-        "pi_ref exp(win rate / beta) / Z",
-        "beta pi_ref / (lambda - r)",
-        "all on the best reply",
-    )
-    optimum = "pi_ref exp(r / beta) / Z"
+
+    def reached(surrogate, *arguments):
+        return climb(lambda t: surrogate(t, table, rewards, *arguments), table)
+
+    optimum, ipo = "pi_ref exp(r / beta) / Z", "pi_ref exp(win rate / beta) / Z"
+    k3, k1 = "beta pi_ref / (lambda - r)", "all on the best reply"
+    k3_best = k3_optimum(ref, rewards)
     panels = [
         ("DPO", optimum, best, dpo_policy(table, rewards)),
-        (
-            "PPO, KL in the reward",
-            optimum,
-            best,
-            climb(lambda t: ppo_surrogate(t, table, rewards), table),
-        ),
-        (
-            "RLOO, KL in the reward",
-            optimum,
-            best,
-            climb(lambda t: rloo_surrogate(t, table, rewards), table),
-        ),
+        ("PPO, KL in the reward", optimum, best, reached(ppo_surrogate)),
+        ("RLOO, KL in the reward", optimum, best, reached(rloo_surrogate)),
         ("IPO", ipo, ipo_optimum(ref, rewards), ipo_policy(table, rewards)),
-        (
-            "k3 as a loss",
-            k3,
-            k3_optimum(ref, rewards),
-            climb(lambda t: reward_and_estimate(t, table, rewards, "k3"), table),
-        ),
-        (
-            "k1 as a loss",
-            k1,
-            top,
-            climb(lambda t: reward_and_estimate(t, table, rewards, "k1"), table),
-        ),
+        ("k3 as a loss", k3, k3_best, reached(reward_and_estimate, "k3")),
+        ("k1 as a loss", k1, top, reached(reward_and_estimate, "k1")),
     ]
     figure, axes = pyplot.subplots(2, 3, figsize=(10, 5), sharex=True)
     names = ["".join("ab."[token] for token in reply) for reply in REPLIES]
-    for axis, (title, formula, closed, reached) in zip(axes.flat, panels, strict=True):
+    for axis, (title, formula, closed, policy) in zip(axes.flat, panels, strict=True):
+        distance = total_variation(policy, closed)
         axis.bar(names, ref[0], color="0.85", label="pi_ref")
         axis.step(names, closed[0], where="mid", color="C0", linewidth=1, label=formula)
-        axis.plot(names, reached[0], "C1.", label="reached")
-        axis.set_title(
-            f"{title}: total variation {total_variation(reached, closed):.4f}", fontsize=9
-        )
+        axis.plot(names, policy[0], "C1.", label="reached")
+        axis.set_title(f"{title}: total variation {distance:.4f}", fontsize=9)
         axis.tick_params(axis="x", rotation=90, labelsize=7)
         axis.tick_params(axis="y", labelsize=7)
         axis.legend(fontsize=7)
-        print(f"{title:24} total variation from {formula}: {total_variation(reached, closed):.5f}")
+        print(f"{title:24} total variation from {formula}: {distance:.5f}")
     figure.tight_layout()
     figure.savefig(path, dpi=80)
 

@@ -1,5 +1,5 @@
-"""Real files, GPT-2's own vocabulary, a model of GPT-2's architecture: every stage runs 20 steps, with
-and without adapters, and learns."""
+"""Real files, GPT-2's own vocabulary, a model of GPT-2's architecture: every stage runs 20 steps,
+with and without adapters, and learns."""
 
 import json
 
