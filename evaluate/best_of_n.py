@@ -23,8 +23,8 @@ import torch
 import run
 from data import annotators, world
 from data.collate import encode_steps
-from data.formats import Process
 from data.passes import by_length
+from data.records import Process
 from data.scores import step_scores
 from evaluate.measures import fit_form, interval, mean, open_run, output, reward_scores, table
 
@@ -176,10 +176,9 @@ def main(config):
     if differences:
         print(f"\nbest of {n}, paired by question\n{table(differences)}")
     out = output(config.out)
-    facts = {"gold": means, "differences": differences}
-    run.write_json(
-        out / "best-of-n.json", facts | {"kl_bound": dict(zip(sizes, bounds, strict=True))}
-    )
+    by_size = dict(zip(sizes, bounds, strict=True))
+    facts = {"gold": means, "differences": differences, "kl_bound": by_size}
+    run.write_json(out / "best-of-n.json", facts)
     panels = []
     for label, xs in {"log2 n": range(len(sizes)), "KL bound, nats": bounds}.items():
         lines = {how: (xs, [row[how] for row in means.values()]) for how in curves[1]}

@@ -114,16 +114,14 @@ class Detector:
         values = traces(replies, texts, scores, lengths, other_scores)
         if not self.start:
             self.start = {name: float(value.mean()) for name, value in values.items()}
-        drifts = {
-            name: drift(value, log_ratios, self.start[name]) for name, value in values.items()
-        }
+        drifts = {name: drift(x, log_ratios, self.start[name]) for name, x in values.items()}
         paid = float(correlation(values["length"], scores))
         kl = float(log_ratios.mean())
-        found = signs(drifts, self.start["length"], paid, kl, self.kl_budget)
-        warnings = [sentence for sign, sentence in found.items() if sign not in self.seen]
-        self.seen += [sign for sign in found if sign not in self.seen]
+        current = signs(drifts, self.start["length"], paid, kl, self.kl_budget)
+        warnings = [sentence for sign, sentence in current.items() if sign not in self.seen]
+        self.seen += [sign for sign in current if sign not in self.seen]
         metrics = {f"{name}_drift": moved for name, (moved, _) in drifts.items()}
-        return metrics | {"length_paid": paid, "hacking": len(found)}, warnings
+        return metrics | {"length_paid": paid, "hacking": len(current)}, warnings
 
     def state_dict(self):
         return {"start": self.start, "seen": self.seen}
@@ -137,10 +135,8 @@ def observe(detector, ensemble, config, encoding, conversations, old):
     prompts, and the detector's new warnings. ensemble: reward models that were not trained against;
     conversations: the messages before each reply."""
     ended = old.ended.tolist()
-    texts = [
-        encoding.decode(reply[:-1] if end else reply)
-        for reply, end in zip(old.replies, ended, strict=True)
-    ]
+    pairs = zip(old.replies, ended, strict=True)
+    texts = [encoding.decode(reply[:-1] if end else reply) for reply, end in pairs]
     others = [score(model, old.sequences) for model in ensemble]  # (B,) each
     others = [torch.where(old.ended, scores, config.no_end_score) for scores in others]
     lengths, log_ratios = old.batch.mask.sum(1), old.kl.sum(1)  # (B,) each
@@ -186,8 +182,7 @@ def read_metrics(directory):
     run.require(path.exists(), f"{path} does not exist: name run directories of ppo.py")
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     judged = rows and {"gold", "score", "kl"} <= rows[0].keys()
-    only = "only PPO runs on the embedded world know the truth"
-    run.require(judged, f"{path} has no gold beside the score: {only}")
+    run.require(judged, f"{path} has no gold: only PPO runs on the embedded world know the truth")
     return rows
 
 

@@ -4,9 +4,8 @@
 
 Stages that exist are kept. Per method, means and the half-widths of their 95 % intervals over the
 seeds: gold, win_rate, kl and length as on the scoreboard; gain, gold above sft's; seconds, the
-processor time of a run and of the runs that it needed: its start, its reward model, its judge;
-memory, its peak in MiB. Then best of n replies of sft, the differences between methods seed by
-seed, and methods.png.
+processor time of a run and of the runs that it needed (start, reward model, judge); memory, its
+peak in MiB. Then best of n replies of sft, differences between methods by seed, and methods.png.
 """
 
 import json
@@ -29,9 +28,9 @@ FLIPPED = 0.3  # of a separate set of labels, which are right but for these
 LOSSES = ["dpo", "cdpo", "robust", "ipo", "hinge", "simpo"]  # of paired labels
 QUESTIONS = 2600  # held out
 BEST_OF = [1, 2, 4, 8, 16]
-COMPARED = [("online", "dpo"), ("iterative", "dpo"), ("online-rm", "dpo"), ("kto", "dpo")]
-COMPARED += [("rloo", "ppo"), ("grpo", "ppo"), ("spin-1", "careful"), ("spin-2", "spin-1")]
-COMPARED += [("more-sft", "careful"), ("robust-flipped", "dpo-flipped")]  # is the first better?
+COMPARED = """online dpo, iterative dpo, online-rm dpo, kto dpo, rloo ppo, grpo ppo, spin-1 careful,
+    spin-2 spin-1, more-sft careful, robust-flipped dpo-flipped"""  # is the first better?
+COMPARED = [pair.split() for pair in COMPARED.split(",")]
 
 
 @dataclass
@@ -45,14 +44,14 @@ def prepare(home, seed):
     foundation(home, seed, threads=1, keep=True)
     rng = random.Random(f"methods {seed}")
     records = formats.read(home / "pairs.jsonl", "preference")[:LABELS]
-    enough = len(records) == LABELS
-    run.require(enough, f"{home}/pairs.jsonl holds {len(records)} comparisons, not {LABELS}")
+    number = len(records)
+    run.require(number == LABELS, f"{home}/pairs.jsonl has {number} comparisons, not {LABELS}")
     pairs = [{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in records]
     sides = [rng.choice(["chosen", "rejected"]) for _ in pairs]  # one thumb per question
     thumbs = []
     for pair, side in zip(pairs, sides, strict=True):
-        thumb = {"completion": pair[side], "label": side == "chosen"}
-        thumbs.append({"prompt": pair["prompt"]} | thumb)
+        good = side == "chosen"
+        thumbs.append({"prompt": pair["prompt"], "completion": pair[side], "label": good})
     flipped = []
     for pair in pairs:
         prompt, *replies = pair.values()
@@ -86,7 +85,6 @@ def method_chains(home):
     # About one pass at a low rate, which leaves self-play something to improve.
     gently = ["sft.py", *careful, "--steps", DEMONSTRATIONS // 32, "--lr", 5e-5]
     play = [*dpo, *careful, "--spin", "--rounds", 1, "--lr", 2e-4]
-    smoothed = ["--loss", "robust", "--label-smoothing", FLIPPED]
     return [
         {
             "reward": ["reward.py", *sft, *labels],
@@ -112,7 +110,7 @@ def method_chains(home):
             "dpo-beta-0.05": [*paired, "--beta", 0.05],
             "dpo-beta-0.5": [*paired, "--beta", 0.5],
             "dpo-flipped": flipped,
-            "robust-flipped": [*flipped, *smoothed],
+            "robust-flipped": [*flipped, "--loss", "robust", "--label-smoothing", FLIPPED],
         },
     ]
 
@@ -124,36 +122,35 @@ def policies(home):
 
 def measurements(home):
     """{file: the command that writes it} of a seed, each of about the same length."""
-    sft, out = home / "sft", home / "measured"
+    sft = home / "sft"
     runs = [home / "base", sft, *policies(home)]
     board = ["-m", "evaluate.scoreboard", "--sft", sft, "--prompts", QUESTIONS, "--runs"]
     best = ["-m", "evaluate.best_of_n", "--policy", sft, "--reward", home / "methods/reward"]
     best += ["--n", max(BEST_OF), "--prompts", QUESTIONS // 4]
     commands = {"1/scoreboard": [*board, *runs[::2]], "2/scoreboard": [*board, *runs[1::2]]}
     commands["best/best-of-n"] = best
-    return {out / f"{name}.json": command for name, command in commands.items()}
+    return {home / f"measured/{name}.json": command for name, command in commands.items()}
 
 
 def train_and_measure(homes):
     """All that is missing in {seed: home}, a thread for each stage: they gain little from more."""
-
-    def train(job):
-        seed, chain = job
-        prepared[seed].result()
-        for name, words in chain.items():
-            stage(homes[seed] / "methods" / name, words, seed, 1, keep=True)
-
-    def measure(job):
-        file, words = job
-        finish(file, [*words, "--out", file.parent], 1, quiet=True)
-
     with ThreadPoolExecutor(1 if run.device("auto").type == "cuda" else cores()) as pool:
-        prepared = {seed: pool.submit(prepare, home, seed) for seed, home in homes.items()}
-        chains = [(seed, chain) for seed in homes for chain in method_chains(homes[seed])]
+        prepared = {home: pool.submit(prepare, home, seed) for seed, home in homes.items()}
+
+        def train(seed, home, chain):
+            prepared[home].result()
+            for name, words in chain.items():
+                stage(home / "methods" / name, words, seed, 1, keep=True)
+
+        def measure(file, words):
+            finish(file, [*words, "--out", file.parent], 1, quiet=True)
+
+        jobs = [(*item, chain) for item in homes.items() for chain in method_chains(item[1])]
         # The longest first, so that no processor waits for one at the end.
-        list(pool.map(train, sorted(chains, key=lambda job: -len(job[1]))))
+        jobs.sort(key=lambda job: len(job[-1]), reverse=True)
+        list(pool.map(lambda job: train(*job), jobs))
         jobs = [job for home in homes.values() for job in measurements(home).items()]
-        list(pool.map(measure, jobs))
+        list(pool.map(lambda job: measure(*job), jobs))
 
 
 def measured(home):
@@ -172,33 +169,31 @@ def measured(home):
 
 
 def main(config):
-    seeds = whole_numbers(config.seeds)
     out = Path(config.out).resolve()
-    homes = {seed: out / f"seed-{seed}" for seed in seeds}
+    homes = {seed: out / f"seed-{seed}" for seed in whole_numbers(config.seeds)}
     train_and_measure(homes)
     boards, best = zip(*map(measured, homes.values()), strict=True)
     rows = summary(boards)
     best = {n: spread([golds[n] for golds in best]) for n in BEST_OF}
-    facts = {"boards": dict(zip(seeds, boards, strict=True)), "best_of_n": best, "summary": rows}
+    facts = {"boards": dict(zip(homes, boards, strict=True)), "best_of_n": best, "summary": rows}
     run.write_json(out / "methods.json", facts)
     report.frontier(rows, {kl_bound(n): best[n] for n in BEST_OF}, out / "methods.png")
-    print(f"{len(seeds)} seeds, {LABELS} labels: mean and half-width of its 95 % interval")
+    print(f"{len(homes)} seeds, {LABELS} labels: mean and half-width of its 95 % interval")
     cells = {}
     for name, row in rows.items():
         cells[name] = {key: plus_minus(cell) for key, cell in row.items() if key in COLUMNS}
     print(table(cells))
-    print("\nbest of n replies of sft, chosen by the reward model")
     cells = {}
     for n in BEST_OF:
         cells[f"n = {n}"] = {"kl at most": show(kl_bound(n)), "gold": plus_minus(best[n])}
-    print(table(cells))
-    print("\ndifferences in gold, seed by seed")
+    print(f"\nbest of n replies of sft, chosen by the reward model\n{table(cells)}")
     cells = {}
     for a, b in COMPARED:
         gaps = [board[a]["gold"] - board[b]["gold"] for board in boards]
         by_seed = " ".join(f"{gap:+.3f}" for gap in gaps)
         cells[f"{a} - {b}"] = {"mean": plus_minus(spread(gaps)), "seeds": by_seed}
-    print(f"{table(cells)}\npicture: {out / 'methods.png'}", flush=True)
+    print(f"\ndifferences in gold, seed by seed\n{table(cells)}")
+    print(f"picture: {out / 'methods.png'}", flush=True)
 
 
 if __name__ == "__main__":

@@ -29,12 +29,13 @@ class Config:
 
 
 def cores():
-    """How many processors this process may use; of all, where the system does not tell."""
+    """How many processors this process may use; macOS and Windows only tell how many exist."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def start(words, threads, quiet=False):
-    """Runs `python` with these words -> exit code. quiet: without its standard output."""
+    """Runs `python` with these words in a process of its own -> its exit code. quiet: standard
+    output is dropped."""
     limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))  # torch reads them
     output = subprocess.DEVNULL if quiet else None
     words = [sys.executable, *map(str, words)]
@@ -48,8 +49,8 @@ def finish(result, words, threads, quiet=False):
 
 
 def stage(result, words, seed, threads, keep=False):
-    """Runs a script that writes `result`, a run or a file. keep: not again, and a killed run goes
-    on."""
+    """Runs a script that writes `result`, a run or a file. keep: a result that exists is kept, and
+    a killed run is resumed."""
     if keep and result.exists():
         return
     flags = ["--out", result, "--seed", seed]

@@ -130,15 +130,11 @@ def head_accuracies(directory, model, pairs):
     return accuracies
 
 
-def read(paths):
-    return [record for path in paths for record in formats.read(path, "preference")]
-
-
 def held_out_pairs(directory, encoding, context):
     """The pairs of a run's own --data that it did not learn from."""
     flags = run_facts(directory)["flags"]
     run.require(flags["data"], f"{directory} learned from the embedded world: leave out --held-out")
-    pairs = fitting_pairs(read(flags["data"]), encoding, context)
+    pairs = fitting_pairs(formats.read_all(flags["data"], "preference"), encoding, context)
     indices, _ = hold_out_rated(len(pairs), flags["batch_size"], flags["seed"])
     return [pairs[i] for i in indices]
 
@@ -147,7 +143,7 @@ def main(config):
     run.check_requires(config, REQUIRES)
     annotators.check_agreement(config.agreement)
     device = run.device(config.device)
-    records = read(config.data)
+    records = formats.read_all(config.data, "preference")
     if not config.data and not config.held_out:
         sft, encoding, _ = open_run(config.sft, device)
         prompts = world.prompts(config.prompts, seed=2, held=True)

@@ -118,7 +118,7 @@ def measure_reward(model, encoding, sft, n):
 
 def questions(config, encoding, context):
     """The prompts that leave room for a reply."""
-    records = [record for path in config.data for record in formats.read(path, "prompt")]
+    records = formats.read_all(config.data, "prompt")
     if not config.data:
         records = world.prompts(config.prompts, seed=0, held=True)
     room = context - config.max_new_tokens - 1
