@@ -282,6 +282,15 @@ def test_the_sft_loss_is_the_slow_loop_and_1_x_8_is_8_x_1(world_model, world_enc
         assert float(sum(losses).detach()) == pytest.approx(slow, rel=1e-6)
 
 
+def test_a_cut_example_s_last_token_is_still_a_target(jsonl, world_encoding):
+    """context + 1 tokens: the model reads the first `context` of them."""
+    config = sft.Config(data=[jsonl([{"messages": TALK}])])
+    examples, cut, empty = sft.load_examples(config, world_encoding, 30)
+    ids, mask = chat.render(TALK, world_encoding)
+    assert examples == [(ids[:31], mask[:31])] and (cut, empty) == (1, 0)
+    assert sft.load_examples(config, world_encoding, len(ids) - 1)[1] == 0
+
+
 def test_a_token_of_weight_a_tenth_counts_a_tenth(world_model, world_encoding, chats):
     """As a question does in pretraining."""
     model, examples = world_model().double(), []
