@@ -7,11 +7,11 @@ y_w is the chosen reply, y_l the rejected one, pi_ref the SFT model, log pi(y|x)
 reply's tokens, its end-of-turn token included. The policy that maximises reward - beta KL(pi ||
 pi_ref) is pi_ref exp(r / beta) / Z. So beta h is that policy's own reward, up to a constant that
 cancels in the difference: fitting comparisons with it is reward modelling and policy optimisation
-in one step. `--loss` names a relative; each is one function below:
+in one step. `--loss` names a relative; `batch_losses` shows which function each calls:
 
-    cdpo    a known share of labels is wrong: finite odds     robust  the same, without bias
-    ipo     a fixed distance to reach, no growing odds        hinge   a margin, no more
-    simpo   no reference: average log-probs, a margin         orpo    SFT and comparison at once
+    cdpo    noisy labels: smoothed, so the odds stay finite      robust  noisy labels: unbiased
+    ipo     regress the gap h_w - h_l to a fixed value           hinge   no loss beyond a margin
+    simpo   no reference: average log-probs and a margin         orpo    SFT and DPO-like in one
     kto     thumbs up or down for single replies
 
 The replies need not come from a file. `--online` draws two fresh ones from the policy in every
@@ -27,15 +27,15 @@ the reference refreshed. It rests where the two cannot be told apart (Chen et al
     python dpo.py --spin --data chats.jsonl --out out/spin
     python dpo.py --init DIR --data pairs.jsonl any checkpoint, any file of preferences
 
-Watch: loss (ln 2 = .693 at step 0, where policy and reference are the same, exactly in float32;
-down to .6), accuracy (of h_w > h_l, from .5 up), kl (nats per reply on own samples: a few tenths
-buy most of the gain here), chosen_logps and rejected_logps. Both usually *fall*, the rejected
-faster: the loss asks for a difference, and lowering both is the cheapest way to get one. The chosen
-falling as fast is not healthy.
+Watch: loss (dpo, cdpo, robust: ln 2 = .693 at step 0, where policy and reference are the same; down
+to .6), accuracy (of h_w > h_l; means nothing at step 0, where all h are equal), kl (nats per reply
+on own samples: a few tenths buy most of the gain here), chosen_logps and rejected_logps. Both
+usually *fall*, the rejected faster: the loss asks for a difference, and lowering both gives one.
+The chosen falling as fast is not healthy.
 
-What everybody gets wrong: a reference that is not the model training starts from, or dropout, or
-other tokens (a padding, an end-of-turn) in one of the four log-probs. Then the first loss is not ln
-2. A test asserts that it is, to 1e-6.
+What everybody gets wrong: a reference other than the starting policy, or dropout, or an extra token
+(padding, end-of-turn) in one of the four log-probs. Each moves the first loss off ln 2; a test
+checks it to 1e-6.
 """
 
 import math
@@ -48,12 +48,13 @@ import run
 from data import annotators, chat, checkpoints, world
 from data.collate import batch_order, longest_side
 from data.comparisons import Source, encode
-from data.logprobs import all_logps, mismatched_logps, pair_logps, reply_kl
+from data.logprobs import all_logps, pair_logps, reply_kl
 
 LOSSES = ["dpo", "cdpo", "robust", "ipo", "hinge", "simpo", "orpo", "kto"]
-BETA = {"ipo": 0.5, "simpo": 1.0}  # defaults for the embedded world, where not .2
-SMOOTHING = {"cdpo": 0.25, "robust": 0.1}
-LR = {"orpo": 1e-3}  # where not 1e-4: a base model has more to learn
+# The embedded world's defaults. Robust assumes fewer flips than its 25 %: it has no lower bound.
+BETA = {"ipo": 0.5, "simpo": 1.0}  # other losses: .2
+SMOOTHING = {"cdpo": 0.25, "robust": 0.1}  # other losses: 0
+LR = {"orpo": 1e-3}  # other losses: 1e-4; a base model has more to learn
 
 
 @dataclass
@@ -61,11 +62,11 @@ class Config(run.Flags):
     loss: str = "dpo"  # dpo, cdpo, robust, ipo, hinge, simpo, orpo or kto
     beta: float = 0.0  # KL strength: larger stays closer to the reference (default: .2, see BETA)
     label_smoothing: float = 0.0  # assumed share of flipped labels (default: cdpo .25, robust .1)
-    gamma: float = 0.5  # simpo: the margin to reach, after beta
+    gamma: float = 0.5  # simpo: target margin, not scaled by beta
     lam: float = 0.03  # orpo: weight of the odds-ratio term (for real models .1)
-    summed: bool = False  # ipo: sum log-probs as in the paper, instead of averaging as its code
-    desirable_weight: float = 1.0  # kto: weight of good replies; weight times number should be
-    undesirable_weight: float = 1.0  # kto: ... 1 to 4/3 times that of bad replies
+    summed: bool = False  # ipo: sum log-probs, as in the paper (default: average them)
+    desirable_weight: float = 1.0  # kto: of good replies; weight x number: 1 to 4/3 x that of bad
+    undesirable_weight: float = 1.0  # kto: of bad replies
     prompts: int = 20000  # without --data: how many of the world's questions get two replies
     agreement: float = 0.75  # without --data: how often annotators agree with the judge
     online: bool = False  # compare fresh replies of the policy, round by round
@@ -78,6 +79,11 @@ class Config(run.Flags):
     watch: int = 128  # replies sampled from time to time, to see KL and gold (0: none)
     steps: int = 0  # optimiser steps (default: one and a half epochs)
     lr: float = 0.0  # peak learning rate (default: 1e-4, orpo 1e-3; for real models 5e-7 to 1e-6)
+
+    @property
+    def fresh(self):
+        """Whether every round draws fresh replies."""
+        return self.online or self.spin
 
 
 def check(config):
@@ -100,17 +106,17 @@ def check(config):
     run.check_requires(config, requires)
     config.beta = config.beta or BETA.get(config.loss, 0.2)
     config.lr = config.lr or LR.get(config.loss, 1e-4)
-    config.label_smoothing = config.label_smoothing or SMOOTHING.get(config.loss, 0.0)
-    share = config.label_smoothing
-    run.require(0 <= share < 0.5, f"--label-smoothing must lie in [0, 0.5), not {share}")
-    fresh = config.online or config.spin
+    config.label_smoothing = e = config.label_smoothing or SMOOTHING.get(config.loss, 0.0)
+    run.require(0 <= e < 0.5, f"--label-smoothing must lie in [0, 0.5), not {e}")
     both = config.online and config.spin
     run.require(not both, "--online compares, --spin imitates: choose one of them")
-    rounds = "--rounds belongs to --online and --spin: add one of them"
-    run.require(fresh or config.rounds == Config.rounds, rounds)
-    judge = "--online on files needs a --judge: annotators know only the embedded world"
-    run.require(config.judge or not (config.online and config.data), judge)
-    for name in ("steps", "labels") if fresh else ():
+    if not config.fresh:
+        wrong = "--rounds belongs to --online and --spin: add one of them"
+        run.require(config.rounds == Config.rounds, wrong)
+    if config.online and config.data:
+        why = "annotators know only the embedded world"
+        run.require(config.judge, f"--online on files needs a --judge: {why}")
+    for name in ("steps", "labels") if config.fresh else ():
         count = getattr(config, name)
         few = f"--{name} {count} are too few for --rounds {config.rounds}"
         run.require(count == 0 or count >= config.rounds, few)
@@ -124,9 +130,9 @@ def dpo_loss(
 ):
     """DPO per pair, (B,). All log-probs (B,) in nats, summed over the reply's tokens.
 
-    label_smoothing e, a number or (B,): conservative DPO (Mitchell 2023), (1-e) l(+) + e l(-). The
-    best log-odds are then finite, as they should be when a share e of the labels is wrong, or when
-    a soft label says that the choice was close.
+    label_smoothing e, a number or (B,): conservative DPO (Mitchell 2023), (1-e) l(+) + e l(-),
+    where l(-) is the loss of the flipped label. The best log-odds are then finite, log((1-e) / e):
+    right when a share e of the labels is wrong, or for a soft label of a close choice.
     """
     chosen_ratio = chosen_logps - ref_chosen_logps  # (B,) h_w
     rejected_ratio = rejected_logps - ref_rejected_logps  # (B,) h_l
@@ -135,9 +141,8 @@ def dpo_loss(
 
 
 def unbiased(loss, flipped_loss, label_smoothing):
-    """[(1-e) l(+) - e l(-)] / (1-2e), (B,), from a pair's losses under its label and under the
-    other one. Its mean over a share e of flipped labels is the mean of l under the true ones
-    (Natarajan et al. 2013, lemma 1). For a single pair it has no lower bound."""
+    """[(1-e) l(+) - e l(-)] / (1-2e), (B,). Its mean over a share e of flipped labels is the mean
+    of l under the true ones (Natarajan et al. 2013, lemma 1). It has no lower bound."""
     e = label_smoothing
     return ((1 - e) * loss - e * flipped_loss) / (1 - 2 * e)
 
@@ -148,15 +153,15 @@ def robust_dpo_loss(
     """DPO without bias from a share `label_smoothing` of flipped labels, (B,)
     (Chowdhury et al. 2024, eq. 12)."""
     logps = chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
-    return unbiased(dpo_loss(*logps, beta), dpo_loss(*logps, -beta), label_smoothing)
+    flipped_loss = dpo_loss(*logps, -beta)  # log sigmoid(-x): as if rejected had been chosen
+    return unbiased(dpo_loss(*logps, beta), flipped_loss, label_smoothing)
 
 
 def ipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
     """(h_w - h_l - 1 / (2 beta))^2 per pair, (B,) (Azar et al. 2024, eq. 17).
 
-    A distance to reach: a comparison that everybody decides alike does not drive the odds to
-    infinity. Log-probs (B,) summed over the reply as the paper writes them, or averaged over its
-    tokens as its authors trained. beta is the paper's tau.
+    A distance to reach: a unanimous comparison does not drive the odds to infinity. Log-probs (B,)
+    summed over the reply as in the paper, or averaged as its authors trained. beta is its tau.
     """
     chosen_ratio = chosen_logps - ref_chosen_logps  # (B,)
     rejected_ratio = rejected_logps - ref_rejected_logps  # (B,)
@@ -174,29 +179,26 @@ def hinge_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logp
 def simpo_loss(chosen_avg_logps, rejected_avg_logps, beta, gamma):
     """-log sigmoid(beta (a_w - a_l) - gamma) per pair, (B,) (Meng et al. 2024, eq. 6).
 
-    The loss uses average log-probability a, as decoding does, so a longer reply gains nothing.
-    There is no reference: only a small learning rate holds the policy back, and no optimum in
-    closed form.
+    The loss uses average log-probability a, so a longer reply gains nothing. There is no reference,
+    hence no optimum in closed form: only a small learning rate holds the policy back.
     """
     return -F.logsigmoid(beta * (chosen_avg_logps - rejected_avg_logps) - gamma)
 
 
 def log_odds(avg_logps):
-    """log(p / (1 - p)) of p = e^a, the mean probability per token; a (B,) kept a little below 0."""
+    """log(p / (1 - p)) of p = e^a, the geometric mean probability per token; a (B,) below 0."""
     a = avg_logps.clamp(max=-1e-6)
     return a - torch.log(-torch.expm1(a))
 
 
 def orpo_loss(chosen_avg_logps, rejected_avg_logps, chosen_nll, lam, label_smoothing=0.0):
-    """NLL(chosen) - lam log sigmoid(log-odds_w - log-odds_l) per pair, (B,) (Hong et al. 2024, eq.
-    6)
+    """NLL(chosen) - lam log sigmoid(log-odds_w - log-odds_l) per pair, (B,) (Hong et al. 2024).
 
-    chosen_nll (B,) in nats per token. One stage from the base model: the first term is SFT, the
-    second tells the two replies apart.
+    Eq. 6; chosen_nll (B,) in nats per token. One stage from the base model: the first term is SFT,
+    the second tells the two replies apart.
 
     DEVIATION: the second term can be corrected for a share `label_smoothing` of flipped labels, as
-    in robust DPO. It has no beta: where a quarter of the labels is wrong it rests at odds of 3 : 1,
-    flatter than what SFT believes already.
+    in robust DPO. Uncorrected, 25 % of flips bring it to rest at an odds ratio of 3 : 1.
     """
     logits = log_odds(chosen_avg_logps) - log_odds(rejected_avg_logps)  # (B,)
     odds_loss = unbiased(-F.logsigmoid(logits), -F.logsigmoid(-logits), label_smoothing)
@@ -204,8 +206,8 @@ def orpo_loss(chosen_avg_logps, rejected_avg_logps, chosen_nll, lam, label_smoot
 
 
 def kto_loss(log_ratios, desirable, kl, beta, desirable_weight=1.0, undesirable_weight=1.0):
-    """Per single reply, (B,): w_D (1 - sigmoid(beta (h - z0))) if good, w_U (1 - sigmoid(beta (z0 -
-    h))) if bad (Ethayarajh et al. 2024, eq. 8).
+    """w_D (1 - sigmoid(beta (h - z0))) of a good reply, w_U (1 - sigmoid(beta (z0 - h))) of a bad
+    one, (B,) (Ethayarajh et al. 2024, eq. 8).
 
     log_ratios (B,) h; desirable (B,) bool; kl z0, a number or (B,), without gradient: how far the
     policy has moved on replies in general, so that raising all of them is no gain.
@@ -216,64 +218,72 @@ def kto_loss(log_ratios, desirable, kl, beta, desirable_weight=1.0, undesirable_
 
 
 def mismatched_kl(log_ratios):
-    """log_ratios (B,) of replies to *other* prompts -> z0 = max(0, mean), without gradient. From
-    the replies' own h their mean would cancel in the loss."""
+    """log_ratios (B,) of replies to another prompt, given this one -> z0 = max(0, mean), in nats,
+    without gradient: an estimate of the KL that does not depend on the replies being judged."""
     return log_ratios.detach().mean().clamp(min=0)
 
 
+def averages(config):
+    """Whether the loss reads log-probs averaged over a reply's tokens instead of summed."""
+    return config.loss in ("simpo", "orpo") or (config.loss == "ipo" and not config.summed)
+
+
 def batch_losses(config, logps, batch):
-    """--loss of each pair (B,). logps (B, 2): summed log-probs of chosen and rejected (KTO: of the
-    reply and a mismatched one). Only dpo and cdpo read soft labels; the others take them for
-    certain."""
-    four = *logps.unbind(1), *batch.ref_logps.unbind(1)  # (B,) each
-    averages = logps / batch.sizes  # (B, 2) nats per token
-    ref_averages = batch.ref_logps / batch.sizes  # (B, 2)
+    """--loss of each pair of a batch of Comparisons, (B,).
+
+    logps (B, 2): the policy's summed log-probs of chosen and rejected; of KTO of the reply and of a
+    mismatched one. batch.ref_logps and batch.sizes (B, 2): the reference's (0 for simpo and orpo),
+    and the replies' tokens. batch.labels (B,): P(chosen is the better one), which only dpo and cdpo
+    read as a probability; of KTO 1 for a good reply, 0 for a bad one.
+    """
+    ref_logps = batch.ref_logps  # (B, 2)
+    if averages(config):
+        logps, ref_logps = logps / batch.sizes, ref_logps / batch.sizes  # nats per token
+    chosen, rejected = logps.unbind(1)  # (B,) each
+    four = chosen, rejected, *ref_logps.unbind(1)
     match config.loss:
         case "dpo":
             return dpo_loss(*four, config.beta, 1 - batch.labels)
-        case "cdpo":
+        case "cdpo":  # a soft label is its own smoothing
             soft = batch.labels < 1
             smoothing = torch.where(soft, 1 - batch.labels, config.label_smoothing)
             return dpo_loss(*four, config.beta, smoothing)
         case "robust":
             return robust_dpo_loss(*four, config.beta, config.label_smoothing)
-        case "ipo" if config.summed:
-            return ipo_loss(*four, config.beta)
         case "ipo":
-            return ipo_loss(*averages.unbind(1), *ref_averages.unbind(1), config.beta)
+            return ipo_loss(*four, config.beta)
         case "hinge":
             return hinge_loss(*four, config.beta)
         case "simpo":
-            return simpo_loss(*averages.unbind(1), config.beta, config.gamma)
+            return simpo_loss(chosen, rejected, config.beta, config.gamma)
         case "orpo":
-            nll = -averages[:, 0]  # (B,)
-            return orpo_loss(*averages.unbind(1), nll, config.lam, config.label_smoothing)
+            return orpo_loss(chosen, rejected, -chosen, config.lam, config.label_smoothing)
         case "kto":
-            log_ratios, mismatched = (logps - batch.ref_logps).unbind(1)  # (B,) each
-            z0, good = mismatched_kl(mismatched), batch.labels > 0.5
+            log_ratios, mismatched = (logps - ref_logps).unbind(1)  # (B,) each
+            z0 = mismatched_kl(mismatched)
             weights = config.desirable_weight, config.undesirable_weight
-            return kto_loss(log_ratios, good, z0, config.beta, *weights)
+            return kto_loss(log_ratios, batch.labels > 0.5, z0, config.beta, *weights)
 
 
 def batch_metrics(config, logps, batch):
-    """What to watch, from (B, 2) log-probs without gradient: the implicit rewards beta h, up to a
-    constant per prompt, and how often they order a pair rightly."""
+    """What to watch, from (B, 2) log-probs without gradient. Rewards are the implicit ones, beta h,
+    up to a constant per prompt; accuracy is how often they rank chosen higher."""
     rewards = config.beta * (logps - batch.ref_logps)  # (B, 2)
-    if config.loss in ("simpo", "orpo") or (config.loss == "ipo" and not config.summed):
-        rewards = config.beta * (logps - batch.ref_logps) / batch.sizes
-    both = torch.stack([rewards, logps], dim=-1)  # (B, 2, 2)
+    if averages(config):
+        rewards = rewards / batch.sizes
     if config.loss == "kto":
         good = batch.labels > 0.5  # (B,)
         correct = (rewards[:, 0] > mismatched_kl(rewards[:, 1])) == good  # (B,)
-        chosen, rejected = both[good, 0], both[~good, 0]  # (n, 2) each; either may be empty
+        sides = {"chosen": (good, 0), "rejected": (~good, 0)}  # rows, column
     else:
         correct = rewards[:, 0] > rewards[:, 1]  # (B,)
-        chosen, rejected = both.unbind(1)  # (B, 2) each
+        sides = {"chosen": (slice(None), 0), "rejected": (slice(None), 1)}
     metrics = {"accuracy": correct.float().mean()}
-    for name, side in (("chosen", chosen), ("rejected", rejected)):
-        if len(side):
-            metrics[f"{name}_rewards"], metrics[f"{name}_logps"] = side.mean(0)
-    if len(chosen) and len(rejected):
+    for name, place in sides.items():
+        if len(rewards[place]):  # a batch of KTO may hold replies of one kind only
+            metrics[f"{name}_rewards"] = rewards[place].mean()
+            metrics[f"{name}_logps"] = logps[place].mean()
+    if "chosen_rewards" in metrics and "rejected_rewards" in metrics:
         metrics["margin"] = metrics["chosen_rewards"] - metrics["rejected_rewards"]
     return metrics
 
@@ -282,29 +292,25 @@ def batch_metrics(config, logps, batch):
 
 
 def starting_policy(config, policy):
-    """The reference once the policy has moved on. Under adapters its weights are still there;
-    otherwise --init is read again, which saves the memory of a second model during training."""
+    """The policy as it was before its first step. Under adapters its weights are still there.
+    Otherwise --init is read again, which saves the memory of a second model during training."""
     return policy.reference() if policy.rank else checkpoints.open_policy(config, policy.device)[0]
 
 
-def prepare(config, records, ref, encoding, job, wanted=0):
-    """Records -> Comparisons with the reference's log-probs, and the questions of the held-out
-    ones."""
+def prepare(config, records, ref, encoding, job, wanted):
+    """Records -> Comparisons (`wanted` of them, 0: all) with the log-probs of the reference, and
+    the questions of the held-out ones, which come first."""
     context = ref.config.context
     data, questions = encode(config, records, encoding, context, wanted, job.device, job.say)
     if config.loss not in ("simpo", "orpo"):  # the two without a reference
-        # at the precision of training, or the first loss is not ln 2
-        data.ref_logps = job.forward(all_logps, ref, data.pairs, logps=logps_function(config))
+        # at the precision of training: otherwise the first loss is not ln 2
+        data.ref_logps = job.forward(all_logps, ref, data.pairs, kto=config.loss == "kto")
     return data, questions
 
 
-def logps_function(config):
-    return mismatched_logps if config.loss == "kto" else pair_logps
-
-
 def look(config, policy, encoding, questions, job):
-    """The policy's own replies now: KL to the starting policy (nats per reply), and gold where the
-    world's judge knows the questions. The first reply is shown."""
+    """Samples replies of the policy: KL to the starting policy (nats per reply), and gold, the
+    exact judge's score, where the questions are the embedded world's. The first reply is shown."""
     replies = annotators.sample(policy, encoding, questions, config.max_new_tokens)
     prompts = [chat.prompt(messages, encoding) for messages in questions]
     job.say(chat.painted_reply(prompts[0], replies[0][0], encoding, job.colour))
@@ -316,11 +322,16 @@ def look(config, policy, encoding, questions, job):
     return metrics
 
 
+def round_start(round, rounds, steps):
+    """The first step of a round (from 0): steps are divided evenly."""
+    return math.ceil(round * steps / rounds)
+
+
 def main(config):
     check(config)
     job = run.start(config, "dpo")
     policy, encoding = checkpoints.open_policy(config, job.device)
-    source = Source(config, policy, encoding, job.device, job.say)
+    source = Source(config, policy, encoding, job.device, job.say)  # a file: one round, all of it
     records = source.draw(policy, round=0)
     run.require(records, "no two replies could be told apart: there is nothing to learn")
     ref = policy  # before its first step the policy is its own reference
@@ -328,32 +339,34 @@ def main(config):
     questions = source.questions or questions[: config.watch]
     job.memory(policy=policy)
 
-    rounds, training = source.rounds, len(data.pairs) - data.held_out
-    steps = config.steps or rounds * math.ceil(1.5 * training / config.batch_size)  # 1.5 epochs
+    rounds, count = source.rounds, len(data.pairs) - data.held_out
+    steps = config.steps or rounds * math.ceil(1.5 * count / config.batch_size)  # 1.5 epochs
     optimizer = run.adamw(policy, config.lr)
     # A later round's replies cannot be sampled again after a kill: their policy is gone.
-    saved = data if source.fresh else None
-    order, logps_of = None, logps_function(config)
+    saved = data if config.fresh else None
+    order = None
+    kto = config.loss == "kto"  # a reply and a mismatched one, instead of chosen and rejected
     for step in job.steps(steps, policy=policy, optimizer=optimizer, comparisons=saved):
         round = step * rounds // steps
-        first = math.ceil(round * steps / rounds)  # the round's first step
-        if step == first > 0:  # fresh replies of the policy as it is now, and a reference for them
+        start = round_start(round, rounds, steps)
+        if step == start and round > 0:  # fresh replies of today's policy, and their reference
             records = source.draw(policy, round)
             if not records:
                 job.say("dpo: no two replies could be told apart any more: training ends here")
                 break
-            refreshed = config.spin or config.refresh_ref
-            ref = policy if refreshed else starting_policy(config, policy)
+            today = config.spin or config.refresh_ref
+            ref = policy if today else starting_policy(config, policy)
             fresh, _ = prepare(config, records, ref, encoding, job, source.wanted)
-            vars(data).update(vars(fresh))
-        if step == first or order is None:
+            vars(data).update(vars(fresh))  # in place: job.steps saves this object
+            ref = None  # its log-probs are all that is needed
+        if step == start or order is None:  # None: --resume in the middle of a round
             lengths = [longest_side(pair) for pair in data.pairs[data.held_out :]]
-            last = math.ceil((round + 1) * steps / rounds)
-            order = batch_order(lengths, config.batch_size, config.seed, last - first)
+            round_steps = round_start(round + 1, rounds, steps) - start
+            order = batch_order(lengths, config.batch_size, config.seed, round_steps)
 
-        batch = data.select([data.held_out + i for i in order[step - first]])
-        logps = job.forward(logps_of, policy, batch.pairs)  # (B, 2) chosen and rejected
-        losses = batch_losses(config, logps, batch)  # (B,)
+        batch = data.select([data.held_out + i for i in order[step - start]])
+        logps = job.forward(pair_logps, policy, batch.pairs, kto=kto)  # (B, 2) log pi(y|x)
+        losses = batch_losses(config, logps, batch)  # (B,) in nats
         losses.mean().backward()
         grad_norm = run.clip(policy, max_norm=1.0)
         lr = run.linear(config.lr, step, steps, warmup=steps // 10)
@@ -362,7 +375,7 @@ def main(config):
         metrics |= {"grad_norm": grad_norm, "lr": lr}
         if data.held_out and run.due(step, steps):
             held_out = data.select(list(range(data.held_out)))
-            logps = job.forward(all_logps, policy, held_out.pairs, logps=logps_of)  # (N, 2)
+            logps = job.forward(all_logps, policy, held_out.pairs, kto=kto)  # (N, 2)
             metrics["held_out_loss"] = batch_losses(config, logps, held_out).mean()
         if questions and run.due(step, steps):
             metrics |= look(config, policy, encoding, questions, job)

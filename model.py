@@ -1,37 +1,39 @@
-"""One GPT in one file: GPT-2 and Llama are the same loop over blocks, with four choices swapped.
+"""One GPT in one file: GPT-2 and Llama are the same loop over blocks, with a few choices swapped.
 
                     GPT-2 (Radford et al. 2019)       Llama (Touvron et al. 2023)
     positions       learned table, added once         rotary (RoPE), inside every attention
     norm            LayerNorm, with bias              RMSNorm, no bias
-    feed-forward    GELU(x W1) W2                     (SiLU(x Wg) * (x Wu)) W2      (SwiGLU)
-    heads           one key/value head per query      several query heads share one (grouped)
+    feed-forward    down(GELU(up x))                  down(SiLU(gate x) * up x)      (SwiGLU)
+    biases          in every matrix                   none
+    heads           one key/value head per query      several queries may share one (grouped)
 
-Qwen2 is Llama with a bias on queries, keys and values. Qwen3 is Llama with a norm on each query and
-key instead.
+Qwen2 is Llama with a bias on queries, keys and values; Qwen3 has a norm on each query and key
+instead.
 
-The forward pass returns *hidden states*, not logits: model(ids) (B, T) -> (B, T, D). The head comes
-afterwards, because its use differs. Training asks `kernels` for log-probs without ever holding all
-(B, T, V) logits. Generation needs the logits of the last position only. A reward model has a scalar
-head instead of a vocabulary.
+The forward pass returns *hidden states*, not logits: model(ids) (B, T) -> (B, T, D). The head is
+applied separately, since each caller uses it differently. Training asks `kernels` for log-probs
+without ever holding all (B, T, V) logits, generation needs the logits of the last position only,
+and a reward model has a scalar head instead of a vocabulary.
 
-Sequences are right-padded everywhere, also in generation. With causal attention a real token never
+Sequences are right-padded everywhere, even in generation. With causal attention a real token never
 sees the padding to its right. So training needs no attention mask, positions are always 0, 1, 2,
-..., and a reply's log-probs when sampled equal its log-probs when trained on. The one thing
-everybody gets wrong is left-padding with shifted positions.
+..., and a reply's log-probs when sampled match its log-probs when trained on. What everybody gets
+wrong is left-padding: positions then shift from row to row, and every pass needs a mask.
 
     model = GPT.from_scratch("llama:4x96x128", vocab_size=512)
     hidden = model(ids)                                  # ids (B, T) int64, right-padded
     logits = model.logits(hidden)                        # (B, T, V)
     replies = model.generate([[5, 8, 2], [7]], max_new_tokens=20, stop_id=3)
 
-After model.adapt(rank) only low-rank adapters learn (LoRA). The frozen weights can then serve
-several models at once (`share`). data/checkpoints.py reads and writes models.
+After model.adapt(rank) only low-rank adapters learn (LoRA), and several models can share the frozen
+weights (`share`). data/checkpoints.py reads and writes models.
 """
 
 import copy
 import math
 import re
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +46,7 @@ TARGETS = "qkv,out,up,down"  # the matrices of a block, as `adapt` names them
 
 @dataclass
 class Config:
-    """The shape of a GPT."""
+    """The shape of a GPT; the defaults are GPT-2 small's."""
 
     vocab_size: int = 50257
     width: int = 768  # D, the size of a hidden state
@@ -60,22 +62,19 @@ class Config:
     rope_scaling: tuple | None = None  # Llama 3.1: (factor, low, high, original context)
     tied: bool = True  # the LM head is the embedding matrix
     head: str = "lm"  # "lm": a vocabulary | "score": a scalar per position (reward models, critics)
-    score_bias: float = 0.0  # score head: transformers' layout has no bias, so config.json holds it
-    score_gain: float = 1.0  # normalisation's factor: score / score_gain is the trained log-odds
+    score_bias: float = 0.0  # score head: its bias, which config.json holds beside the weights
+    score_gain: float = 1.0  # reward.py has scaled scores by this: score / score_gain is log-odds
     eos_token_id: int | list | None = None  # the ids that end a turn, recorded for other tools
-    pad_token_id: int | None = None  # recorded for other tools; here padding is masked by position
+    pad_token_id: int | None = None  # for other tools; here the id of padding does not matter
     init_std: float = 0.02
-
-
-# ---------------------------------------------------------------------------------------- blocks
 
 
 def rope_frequencies(config):
     """The angle (d/2,) by which each coordinate pair turns per position, theta^(-2i/d).
 
-    Llama 3.1 stretches a context of `original` tokens by `factor`. A pair that turns fewer than
-    `low` times within it is slowed down by that factor. A pair that turns more than `high` times
-    tells neighbours apart and is left alone. In between the two are mixed.
+    Llama 3.1 stretches a context of `original` tokens by `factor`: a pair that turns fewer than
+    `low` times within it is slowed down by that factor, one that turns more than `high` times is
+    left alone, and in between the two are mixed.
     """
     frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
     if config.rope_scaling is None:
@@ -88,7 +87,7 @@ def rope_frequencies(config):
 
 def rotate(x, cos, sin):
     """RoPE (Su et al. 2021, eq. 34) on x (B, H, T, d): the pair (x_i, x_{i+d/2}) turns by its
-    angle."""
+    angle; the paper pairs neighbours. cos, sin: (1, T, d/2) or (B, 1, T, d/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -96,13 +95,12 @@ def rotate(x, cos, sin):
 class Cache:
     """Keys and values of every layer. Each row has its own length (right-padded, as everywhere).
 
-    A row writes its new tokens at its own length. Padding that a shorter row left there is
-    overwritten by its next token before any query sees it.
-    """
+    Use: begin(), model(ids, cache), then add the new tokens to `lengths`. A row's new tokens
+    overwrite its padding before any query can see it."""
 
-    def __init__(self, config, batch, context, device, dtype):
-        shape = (config.layers, batch, config.kv_heads, context, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (layers, B, Hkv, Tmax, d)
+    def __init__(self, config, batch, capacity, device, dtype):
+        shape = (config.layers, batch, config.kv_heads, capacity, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (layers, B, Hkv, capacity, d)
         self.values = torch.zeros_like(self.keys)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)  # (B,) tokens per row
 
@@ -111,42 +109,41 @@ class Cache:
         positions (B, T) and the mask: which positions each may see."""
         self.positions = self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
         self.longest = longest
-        seen = torch.arange(longest, device=self.lengths.device)
-        mask = (seen <= self.positions[:, :, None])[:, None]  # (B, 1, T, longest): causal, per row
-        self.mask = None if longest == T else mask  # None: an empty cache, plain causal attention
+        self.mask = None  # an empty cache: plain causal attention
+        if longest > T:
+            keys = torch.arange(longest, device=self.lengths.device)
+            self.mask = (keys <= self.positions[:, :, None])[:, None]  # (B, 1, T, longest)
 
     def append(self, layer, k, v):
         """Stores k, v (B, Hkv, T, d) at the announced positions -> all keys and values so far."""
         rows = torch.arange(k.shape[0], device=k.device)[:, None]  # (B, 1)
+        # torch puts the two indexed axes first: (B, T, Hkv, d)
         self.keys[layer][rows, :, self.positions] = k.transpose(1, 2).to(self.keys.dtype)
         self.values[layer][rows, :, self.positions] = v.transpose(1, 2).to(self.keys.dtype)
         return self.keys[layer][:, :, : self.longest], self.values[layer][:, :, : self.longest]
 
     def select(self, rows):
-        """Keeps only these rows (a 1-D index tensor): finished replies stop costing time."""
-        # index_select takes half the time of keys[:, rows]; one at a time needs less memory
+        """Takes these rows (1-D indices): drops finished replies, or repeats prompts."""
+        # index_select takes half the time of keys[:, rows]
         self.keys = self.keys.index_select(1, rows)
         self.values = self.values.index_select(1, rows)
         self.lengths = self.lengths[rows]
 
 
 class Linear(nn.Linear):
-    """x W^T + b. With an adapter W is frozen and x A^T B^T alpha / r is added: LoRA, rank r
-    (Hu et al. 2021, eq. 3).
-
-    parts: the heights of the matrices stacked in W (queries, keys, values). Checkpoints store them
-    apart, so each part has an A and a B.
-    """
+    """x W^T + b, and with an adapter + x A^T B^T alpha / r: LoRA of rank r (Hu et al. 2021, eq. 3).
+    parts: the output sizes of the matrices stacked in W (q, k, v; gate, up). Checkpoints store them
+    apart, so each part has an A and a B."""
 
     def __init__(self, inputs, *parts, bias):
         super().__init__(inputs, sum(parts), bias=bias)
         self.parts, self.A, self.B = parts, None, None
 
     def attach(self, rank, scale):
-        """Adds an adapter of zeros, which changes nothing yet. scale: alpha / r."""
-        device, rows = self.weight.device, len(self.parts) * rank
-        self.A = nn.Parameter(torch.zeros(rows, self.in_features, device=device))  # (parts r, in)
-        self.B = nn.Parameter(torch.zeros(self.out_features, rank, device=device))  # (out, r)
+        """Adds an adapter of zeros, for `adapt` or a file to fill in. scale: alpha / r."""
+        zeros = partial(torch.zeros, device=self.weight.device)
+        self.A = nn.Parameter(zeros(len(self.parts) * rank, self.in_features))  # (parts r, in)
+        self.B = nn.Parameter(zeros(self.out_features, rank))  # (out, r)
         self.scale = scale
 
     def pairs(self):
@@ -160,14 +157,13 @@ class Linear(nn.Linear):
         if self.A is None:
             return y
         low = (F.linear(x, self.A) * self.scale).chunk(len(self.parts), dim=-1)  # (..., r) per part
-        outputs = [F.linear(x, B) for x, (_, B) in zip(low, self.pairs(), strict=True)]
-        return y + torch.cat(outputs, dim=-1)
+        up = self.B.split(self.parts)
+        return y + torch.cat([F.linear(z, B) for z, B in zip(low, up, strict=True)], dim=-1)
 
     def merged(self):
         """W with its adapter added, (out, in); W itself without one."""
-        if self.A is None:
-            return self.weight
-        return self.weight + self.scale * torch.cat([B @ A for A, B in self.pairs()])
+        products = [B @ A for A, B in self.pairs()]
+        return self.weight + self.scale * torch.cat(products) if products else self.weight
 
 
 class Attention(nn.Module):
@@ -197,7 +193,11 @@ class Attention(nn.Module):
         mask = None
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, Hkv, longest, d)
-            k, v, mask = k.to(q.dtype), v.to(q.dtype), cache.mask
+            k, v, mask = (
+                k.to(q.dtype),
+                v.to(q.dtype),
+                cache.mask,
+            )  # the cache has the weights' dtype
         options = dict(is_causal=mask is None, enable_gqa=self.heads != self.kv_heads)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)  # (B, H, T, d)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
@@ -207,7 +207,7 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.gated = config.arch != "gpt2"
-        parts = [config.mlp_width] * (2 if self.gated else 1)
+        parts = [config.mlp_width] * (2 if self.gated else 1)  # gate and up are one product
         self.up = Linear(config.width, *parts, bias=not self.gated)
         self.down = Linear(config.mlp_width, config.width, bias=not self.gated)
 
@@ -234,12 +234,9 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-# ----------------------------------------------------------------------------------------- model
-
-
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """One token per row of logits (B, V) -> (B,). top_p keeps the smallest set of likely tokens
-    whose probabilities sum to at least top_p."""
+    """One token per row of logits (B, V) -> (B,). Temperature 0 is greedy. top_p keeps the smallest
+    set of likely tokens whose probabilities sum to at least top_p."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
@@ -247,10 +244,10 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < least, -torch.inf)
     if top_p < 1:
-        ordered, order = logits.softmax(-1).sort(descending=True)  # (B, V)
-        removed = ordered.cumsum(-1) - ordered >= top_p  # the more likely tokens already suffice
-        removed[:, 0] = False  # also at top_p 0 the most likely token stays
-        removed = torch.zeros_like(removed).scatter(1, order, removed)
+        probs, ids = logits.softmax(-1).sort(descending=True)  # (B, V)
+        beyond = probs.cumsum(-1) - probs >= top_p  # the more likely tokens already suffice
+        beyond[:, 0] = False  # keep the most likely token even at top_p 0
+        removed = torch.zeros_like(beyond).scatter(1, ids, beyond)  # in the vocabulary's order
         logits = logits.masked_fill(removed, -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
 
@@ -274,53 +271,39 @@ class GPT(nn.Module):
             angles = torch.outer(torch.arange(config.context), rope_frequencies(config))
             self.register_buffer("cos", angles.cos(), persistent=False)  # (context, d/2)
             self.register_buffer("sin", angles.sin(), persistent=False)
-        self.initialise()
-
-    def initialise(self):
-        config = self.config
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=config.init_std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         for name, parameter in self.named_parameters():
-            # The residual stream adds 2 * layers outputs. This keeps its variance the same at any
-            # depth (Radford et al. 2019, sec. 2.3).
+            # The residual stream adds 2 * layers outputs; its final variance should not depend on
+            # their number (Radford et al. 2019, sec. 2.3).
             if name.endswith(("attn.out.weight", "mlp.down.weight")):
                 nn.init.normal_(parameter, std=config.init_std / math.sqrt(2 * config.layers))
-        if config.head == "score":  # small scores at the start (Stiennon et al. 2020)
+        if config.head == "score":  # scores of variance 1 (Stiennon et al. 2020)
             nn.init.normal_(self.score_head.weight, std=1 / math.sqrt(config.width + 1))
             nn.init.constant_(self.score_head.bias, config.score_bias)
 
     @classmethod
     def from_scratch(cls, shape, vocab_size, head="lm"):
-        """A new GPT from "architecture:LAYERSxWIDTHxCONTEXT", such as "llama:4x128x128". A head has
-        32 dimensions, from width 512 on 64. Raises ValueError for a malformed shape."""
+        """A new GPT from "architecture:LAYERSxWIDTHxCONTEXT", such as "llama:4x128x128". Heads have
+        32 dimensions, 64 from width 512 up. Raises ValueError for a malformed shape."""
         match = re.fullmatch(r"(gpt2|llama):(\d+)x(\d+)x(\d+)", shape)
         layers, width, context = map(int, match.groups()[1:]) if match else (0, 0, 0)
         head_dim = 32 if width < 512 else 64
         if layers < 1 or width < 1 or width % head_dim or context < 2:
-            forms = "gpt2:LAYERSxWIDTHxCONTEXT or llama:LAYERSxWIDTHxCONTEXT"
-            multiple = f"width a multiple of {head_dim}"
-            raise ValueError(f"--shape {shape!r} should read {forms}, {multiple}")
-        config = Config(
-            arch=match[1],
-            head=head,
-            vocab_size=vocab_size,
-            width=width,
-            layers=layers,
-            heads=width // head_dim,
-            kv_heads=width // head_dim,
-            head_dim=head_dim,
-            # SwiGLU has three matrices where GELU has two: a width of 8/3 D instead of 4 D costs
-            # the same (Shazeer 2020); here to a multiple of 32
-            mlp_width=4 * width if match[1] == "gpt2" else 32 * round(8 * width / 96),
-            context=context,
-            # wavelengths that suit the context: with 10000, short distances are learned late
-            rope_theta=100.0 if context <= 256 else 10000.0,
-            init_std=0.02 if width >= 512 else 1 / math.sqrt(width),
-        )
-        return cls(config)
+            forms = "gpt2:LAYERSxWIDTHxCONTEXT or llama:LAYERSxWIDTHxCONTEXT, width a multiple of"
+            raise ValueError(f"--shape {shape!r} should read {forms} {head_dim}")
+        heads = width // head_dim
+        # SwiGLU has three matrices where GELU has two: a width of 8/3 D instead of 4 D costs the
+        # same (Shazeer 2020); here to a multiple of 32
+        mlp_width = 4 * width if match[1] == "gpt2" else 32 * round(8 * width / 96)
+        rope_theta = 100.0 if context <= 256 else 10000.0  # short wavelengths for short contexts
+        init_std = 0.02 if width >= 512 else 1 / math.sqrt(width)
+        sizes = (vocab_size, width, layers, heads, heads, head_dim, mlp_width, context)
+        options = dict(arch=match[1], head=head, rope_theta=rope_theta, init_std=init_std)
+        return cls(Config(*sizes, **options))
 
     @property
     def device(self):
@@ -330,22 +313,23 @@ class GPT(nn.Module):
     def head_weight(self):
         """The LM head (V, D), tied or not, that `kernels` multiplies hidden states with."""
         if self.config.head != "lm":
-            has = "this checkpoint has a scalar head and no vocabulary head"
-            raise ValueError(f"{has}: it scores text, it cannot write any")
+            raise ValueError(
+                "this checkpoint has no vocabulary head: it scores text, it cannot write"
+            )
         return self.embed.weight if self.config.tied else self.lm_head.weight
 
     def forward(self, ids, cache=None):
         """ids (B, T) int64, right-padded -> hidden states (B, T, D) after the final norm.
 
-        cache: a Cache after begin(), or any object with positions, mask and append. Raises
-        ValueError if T exceeds the context.
+        cache: a Cache after begin(), or any object with positions, mask and append (data/forks.py).
+        Without one, raises ValueError if T exceeds the context.
         """
-        T = ids.shape[1]
-        if cache is None and self.config.context < T:
-            context = f"the model's context of {self.config.context}"
-            raise ValueError(f"a sequence of {T} tokens does not fit {context}")
+        T, context = ids.shape[1], self.config.context
+        if cache is None and context < T:
+            raise ValueError(f"a sequence of {T} tokens does not fit the context of {context}")
         positions = torch.arange(T, device=ids.device) if cache is None else cache.positions
-        x, rope = self.embed(ids), None  # (B, T, D)
+        x = self.embed(ids)  # (B, T, D)
+        rope = None
         if self.config.arch == "gpt2":
             x = x + self.positions(positions)
         else:  # (1, T, d/2) or (B, 1, T, d/2): the same for all heads
@@ -359,28 +343,22 @@ class GPT(nn.Module):
         return F.linear(hidden, self.head_weight)
 
     def score(self, hidden):
-        """hidden (B, T, D) -> one scalar per position (B, T), fp32; for models with a scalar
-        head."""
+        """hidden (B, T, D) -> a scalar per position (B, T), fp32, of a model with a scalar head."""
         if self.config.head != "score":
-            has = "this checkpoint has a vocabulary head and no scalar head"
-            raise ValueError(f"{has}: train one with reward.py")
+            raise ValueError("this checkpoint has no scalar head: train one with reward.py")
         weight, bias = self.score_head.weight.float(), self.score_head.bias.float()
-        with torch.autocast(hidden.device.type, enabled=False):  # bf16 would leave three digits
+        with torch.autocast(hidden.device.type, enabled=False):  # bf16 has under three digits
             return F.linear(hidden.float(), weight, bias).squeeze(-1)
 
     def grow(self, vocab_size):
-        """Adds rows to the vocabulary, for new special tokens. They are drawn around the mean
-        embedding, so that they start unremarkable."""
+        """Adds rows to the vocabulary, for new special tokens, drawn around the mean embedding."""
         for module in [self.embed] + ([self.lm_head] if hasattr(self, "lm_head") else []):
             old = module.weight.data  # (V, D)
-            noise = torch.randn(vocab_size - len(old), old.shape[1]).to(old)
-            new = old.mean(0) + self.config.init_std * noise
-            module.weight = nn.Parameter(torch.cat([old, new]))
+            noise = self.config.init_std * torch.randn(vocab_size - len(old), old.shape[1])
+            module.weight = nn.Parameter(torch.cat([old, old.mean(0) + noise.to(old)]))
         self.embed.num_embeddings = self.config.vocab_size = vocab_size
         self.grown = True
         return self
-
-    # ------------------------------------------------------------------------------- generation
 
     @torch.no_grad()
     def generate(
@@ -393,74 +371,74 @@ class GPT(nn.Module):
         stop_id=None,  # one id or several
         generator=None,
         return_logprobs=False,
-        samples=1,  # K replies to each prompt, which is read only once
-        stream=None,  # stream(replies, tokens) after every step: who grew, and the new tokens
+        samples=1,  # K replies to each prompt, which goes through the model once
+        stream=None,  # stream(indices of replies, their new tokens), called after every step
     ):
         """Continues each prompt -> the new tokens only, the stop token included: K lists for the
         first prompt, then K for the second, ...
 
         return_logprobs=True adds a second list: the log-prob (nats, fp32) of each new token under
         the model's distribution at this temperature (at 1 when greedy), before top-k and top-p. In
-        RL both stay off, or the ratio pi / pi_old would not be 1 on the first step.
+        RL both stay off: tokens must come from the distribution that these log-probs describe.
+        Raises ValueError for a prompt that is empty or leaves no room for a reply.
         """
-        self.check_prompts(prompts)
+        context = self.config.context
+        for row, prompt in enumerate(prompts):
+            if not 0 < len(prompt) < context:
+                limits = f"it must have 1 to {context - 1} (the context is {context})"
+                raise ValueError(f"prompt {row} has {len(prompt)} tokens; {limits}")
         replies = [[] for _ in range(len(prompts) * samples)]
         logprobs = [[] for _ in replies]
+        result = (replies, logprobs) if return_logprobs else replies
         if not prompts or max_new_tokens < 1:
-            return (replies, logprobs) if return_logprobs else replies
+            return result
 
-        stops = torch.tensor([] if stop_id is None else stop_id, dtype=torch.long).reshape(-1)
-        stops = stops.to(self.device)
-        longest = max(map(len, prompts))  # tokens in the longest row
-        room = min(longest + max_new_tokens, self.config.context)
-        cache, hidden = self.read_prompts(prompts, longest, room, samples)  # hidden (B, D)
-        alive = torch.arange(len(replies), device=self.device)  # the reply of each row of the cache
-        budget = (self.config.context - cache.lengths).clamp(max=max_new_tokens)  # (B,) tokens left
+        stop_ids = [] if stop_id is None else stop_id
+        stops = torch.tensor(stop_ids, dtype=torch.long, device=self.device).reshape(-1)
+        longest = max(map(len, prompts))  # no row of the cache is longer
+        capacity = min(longest + max_new_tokens, context)
+        cache, hidden = self.prefill(prompts, longest, capacity, samples)  # hidden (B, D)
+        reply = torch.arange(len(replies), device=self.device)  # (B,) whose row of the cache it is
+        most = (context - cache.lengths).clamp(max=max_new_tokens)  # (B,) new tokens per reply
         steps = []  # (reply, token, log-prob) of every step, moved to lists once, at the end
         for step in range(max_new_tokens):
             logits = self.logits(hidden).float()  # (B, V)
             token = sample(logits, temperature, top_k, top_p, generator)  # (B,)
             logprob = None
-            if return_logprobs:
-                rows = kernels.logprob_rows(logits, token, temperature=temperature or 1.0)
-                logprob = rows.logprob  # (B,)
-            steps.append((alive, token, logprob))
+            if return_logprobs:  # (B,) log softmax(logits / temperature) at the token
+                logprob = kernels.logprob_rows(
+                    logits, token, temperature=temperature or 1.0
+                ).logprob
+            steps.append((reply, token, logprob))
             if stream:
-                stream(alive.tolist(), token.tolist())
-            unfinished = ~torch.isin(token, stops) & (step + 1 < budget)  # (B,)
+                stream(reply.tolist(), token.tolist())
+            unfinished = ~torch.isin(token, stops) & (step + 1 < most)  # (B,)
             count = int(unfinished.sum())
             if count == 0:
                 break
             if count < len(unfinished):
                 rows = unfinished.nonzero().squeeze(1)
                 cache.select(rows)
-                alive, token, budget = alive[rows], token[rows], budget[rows]
-            longest = min(longest + 1, room)
+                reply, token, most = reply[rows], token[rows], most[rows]
+            longest = min(longest + 1, capacity)
             cache.begin(1, longest)
             hidden = self(token[:, None], cache)[:, 0]  # (B, D)
             cache.lengths = cache.lengths + 1
 
-        for rows, token, logprob in steps:
-            values = logprob.tolist() if return_logprobs else [None] * len(rows)
-            for row, t, value in zip(rows.tolist(), token.tolist(), values, strict=True):
-                replies[row].append(t)
-                logprobs[row].append(value)
-        return (replies, logprobs) if return_logprobs else replies
+        for reply, token, logprob in steps:
+            values = logprob.tolist() if return_logprobs else [None] * len(reply)
+            for i, t, value in zip(reply.tolist(), token.tolist(), values, strict=True):
+                replies[i].append(t)
+                logprobs[i].append(value)
+        return result
 
-    def check_prompts(self, prompts):
-        for row, prompt in enumerate(prompts):
-            if not 0 < len(prompt) < self.config.context:
-                needs = "it needs at least 1 and, to leave room for a reply,"
-                limit = f"fewer than the context of {self.config.context}"
-                raise ValueError(f"prompt {row} has {len(prompt)} tokens; {needs} {limit}")
-
-    def read_prompts(self, prompts, longest, room, samples):
-        """-> a Cache of the prompts, each `samples` times, and the hidden state (B, D) of each
-        row's last token."""
-        lengths = torch.tensor([*map(len, prompts)], device=self.device)  # (prompts,)
-        padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
+    def prefill(self, prompts, longest, capacity, samples):
+        """-> a Cache of the prompts, each `samples` times, and each row's last hidden state (B,
+        D)."""
+        lengths = torch.tensor(list(map(len, prompts)), device=self.device)  # (prompts,)
+        padded = [prompt + [0] * (longest - len(prompt)) for prompt in map(list, prompts)]
         ids = torch.tensor(padded, device=self.device)  # (prompts, T)
-        cache = Cache(self.config, len(prompts), room, self.device, self.embed.weight.dtype)
+        cache = Cache(self.config, len(prompts), capacity, self.device, self.embed.weight.dtype)
         cache.begin(longest, longest)
         hidden = self(ids, cache)[torch.arange(len(prompts)), lengths - 1]  # (prompts, D)
         cache.lengths = lengths
@@ -470,39 +448,35 @@ class GPT(nn.Module):
             hidden = hidden[rows]
         return cache, hidden
 
-    # --------------------------------------------------------------------------------- adapters
-
     def adapt(self, rank, alpha=0.0, targets=TARGETS):
         """From now on only adapters of this rank learn, and a scalar head (Hu et al. 2021, sec. 4).
 
-        targets: names out of TARGETS, separated by commas. An adapter counts alpha / rank; alpha is
-        2 * rank unless given. B starts at 0, so at first nothing changes. Existing adapters learn
-        on; rows that `grow` added stay frozen. Rank 0 leaves the model as it is. Raises ValueError
-        for unknown targets and for a model from scratch.
+        targets: names out of TARGETS, separated by commas. An adapter is scaled by alpha / rank;
+        alpha is 2 * rank unless given. B starts at 0, so at first nothing changes. Existing
+        adapters continue to train, as they are; rows that `grow` added stay frozen. Rank 0 changes
+        nothing. Raises ValueError for unknown targets and for a model from scratch.
         """
         if not rank:
             return self
-        names = targets.split(",")
-        if not set(names) <= set(TARGETS.split(",")):
-            names = f"names out of {TARGETS}, separated by commas"
-            raise ValueError(f"--lora-targets {targets} should be {names}")
+        chosen = targets.split(",")
+        if not set(chosen) <= set(TARGETS.split(",")):
+            raise ValueError(f"--lora-targets {targets} should be names out of {TARGETS}")
         if not self.origin:
-            adapts = "--lora-rank adapts a trained model, and random weights are none"
-            raise ValueError(f"{adapts}: name a checkpoint with --init")
+            raise ValueError("--lora-rank adapts a trained model: name a checkpoint with --init")
         self.freeze()
-        adapted_before = self.rank > 0
+        adapted = self.rank > 0
         for name, module in self.linears():
-            if adapted_before and module.A is not None:  # the old ones may be shared: copy them
+            if module.A is not None:  # share() may have given the old ones to another model
                 module.A = nn.Parameter(module.A.detach().clone())
                 module.B = nn.Parameter(module.B.detach().clone())
-            elif not adapted_before and name.rpartition(".")[2] in names:
+            elif not adapted and name.rpartition(".")[2] in chosen:
                 module.attach(rank, (alpha or 2 * rank) / rank)
                 bound = module.in_features**-0.5
                 nn.init.uniform_(module.A, -bound, bound)
         return self
 
     def freeze(self):
-        """Only a scalar head still learns; it is copied first, because it may be shared."""
+        """Only a scalar head still learns, a copy of its own: the old one may be shared."""
         self.requires_grad_(False)
         if self.config.head == "score":
             self.score_head = copy.deepcopy(self.score_head).requires_grad_(True)
@@ -518,8 +492,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def merge(self):
-        """Adds the adapters to the weights and removes them. Outputs stay the same, and all weights
-        learn again."""
+        """Adds the adapters to the weights and removes them; all weights learn again."""
         if self.rank:
             for _, module in self.linears():
                 module.weight = nn.Parameter(module.merged())
@@ -528,12 +501,13 @@ class GPT(nn.Module):
         return self
 
     def share(self):
-        """A copy with its own trained parameters and the very same frozen ones."""
+        """A copy with its own trainable parameters and the very same frozen ones."""
         tensors = [*self.parameters(), *self.buffers()]
-        return copy.deepcopy(self, {id(t): t for t in tensors if not t.requires_grad})
+        frozen = {id(t): t for t in tensors if not t.requires_grad}
+        return copy.deepcopy(self, frozen)  # deepcopy does not copy what its memo lists
 
     def reference(self):
-        """A frozen copy. Of a model with adapters: the weights it started from, which it shares."""
+        """A frozen copy. Of a model with adapters: the weights below them, which it shares."""
         model = self.share()
         for _, module in model.linears():
             module.A = module.B = None

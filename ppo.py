@@ -6,7 +6,8 @@ likelier.
 
 Four models: the policy pi and its critic V are trained; the reference pi_ref (the SFT model) and
 the reward model r are not. Each iteration samples a reply to every prompt of a batch and turns it
-into a small Markov decision process, one step per token:
+into a small Markov decision process, one step per token. "Old" is what the models said when
+sampling:
 
     reward      r_t = -beta (log pi(y_t) - log pi_ref(y_t)),  plus the score at the last token
     advantage   A_t = sum_k (gamma lam)^k delta_{t+k},  delta_t = r_t + gamma V_{t+1} - V_t
@@ -15,22 +16,21 @@ into a small Markov decision process, one step per token:
                                                                   (Schulman et al. 2017, eq. 7)
     critic      minimise  1/2 max((V - R)^2, (clip(V, V_old-eps, V_old+eps) - R)^2),  R = A + V_old
 
-The critic says what to expect of a prompt. Without a critic (`--advantage`) each prompt is sampled
-K times and the replies are compared: one advantage for all tokens of a reply, where R is its score
-minus beta times its KL.
+The critic predicts the return from every prefix. The other three values of --advantage have none:
+they sample each prompt K times and compare G = score - beta KL, one number for all tokens of a
+reply.
 
-                advantage                       loss of a batch
-    gae         A_t, whitened                   mean over all tokens
-    rloo        R_i - mean of the others' R     mean over replies of the sum over tokens
-                                                                  (Ahmadian et al. 2024)
-    grpo        (R_i - mean) / (std + 1e-4)     mean over replies of the mean over tokens
-                                                                  (Shao et al. 2024, eq. 3)
-    dr-grpo     R_i - mean                      sum over tokens / (replies x longest reply)
-                                                                  (Liu et al. 2025)
+                advantage                      loss of a minibatch
+    gae         A_t, whitened                  mean over all its tokens
+    rloo        G_i - mean of the others' G    sum over tokens / replies      (Ahmadian et al. 2024)
+    grpo        (G_i - mean) / (std + 1e-4)    mean over replies of the mean over tokens
+                                                                     (Shao et al. 2024, eq. 3)
+    dr-grpo     G_i - mean                     sum over tokens / (replies x max_new_tokens)
+                                                                               (Liu et al. 2025)
 
-DEVIATION: all keep PPO's clipped ratio and the KL in the reward. RLOO's paper takes one plain step
-per batch, which is the same at --minibatches 1. GRPO's adds k3 to the loss, whose gradient is not
-that of KL(pi || pi_ref) (tests/test_optimum.py).
+DEVIATION: all keep PPO's clipped ratio and the KL in the reward. The RLOO paper takes one unclipped
+step per batch, which is the same at --minibatches 1. The GRPO paper adds k3 to the loss; the
+gradient of k3 is not that of KL(pi || pi_ref) (tests/test_optimum.py).
 
     python ppo.py                                          out/sft against out/reward -> out/ppo
     python ppo.py --advantage rloo --out out/rloo          the same without a critic
@@ -39,8 +39,8 @@ that of KL(pi || pi_ref) (tests/test_optimum.py).
 Watch: score (the reward model's opinion: rises), kl (nats per reply to the reference: rises slowly;
 if it runs away, raise beta), ratio_first (1 on the first minibatch, in float32 to 1e-5: sampling
 and training agree on every log-prob). On the embedded world `gold` is the truth, logged and never
-trained on: score up and gold down is reward hacking. Real runs have no gold; there a detector warns
-of what hacking leaves behind (evaluate/hacking.py).
+trained on: score up and gold down is reward hacking. Real runs have no gold, only a detector's
+warnings of what hacking leaves behind (evaluate/hacking.py).
 
 What everybody gets wrong: the end-of-turn token is an action too. It gets a log-prob, a KL penalty
 and an advantage, and the score sits on it, not one position later. A reply that never ends gets a
@@ -48,6 +48,7 @@ fixed low score instead.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -60,13 +61,13 @@ from data.collate import Batch, collate, reply_examples
 from data.logprobs import token_logprobs
 from data.prompts import load_prompts, prompt_batches
 from data.scores import score
-from evaluate.hacking import Detector
+from evaluate.hacking import Detector, observe
 
 ADVANTAGES = ["gae", "rloo", "grpo", "dr-grpo"]
 
 
 @dataclass
-class Config(run.Flags):
+class Config(run.Flags):  # which has --init, --data, --out, --seed, --lora-rank, ...
     reward: str = "out/reward"  # the reward model; the critic starts from it too
     advantage: str = "gae"  # gae (with a critic), rloo, grpo or dr-grpo (compared within a group)
     steps: int = 32  # iterations: a batch is sampled, scored and learned from
@@ -74,11 +75,11 @@ class Config(run.Flags):
     group_size: int = 4  # rloo, grpo, dr-grpo: replies to one prompt
     minibatches: int = 2  # optimiser steps per pass over the batch
     ppo_epochs: int = 1  # passes over each batch
-    max_new_tokens: int = world.MAX_NEW_TOKENS  # longest reply
+    max_new_tokens: int = world.MAX_NEW_TOKENS  # limit of a reply's length
     temperature: float = 1.0  # of sampling, and of every log-prob
     beta: float = 0.2  # KL strength, or its first value
-    kl_target: float = 0.0  # nats per reply that beta is steered towards (0: beta is fixed)
-    clip_eps: float = 0.2  # how far the ratio, and the value, may move per batch
+    kl_target: float = 0.0  # nats per reply; beta slowly adapts to reach it (0: beta is fixed)
+    clip_eps: float = 0.2  # clip range of the ratio, and of the value
     gamma: float = 1.0  # gae: discount per token
     lam: float = 0.95  # gae: 1 trusts returns, 0 trusts the critic
     critic_warmup: int = 3  # gae: iterations, at most a tenth, in which only the critic learns
@@ -147,7 +148,7 @@ def rloo_advantages(scores):
     K = scores.shape[1]
     shape = f"scores: shape {tuple(scores.shape)}, expected (N, K) with K at least 2"
     run.require(K > 1, f"{shape}: one sample has no others")
-    return (scores - scores.mean(1, keepdim=True)) * K / (K - 1)
+    return (scores - scores.mean(1, keepdim=True)) * K / (K - 1)  # R_i - (sum of others) / (K - 1)
 
 
 def grpo_advantages(scores, scale=True):
@@ -189,15 +190,15 @@ def adaptive_beta(beta, kl, target, replies):
 
 
 def token_advantages(config, scores, kl, values, batch, beta):
-    """scores (B,), kl, values (B, T) -> advantages (B, T), and the critic\'s returns or None."""
+    """scores (B,), kl, values (B, T) -> advantages (B, T), and the critic's returns or None."""
     mask = batch.mask  # (B, T) the reply tokens
     if config.advantage == "gae":
         rewards = -beta * kl  # (B, T)
-        last = batch.lengths - 1  # (B,) the last target: the end-of-turn token itself
+        last = batch.lengths - 1  # (B,) a row's last target: end-of-turn, unless the reply was cut
         rewards[torch.arange(len(scores)), last] += scores
         advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
         return whiten(advantages, mask), returns
-    total = (scores - beta * kl.sum(1)).view(-1, config.group_size)  # (N, K) a whole reply's reward
+    total = (scores - beta * kl.sum(1)).view(-1, config.group_size)  # (N, K): G of each reply
     if config.advantage == "rloo":
         advantages = rloo_advantages(total)
     else:
@@ -230,9 +231,10 @@ class Models(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """What an iteration knows of its replies before it learns from them."""
+    """An iteration's replies, and all that the update needs."""
 
     replies: list  # ids of each
+    sequences: list  # ids of prompt and reply
     batch: Batch
     old_logprobs: torch.Tensor  # (B, T) the sampling policy's
     values: torch.Tensor | None  # (B, T) the critic's, of the state before each token
@@ -259,17 +261,17 @@ def rollout(config, job, models, prompts, stops, generator, beta):
     needs."""
     K, device = group_size(config), models.policy.device
     options = dict(stop_id=stops, generator=generator, return_logprobs=True, samples=K)
-    replies, sampled = models.policy.generate(
-        prompts, config.max_new_tokens, config.temperature, **options
-    )
-    prompts = [prompt for prompt in prompts for _ in range(K)]
+    lengths = config.max_new_tokens, config.temperature
+    replies, sampled_logprobs = models.policy.generate(prompts, *lengths, **options)
+    prompts = [prompt for prompt in prompts for _ in range(K)]  # K adjacent replies to each
     batch = collate(reply_examples(prompts, replies)).to(device)
     rows = torch.arange(len(replies), device=device)
     reading = dict(batch=batch, temperature=config.temperature)
-    old_logprobs = torch.zeros_like(batch.weights)  # (B, T)
-    flat = [logprob for reply in sampled for logprob in reply]
-    old_logprobs[batch.mask] = torch.tensor(flat, device=device)  # the mask runs row by row, too
-    if job.dtype != torch.float32:  # sampled in float32: read again as training will read it
+    if job.dtype == torch.float32:
+        flat = [logprob for reply in sampled_logprobs for logprob in reply]
+        old_logprobs = torch.zeros(batch.mask.shape, device=device)  # (B, T)
+        old_logprobs[batch.mask] = torch.tensor(flat, device=device)  # both run row by row
+    else:  # sampled in float32: read again at the precision of training
         old_logprobs = job.forward(row_logprobs, models.policy, rows, **reading)
     ref_logprobs = job.forward(row_logprobs, models.ref, rows, **reading)  # (B, T)
     kl = (old_logprobs - ref_logprobs).masked_fill(~batch.mask, 0.0)  # (B, T)
@@ -282,11 +284,13 @@ def rollout(config, job, models, prompts, stops, generator, beta):
     if models.critic:
         values = job.forward(row_values, models.critic, rows, batch=batch)  # (B, T)
     advantages, returns = token_advantages(config, scores, kl, values, batch, beta)
-    return Rollout(replies, batch, old_logprobs, values, returns, advantages, scores, kl, ended)
+    sampled = replies, sequences, batch, old_logprobs
+    return Rollout(*sampled, values, returns, advantages, scores, kl, ended)
 
 
 def update(config, job, models, parts, old, step):
-    """Learns from a rollout: `ppo_epochs` passes over it in minibatches -> metrics."""
+    """Learns from a rollout in minibatches -> metrics of the last one, and the first one's
+    ratio."""
     warming_up = models.critic and step < min(config.critic_warmup, config.steps // 10)
     metrics, first_ratio = {}, None
     for _ in range(config.ppo_epochs):
@@ -325,19 +329,17 @@ def update(config, job, models, parts, old, step):
 
 
 def open_models(config, policy, encoding):
-    """The four models, and the ensemble's reward models. With adapters all stand on one trunk, if
-    the reward model was adapted from the same --init."""
+    """The four models, and the ensemble's reward models. With adapters all share one frozen trunk,
+    if the reward model was adapted from the same --init."""
     trunk = policy if policy.rank else None
     options = dict(encoding=encoding, device=policy.device, trunk=trunk)
     reward_model = annotators.open_reward_model(config.reward, flag="--reward", **options)
-    ensemble = [
-        annotators.open_reward_model(directory, flag="--ensemble", **options)
-        for directory in config.ensemble
-    ]
+    open_one = partial(annotators.open_reward_model, flag="--ensemble", **options)
+    ensemble = [open_one(directory) for directory in config.ensemble]
     ref = policy.reference()
     critic = None
     if config.advantage == "gae":
-        # What is frozen is shared: a critic of adapters stands on the reward model's trunk.
+        # share() copies trainable weights only: a critic of adapters uses the reward model's trunk
         reward_model.requires_grad_(not policy.rank)
         critic = reward_model.share()
         critic.adapt(config.lora_rank, config.lora_alpha, config.lora_targets)
@@ -345,32 +347,10 @@ def open_models(config, policy, encoding):
     return Models(policy, ref, reward_model, critic), ensemble
 
 
-def observe(config, job, detector, ensemble, encoding, prompts, old, step):
-    """What the replies of a rollout look like -> metrics: the detector's signs, and gold on the
-    world. prompts: (ids, messages) of each reply."""
-    ended = old.ended.tolist()
-    texts = [
-        encoding.decode(reply[:-1] if end else reply)
-        for reply, end in zip(old.replies, ended, strict=True)
-    ]
-    sequences = [ids + reply for (ids, _), reply in zip(prompts, old.replies, strict=True)]
-    others = [score(model, sequences) for model in ensemble]  # (B,) each
-    others = [torch.where(old.ended, scores, config.no_end_score) for scores in others]
-    lengths, log_ratios = old.batch.mask.sum(1), old.kl.sum(1)  # (B,) each
-    options = (texts, old.scores, lengths, log_ratios, others)
-    metrics, warnings = detector.observe(old.replies, *options)
-    for sentence in warnings:
-        job.say(f"ppo: step {step + 1}: this looks like reward hacking: {sentence}")
-    if not config.data:
-        replies = zip(prompts, texts, ended, strict=True)
-        golds = [world.judge(messages, text, end)["gold"] for (_, messages), text, end in replies]
-        metrics["gold"] = sum(golds) / len(golds)
-    return metrics
-
-
 def main(config):
     check(config)
     job = run.start(config, "ppo")
+    # random weights (--init scratch) get the reward model's vocabulary
     policy, encoding = checkpoints.open_policy(config, job.device, default=config.reward)
     models, ensemble = open_models(config, policy, encoding)
     contexts = [model.config.context for model in (policy, models.reward_model, *ensemble)]
@@ -399,7 +379,7 @@ def main(config):
         old = rollout(config, job, models, ids, stops, parts.generator, beta)
         metrics = {
             "score": old.scores.mean(),
-            "kl": old.kl.sum(1).mean(),  # k1: exact on average, noisy
+            "kl": old.kl.sum(1).mean(),  # k1: unbiased, noisy
             "ended": old.ended.float().mean(),
             "beta": beta,
             "kl_k3": kernels.kl_estimate(old.kl, torch.zeros_like(old.kl), "k3").sum(1).mean(),
@@ -407,10 +387,14 @@ def main(config):
         }
         metrics |= update(config, job, models, parts, old, step)
         if config.kl_target:
-            options = (float(metrics["kl"]), config.kl_target, config.batch_size)
-            parts.kl_strength.beta = adaptive_beta(beta, *options)
-        asked = [prompt for prompt in batches[step] for _ in range(K)]
-        metrics |= observe(config, job, parts.detector, ensemble, encoding, asked, old, step)
+            kl = float(metrics["kl"])
+            beta = adaptive_beta(beta, kl, config.kl_target, config.batch_size)
+            parts.kl_strength.beta = beta
+        asked = [messages for _, messages in batches[step] for _ in range(K)]
+        signs, warnings = observe(parts.detector, ensemble, config, encoding, asked, old)
+        metrics |= signs
+        for warning in warnings:
+            job.say(f"ppo: step {step + 1}: this looks like reward hacking: {warning}")
         if run.due(step, config.steps):
             reply = chat.painted_reply(ids[0], old.replies[0], encoding, job.colour)
             job.say(f"{reply}  score {old.scores[0]:.2f}")

@@ -5,6 +5,7 @@ import math
 import re
 from pathlib import Path
 
+import run
 from data.tensors import read_json
 from model import Config, Linear
 
@@ -87,6 +88,10 @@ VARIANTS = (
     "use_sliding_window",
     "quantization_config",
 )
+ACTIVATIONS = {  # the field, and the values that mean what model.py computes
+    "gpt2": ("activation_function", "gelu_new", "gelu_pytorch_tanh"),
+    "llama": ("hidden_act", "silu", "swish"),
+}
 CLASSES = {"gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 HEADS = ("lm_head", "score")  # tensors outside the trunk, whose names have no prefix
 
@@ -147,8 +152,8 @@ def read_config(directory):
     path = Path(directory) / "config.json"
     raw = {name: value for name, value in read_json(path).items() if value is not None}
     for name in ("rope_parameters", "rope_scaling"):
-        if not isinstance(raw.get(name) or {}, dict):
-            raise ValueError(f"{path}: {name} should be an object, but it is {raw[name]!r}")
+        is_object = isinstance(raw.get(name) or {}, dict)
+        run.require(is_object, f"{path}: {name} should be an object, but it is {raw.get(name)!r}")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     check_values(path, raw, rope)
     arch = raw["model_type"]
@@ -178,42 +183,35 @@ def check_values(path, raw, rope):
     """Raises ValueError for fields of config.json that are missing, malformed or not supported."""
     for source in (raw, rope):
         for name in (*POSITIVE_NUMBERS, *ANY_NUMBERS):
-            value = source.get(name)
-            positive = name in POSITIVE_NUMBERS
+            value, positive = source.get(name), name in POSITIVE_NUMBERS
             number = type(value) in (int, float) and abs(value) < math.inf
-            if value is not None and not (number and (value > 0 or not positive)):
-                kind = "positive number" if positive else "number"
-                raise ValueError(f"{path}: {name} should be a {kind}, but it is {value!r}")
-    arch = raw.get("model_type")
-    if arch not in CLASSES:
-        supported = ", ".join(CLASSES)
-        raise ValueError(f"{path}: the architecture {arch!r} is not supported; {supported} are")
+            valid = value is None or (number and (value > 0 or not positive))
+            kind = "positive number" if positive else "number"
+            run.require(valid, f"{path}: {name} should be a {kind}, but it is {value!r}")
+    arch, supported = raw.get("model_type"), ", ".join(CLASSES)
+    unknown = f"{path}: the architecture {arch!r} is not supported; {supported} are"
+    run.require(arch in CLASSES, unknown)
     fields = field_names(arch)
     counts = [theirs for ours, theirs in fields.items() if Config.__annotations__[ours] is int]
     for name in [*counts, *OPTIONAL_COUNTS]:
-        if name not in raw and name not in OPTIONAL_COUNTS:
-            raise ValueError(f"{path} lacks the field {name!r}")
+        run.require(name in raw or name in OPTIONAL_COUNTS, f"{path} lacks the field {name!r}")
         value = raw.get(name, 1)
-        if not (type(value) is int and value > 0):
-            raise ValueError(f"{path}: {name} should be a positive number, but it is {value!r}")
+        wrong = f"{path}: {name} should be a positive number, but it is {value!r}"
+        run.require(type(value) is int and value > 0, wrong)
     odd = [name for name in VARIANTS if raw.get(name)]
     if raw.get("scale_attn_weights") is False:
         odd.append("scale_attn_weights")
-    name, *known = ("hidden_act", "silu", "swish")
-    if arch == "gpt2":
-        name, *known = ("activation_function", "gelu_new", "gelu_pytorch_tanh")
+    name, *known = ACTIVATIONS["gpt2" if arch == "gpt2" else "llama"]
     if raw.get(name, known[0]) not in known:
         odd.append(raw[name])
-    if odd:
-        names = ", ".join(map(str, odd))
-        raise ValueError(f"{path}: this variant of {CLASSES[arch]} ({names}) is not supported")
+    variant = f"{path}: this variant of {CLASSES[arch]} ({', '.join(map(str, odd))})"
+    run.require(not odd, f"{variant} is not supported")
     scaling = "default" if arch == "gpt2" else rope.get("rope_type", rope.get("type", "default"))
-    complete = scaling == "default" or all(rope.get(name) for name in LLAMA3_SCALING)
-    if scaling not in ("default", "llama3") or not complete:
-        raise ValueError(
-            f"{path}: rope scaling of type {scaling} is not supported, or its numbers are not all "
-            "there; llama3's is"
-        )
+    complete = scaling == "llama3" and all(rope.get(name) for name in LLAMA3_SCALING)
+    wrong = (
+        f"{path}: rope scaling of type {scaling} is not supported, or its numbers are not all there"
+    )
+    run.require(scaling == "default" or complete, f"{wrong}; llama3's is")
 
 
 def write_config(config):

@@ -67,10 +67,8 @@ def load(directory, head=None, trunk=None):
 def load_merged_adapter(directory, head):
     facts = read_json(directory / "adapter_config.json")
     base = facts.get("base_model_name_or_path") or ""
-    if not Path(base).is_dir():
-        name = base or "a base model without a name"
-        sentence = f"{directory} is an adapter of {name}, which is no directory here: name it"
-        raise ValueError(sentence)
+    is_adapter = f"{directory} is an adapter of {base or 'a base model without a name'}"
+    run.require(Path(base).is_dir(), f"{is_adapter}, which is no directory here: name it")
     if facts.get("task_type") == "SEQ_CLS":
         head = head or "score"
     model = load_adapter(load(base, head), directory).merge()
@@ -104,8 +102,8 @@ def matching_tensors(directory, model, head_of_file):
     for key, tensor in named_tensors(model):
         if key.startswith(HEADS) and model.config.head != head_of_file:
             continue
-        if key not in values:
-            raise ValueError(f"{directory} lacks the tensor {key} that its config.json promises")
+        lacking = f"{directory} lacks the tensor {key} that its config.json promises"
+        run.require(key in values, lacking)
         value = values.pop(key)()
         if value.shape != tensor.shape or not value.is_floating_point():
             shape = f"has shape {tuple(value.shape)} ({value.dtype})"

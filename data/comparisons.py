@@ -61,10 +61,11 @@ def encode(config, records, encoding, context, wanted, device, say):
     dropped = f"{len(records) - len(usable)} dropped ({why})"
     say(f"{config.loss}: {len(pairs)} {kind}, {dropped}")
 
-    fresh = config.online or config.spin
-    most = 0 if fresh else min(300, 8 * config.batch_size)
+    most = 0 if config.fresh else min(300, 8 * config.batch_size)
     held_out, training = hold_out(min(len(pairs), wanted or len(pairs)), most, config.seed)
-    steps = math.ceil(config.steps / (config.rounds if fresh else 1))  # of a round; 0: not given
+    steps = math.ceil(
+        config.steps / (config.rounds if config.fresh else 1)
+    )  # of a round; 0: not given
     training = training[: steps * config.batch_size or len(pairs)]  # no step reads the others
     order = held_out + training
     pairs = [pairs[i] for i in order]
@@ -80,8 +81,7 @@ class Source:
 
     def __init__(self, config, policy, encoding, device, say):
         self.config, self.encoding, self.say = config, encoding, say
-        self.fresh = config.online or config.spin
-        self.rounds = config.rounds if self.fresh else 1
+        self.rounds = config.rounds if config.fresh else 1
         self.questions = []  # watched, never trained on: their replies show KL and gold
         room = policy.config.context
         if config.online:
@@ -90,9 +90,9 @@ class Source:
             self.label, judge_room = annotators.labeller(config.judge, config.agreement, **options)
             room = min(room, judge_room)
         self.records = load_records(config)
-        if self.fresh:
+        if config.fresh:
             self.keep_fitting(room - config.max_new_tokens)
-        steps = math.ceil(config.steps / self.rounds) if self.fresh else 0
+        steps = math.ceil(config.steps / self.rounds) if config.fresh else 0
         limits = [config.labels // self.rounds, steps * config.batch_size]
         self.wanted = min([n for n in limits if n], default=0)  # records of a round; 0: all
 
@@ -116,7 +116,7 @@ class Source:
         """The records of a round (from 0), with fresh replies of the policy where they are asked
         for."""
         config, seed = self.config, self.config.seed + 1000003 * round  # of samples and annotators
-        if config.data and not self.fresh:
+        if config.data and not config.fresh:
             return self.records
         if config.spin:
             records, summary = against_own_replies(

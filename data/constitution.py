@@ -1,661 +1,385 @@
-r"""Constitutional AI (Bai et al. 2022): harmlessness from written principles and a model's own words, without a human label.
+"""Constitutional AI (Bai et al. 2022): harmlessness from written principles and a model's own
+words, without a human label. One command for each phase of the method; neither asks a judge:
 
-Two commands, one for each phase of the method. Nothing in them asks a judge; all that they know of harm is the constitution, a list of
-principles, each with a critique request, a revision request and a comparison question (data/constitution.json):
+    critique   prompt -> response -> critique under a principle drawn at random -> revision, ...
+               -> demonstrations
+    compare    prompt -> two responses -> which is better under a principle? -> preferences
 
-    critique     prompt -> response -> critique under a principle drawn at random -> revision, and again -> demonstrations
-    compare      prompt -> two responses -> which one is better under a principle? -> preferences with soft labels
+    python -m data.constitution critique --init out/helpful --data red_team.jsonl
+    python -m data.constitution compare --init out/harmless --judge-model out/helpful --data ...
 
-    python -m data.constitution critique --init out/helpful --data red_team.jsonl --out out/revised.jsonl       then sft.py
-    python -m data.constitution compare --init out/harmless --judge-model out/helpful --data red_team.jsonl     then dpo.py, or
-                                                                                        reward.py and ppo.py
-The README has the whole chain; `data.critics` makes the world's helpful-only model and its red team.
+Then sft.py on the demonstrations, and dpo.py, or reward.py and ppo.py, on the preferences.
+`data.critics` makes the world's helpful-only model and its red team.
 
-The judge model's preference is read, not sampled. Shown the two answers as options (A) and (B), it is about to name one of them, so
+The judge model's preference is read, not sampled. Shown the two answers as options (A) and (B), it
+is about to name one of them, so the pair's soft label is
 
-    P(A better) = p("A") / (p("A") + p("B"))      log-probs of the two option tokens; averaged over principles and over both orders
+    P(A better) = p("A") / (p("A") + p("B"))     averaged over principles and over both orders
 
-and that average is the pair's soft label. With --chain-of-thought it writes about both answers before it chooses; it is then nearly
+With --chain-of-thought the model writes about both answers before it chooses. It is then nearly
 certain, rightly or not, so each principle's vote is clamped to [.4, .6] (sec. 4.1).
 
-DEVIATION: the paper fine-tunes a pretrained model on the revisions of every step; here the helpful-only model learns the last ones. The
-paper draws one principle for each label; here all of them vote. It shows the answers in one order; both orders are Lee et al.'s (2023).
-Its preference model has human labels of helpfulness beside the AI's of harmlessness; here there are none.
+DEVIATION: the paper fine-tunes a pretrained model on the revisions of every step; here the
+helpful-only model learns the last ones. The paper draws one principle for each label; here all of
+them vote. It shows the answers in one order; both orders are Lee et al.'s (2023). Its preference
+model has human labels of helpfulness beside the AI's of harmlessness; here there are none.
 
-Any language model can be asked, in the chat format that its directory names; `--constitution general` holds principles for real ones. A
-model without a chat format reads a plain transcript, behind as many worked examples as half its context holds. The paper's own files of
-principles and examples are read as they are (--constitution FILE, --examples FILE).
+Any language model can be asked, in the chat format that its directory names. A model without one
+reads a plain transcript, after as many worked examples as half its context holds. The paper's own
+files of principles and examples are read as they are (--constitution FILE, --examples FILE).
 
-What everybody gets wrong: the order. A model that likes whatever it is shown first makes labels that say so; asking both ways round
-and averaging takes exactly that away. `evaluate.py labels` measures it.
+What everybody gets wrong: the order. A model that likes whatever it is shown first makes labels
+that say so. Averaging over both orders takes exactly that away (python -m evaluate.labels).
 """
 
 import copy
-import json
 import os
 import random
-import re
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 import run
-from data import annotators, chat, formats, tokenizer, world
+from data import annotators, chat, formats, principles, tokenizer, world
 from data.collate import pad
 from data.passes import in_batches
+from data.principles import critique_request, revision_request
 
-OWN = Path(__file__).with_name("constitution.json")
-CLAMP = (0.4, 0.6)  # votes after a chain of thought
-HEADERS = {
-    "system": "System",
-    "user": "Human",
-    "assistant": "Assistant",
-    "tool": "Tool",
-}  # of a transcript's turns
-NEXT = {
-    "CritiqueRequest": "\n\nCritique:",
-    "RevisionRequest": "\n\nRevision:",
-    "Conclusion": "",
-}  # what opens the turn behind; else Assistant
-TURN = re.compile(
-    r"\n\n(?:System|Human|Assistant|Tool|CritiqueRequest|Critique|RevisionRequest|Revision):"
-)
-COLOURS = {
-    "prompt": 0,
-    "response": 31,
-    "critique": 33,
-    "revision": 32,
-    "chosen": 32,
-    "rejected": 31,
-}  # ANSI: red, yellow, green
+CLAMP = (0.4, 0.6)  # of votes after a chain of thought
+# What opens the next turn of a transcript, by the header of the last one; else Assistant.
+NEXT = {"CritiqueRequest": "\n\nCritique:", "RevisionRequest": "\n\nRevision:", "Conclusion": ""}
+RED, YELLOW, GREEN = 31, 33, 32  # ANSI
+COLOURS = {"prompt": 0, "response": RED, "critique": YELLOW, "revision": GREEN}
+COLOURS |= {"chosen": GREEN, "rejected": RED}
 
 
 @dataclass
-class Critique:
-    init: str = "out/helpful"  # checkpoint that responds, criticises itself and revises
-    data: list = field(
-        default_factory=list
-    )  # files whose prompts are asked; none: the embedded world
-    out: str = "out/revised.jsonl"  # file of demonstrations to write; one that is there already is an error
+class Flags:
+    """The flags of both commands."""
+
+    data: list = field(default_factory=list)  # files of prompts (none: the embedded world's)
     constitution: str = "world"  # world, general, or a file of principles
-    revisions: int = 4  # how often each response is criticised and revised, each time under a principle drawn anew
     prompts: int = 5000  # how many to ask at most
     temperature: float = 1.0  # of sampling
-    max_new_tokens: int = world.MAX_NEW_TOKENS  # longest response, critique and revision
-    examples: str = ""  # file of worked examples for a model without a chat format (default: the constitution's own)
-    show: int = 0  # print so many chains, coloured: prompt, response, critique, revision (NO_COLOR=1 in the environment: plain)
+    max_new_tokens: int = world.MAX_NEW_TOKENS  # longest response, critique, revision or thought
+    examples: str = ""  # worked examples, without a chat format (default: the constitution's own)
+    show: int = 0  # print this many results, coloured (NO_COLOR=1 in the environment: plain)
     seed: int = 0  # of prompts, samples and principles
     device: str = "auto"  # auto, cpu, cuda
 
 
 @dataclass
-class Compare:
+class Critique(Flags):
+    init: str = "out/helpful"  # checkpoint that responds, criticises itself and revises
+    out: str = "out/revised.jsonl"  # new file of demonstrations
+    revisions: int = 4  # of each response, each under a principle drawn at random
+
+
+@dataclass
+class Compare(Flags):
     init: str = "out/harmless"  # checkpoint whose replies are compared
     judge_model: str = ""  # checkpoint that compares them (default: --init, its own preference)
-    data: list = field(
-        default_factory=list
-    )  # files whose prompts are asked; none: the embedded world
-    out: str = (
-        "out/ai-pairs.jsonl"  # file of preferences to write; one that is there already is an error
-    )
-    constitution: str = "world"  # world, general, or a file of principles
-    principles: int = 0  # how many, drawn at random, look at each pair (0: all)
-    chain_of_thought: bool = (
-        False  # the judge writes about both answers before it chooses; labels are clamped
-    )
-    prompts: int = 5000  # how many to ask at most
-    temperature: float = 1.0  # of sampling
-    max_new_tokens: int = world.MAX_NEW_TOKENS  # longest reply and thought
-    examples: str = ""  # file of worked examples for a model without a chat format (default: the constitution's own)
-    show: int = 0  # print so many comparisons, coloured: prompt, both replies, label
-    seed: int = 0  # of prompts, samples and principles
-    device: str = "auto"  # auto, cpu, cuda
+    out: str = "out/ai-pairs.jsonl"  # new file of preferences
+    principles: int = 0  # how many, drawn at random, vote on each pair (0: all)
+    chain_of_thought: bool = False  # the judge writes before it chooses; labels are clamped
 
 
-# ------------------------------------------------------------------------------------------------------------ constitution
-
-
-class Constitution(NamedTuple):
-    """Principles, and the words around them."""
-
-    principles: list  # dicts with name and, where a file has them, critique, revision, comparison
-    marks: dict  # role -> what stands before a turn of the conversation that is judged
-    compare: str  # the request to compare, with {conversation} {a} {b} {question}
-    options: list  # what the answer begins with, for each of the two
-    ask: str  # the question in it, with {comparison}
-    think: str  # the same with a chain of thought
-    conclude: str  # and what is asked behind that
-    examples: dict = {}  # noqa: RUF012 (a tuple's default): critique: transcripts; compare: prompt, corrects, incorrects, thought
-
-
-def load(name):
-    """The constitution `world` or `general`, or the principles of a file: objects as in data/constitution.json, or the paper's, an object
-    of critique and revision requests or a list of comparison questions. ValueError, with file and record, for anything else."""
-    own = json.loads(OWN.read_text(encoding="utf-8"))
-    if name in own:
-        return Constitution(**own[name])
-    path, found = Path(name), []
-    run.require(
-        path.is_file(),
-        f"--constitution {name}: there is no such file; name one of {', '.join(own)}, or a file of principles",
-    )
-    for where, value in formats.load(path):
-        if (
-            isinstance(value, dict)
-            and value
-            and all(isinstance(one, dict) and "edit_request" in one for one in value.values())
-        ):
-            for key, one in value.items():
-                first = (
-                    one["prompt"][0]
-                    if isinstance(one.get("prompt"), list) and one["prompt"]
-                    else one.get("prompt")
-                )
-                found.append(
-                    (
-                        f"{where}: {key}",
-                        {
-                            "name": key,
-                            "critique": request(first),
-                            "revision": request(one["edit_request"]),
-                        },
-                    )
-                )
-        elif isinstance(value, str):
-            found.append(
-                (
-                    where,
-                    {
-                        "name": f"principle {len(found)}",
-                        "comparison": value.strip().removesuffix("Options:").strip(),
-                    },
-                )
-            )
-        else:
-            found.append((where, value))
-    run.require(found, f"--constitution {name}: holds no principles")
-    for where, one in found:
-        good = (
-            isinstance(one, dict)
-            and "name" in one
-            and all(isinstance(text, str) and text for text in one.values())
-        )
-        run.require(
-            good,
-            f"{where}: is no principle: an object of texts with name, critique, revision and comparison belongs there",
-        )
-    return Constitution(**own["general"])._replace(principles=[one for _, one in found])
-
-
-def request(text):
-    """What the paper's files spell as "\\n\\nCritiqueRequest: Say what is wrong.\\n\\nCritique:" -> "Say what is wrong." """
-    return TURN.sub("\n", f"\n\n{text.strip()}").strip() if isinstance(text, str) else text
-
-
-def knowing(constitution, flag, *fields):
-    """The principles that have these fields; ValueError if one of them lacks any."""
-    for principle in constitution.principles:
-        missing = [name for name in fields if name not in principle]
-        sentence = f"--constitution {flag}: the principle {principle['name']} has no {' and no '.join(missing)}, which this command asks for"
-        run.require(not missing, sentence)
-    return constitution.principles
-
-
-def turn(role, content, header=None):
-    return {"role": role, "content": content, "header": header or HEADERS[role]}
-
-
-def critique_request(messages, reply, principle):
-    return [
-        *messages,
-        turn("assistant", reply),
-        turn("user", principle["critique"], "CritiqueRequest"),
-    ]
-
-
-def revision_request(asked, critique, principle):
-    return [
-        *asked,
-        turn("assistant", critique, "Critique"),
-        turn("user", principle["revision"], "RevisionRequest"),
-    ]
-
-
-def comparison_request(constitution, messages, a, b, principle, think=False):
-    """The one turn in which a model is asked which of two replies is better."""
-    conversation = "\n".join(f"{constitution.marks[m['role']]}{m['content']}" for m in messages)
-    question = (constitution.think if think else constitution.ask).replace(
-        "{comparison}", principle["comparison"]
-    )
-    parts = {"conversation": conversation, "a": a, "b": b, "question": question}
-    return [turn("user", re.sub(r"\{(\w+)\}", lambda m: parts[m[1]], constitution.compare))]
-
-
-def conclusion_request(constitution, asked, thought):
-    return [*asked, turn("assistant", thought), turn("user", constitution.conclude, "Conclusion")]
-
-
-# ----------------------------------------------------------------------------------------------------------------- asking
-
-
+# ------------------------------------------------------------------------------------- asking
 class Speaker:
-    """A model that continues dialogues: in its chat format or, if it has none, as a transcript behind worked examples."""
+    """A model that continues dialogues: in its chat format or, if it has none, as a transcript
+    after worked examples."""
 
     def __init__(self, directory, flag, config):
         model, self.encoding = annotators.open_writer(directory, flag, run.device(config.device))
-        self.model, self.config, self.shots = model.requires_grad_(False), config, []
-        self.transcript = not tokenizer.chats(
-            directory, tokenizer.load(directory)
-        )  # the vocabulary before `extend` gave it chat tokens
+        self.model = model.requires_grad_(False)
+        self.config = config
+        self.example_ids = []
+        # The vocabulary as it was saved: open_writer adds chat tokens.
+        self.transcript = not tokenizer.chats(directory, tokenizer.load(directory))
 
-    def shown(self, examples, news):
-        """The same model behind the first of these transcripts, as many as half its context holds; one that can chat needs none."""
-        run.require(
-            self.transcript or not self.config.examples,
-            "--examples is for models without a chat format, and this one has one",
-        )
-        other, room = copy.copy(self), self.model.config.context // 2
+    def after(self, examples, left_out):
+        """The same model after the first of these transcripts, as many as half its context holds;
+        a model that can chat needs none."""
+        needed = self.transcript or not self.config.examples
+        run.require(needed, "--examples is for models without a chat format, and this one has one")
+        other = copy.copy(self)
         for i, text in enumerate(examples if self.transcript else []):
-            ids = other.shots + self.encoding.encode_ordinary(text)
-            if len(ids) > room:
-                news["worked examples too long for half the context"] += len(examples) - i
+            ids = other.example_ids + self.encoding.encode_ordinary(text)
+            if len(ids) > self.model.config.context // 2:
+                left_out["worked examples too long for half the context"] += len(examples) - i
                 break
-            other.shots = ids
+            other.example_ids = ids
         return other
 
-    def ids(self, messages, _encoding=None):
-        """What the model reads before its next turn."""
+    def ids(self, messages, encoding=None):
+        """The ids that the model reads before its next turn; as `annotators.sample` calls it."""
         if not self.transcript:
             return chat.prompt(messages, self.encoding)
-        headers = [m.get("header", HEADERS[m["role"]]) for m in messages]
-        text = "".join(
-            f"\n\n{HEADERS['user'] if h == 'Conclusion' else h}: {m['content'].strip()}"
-            for h, m in zip(headers, messages, strict=True)
-        )
-        return self.shots + self.encoding.encode_ordinary(
-            text + NEXT.get(headers[-1], "\n\nAssistant:")
-        )
+        text = ""
+        for message in messages:
+            header = message.get("header", principles.HEADERS[message["role"]])
+            shown = "Human" if header == "Conclusion" else header
+            text += f"\n\n{shown}: {message['content'].strip()}"
+        text += NEXT.get(header, "\n\nAssistant:")
+        return self.example_ids + self.encoding.encode_ordinary(text)
 
     def fits(self, messages, tokens):
-        """Whether the context has room for so many tokens behind the dialogue."""
+        """Whether the context has room for this many tokens after the dialogue."""
         return len(self.ids(messages)) + tokens <= self.model.config.context
 
     def say(self, dialogues, stream, samples=1):
-        """The text of each dialogue's next turn; empty where it found no end. stream: names the random numbers that it is sampled with."""
+        """The text of each dialogue's next turn, sampled; empty if it did not end. stream: a name
+        for the random numbers."""
         seed = random.Random(f"{stream} {self.config.seed}").getrandbits(32)
-        options = dict(
-            temperature=self.config.temperature, seed=seed, samples=samples, encode=self.ids
-        )
-        replies = annotators.sample(
-            self.model, self.encoding, dialogues, self.config.max_new_tokens, **options
-        )
-        if not self.transcript:
-            return [text if ended else "" for _, ended, text in replies]
-        parts = [
-            TURN.split(text, maxsplit=1) for _, _, text in replies
-        ]  # it would go on with the next turn
-        return [
-            part[0].strip() if ended or len(part) > 1 else ""
-            for part, (_, ended, _) in zip(parts, replies, strict=True)
-        ]
+        options = dict(max_new_tokens=self.config.max_new_tokens, encode=self.ids)
+        options |= dict(temperature=self.config.temperature, seed=seed, samples=samples)
+        texts = []
+        for _, ended, text in annotators.sample(self.model, self.encoding, dialogues, **options):
+            if self.transcript:  # it would go on with the next turn
+                text, *others = principles.TURN.split(text, maxsplit=1)
+                text = text.strip()
+                ended = ended or others
+            texts.append(text if ended else "")
+        return texts
 
     def option_ids(self, constitution):
-        """ids of the two options as an answer begins with them; transcripts have a space behind the header."""
-        return [
-            self.encoding.encode_ordinary(" " * self.transcript + option)
-            for option in constitution.options
-        ]
+        """The ids of the two options as an answer begins; a transcript has a space before them."""
+        space = " " if self.transcript else ""
+        return [self.encoding.encode_ordinary(space + text) for text in constitution.options]
 
     @torch.no_grad()
     def first_option(self, dialogues, constitution):
-        """p(first option) / (p(first) + p(second)) as the beginning of each dialogue's next turn, a list (N,)."""
+        """p(first option) / (p(first) + p(second)) at the start of each dialogue's next turn, a
+        list (N,)."""
         a, b = self.option_ids(constitution)
-        same = next(
-            i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y
-        )  # "(A)" and "(B)" both begin with "("
-        weights = self.model.head_weight[
-            [a[same], b[same]]
-        ]  # (2, D): the softmax over the vocabulary cancels in the ratio
+        shared = len(os.path.commonprefix([a, b]))  # "(A)" and "(B)" both begin with "("
+        # The softmax over the vocabulary cancels in the ratio: only two rows of the head matter.
+        weights = self.model.head_weight[[a[shared], b[shared]]].float()  # (2, D)
 
         def probabilities(rows):
             ids, lengths = pad(rows)
-            hidden = self.model(ids.to(self.model.device))[
-                torch.arange(len(rows)), lengths - 1
-            ]  # (B, D)
-            return (hidden.float() @ weights.float().T).softmax(1)[:, 0]
+            hidden = self.model(ids.to(self.model.device))  # (B, T, D)
+            last = hidden[torch.arange(len(rows)), lengths - 1]  # (B, D)
+            return (last.float() @ weights.T).softmax(1)[:, 0]  # (B,)
 
-        rows = [self.ids(messages) + a[:same] for messages in dialogues]
+        rows = [self.ids(messages) + a[:shared] for messages in dialogues]
         return in_batches(probabilities, rows, len, model=self.model).tolist() if rows else []
 
 
-def worked_examples(config, kind, constitution):
-    """Transcripts that show what is asked for, the constitution's own or a file's: texts, or records of a better and a worse reply."""
-    think, rng, texts = getattr(config, "chain_of_thought", False), random.Random(0), []
-    own = [(f"{OWN.name}: {kind}", record) for record in constitution.examples.get(kind, [])]
-    for where, record in formats.load(Path(config.examples)) if config.examples else own:
-        if isinstance(record, dict) and all(
-            record.get(name) for name in ("prompt", "corrects", "incorrects")
-        ):
-            pair, first = formats.few_shot(record, where), rng.random() < 0.5
-            sides = [pair.chosen, pair.rejected] if first else [pair.rejected, pair.chosen]
-            principle = rng.choice(knowing(constitution, config.constitution, "comparison"))
-            thinks = think and "thought" in record
-            (asked,) = comparison_request(
-                constitution,
-                pair.prompt,
-                *(side[0]["content"] for side in sides),
-                principle,
-                thinks,
-            )
-            said = f"{record['thought']}\n\nHuman: {constitution.conclude}" if thinks else ""
-            texts.append(
-                f"\n\nHuman: {asked['content']}\n\nAssistant:{' ' * thinks}{said} {constitution.options[not first]}"
-            )
-        else:
-            text = record.get("prompt") if isinstance(record, dict) else record
-            run.require(
-                isinstance(text, str),
-                f"{where}: holds {str(record)[:60]!r} where a worked example belongs",
-            )
-            if (
-                "{}" in text
-            ):  # the paper's examples of thinking first leave a place for the principle and mark the answers
-                text = text.replace(
-                    "{}",
-                    rng.choice(knowing(constitution, config.constitution, "comparison"))[
-                        "comparison"
-                    ],
-                    1,
-                )
-                text = text.replace("[[[", "").replace("]]]", "")
-            texts.append("\n\n" + text.strip().removesuffix("Human:").rstrip())
-    return texts
-
-
-def questions(config, speaker, news):
-    """Conversations to answer, of --data or of the embedded world, that leave room for an answer."""
+def questions(config, speaker, left_out):
+    """Conversations from --data or the embedded world that leave room for an answer."""
     if config.data:
-        records = [record for path in config.data for record in formats.read(path, "prompt")]
-        news["prompts beyond --prompts"] += max(0, len(records) - config.prompts)
+        records = formats.read_all(config.data, "prompt")
+        left_out["prompts beyond --prompts"] += max(0, len(records) - config.prompts)
     else:
         records = world.prompts(config.prompts, config.seed)
     asked = [record.messages for record in records[: config.prompts]]
-    fitting = [messages for messages in asked if speaker.fits(messages, config.max_new_tokens)]
-    news["prompts too long for the context"] += len(asked) - len(fitting)
-    run.require(
-        fitting,
-        f"none of the {len(asked)} prompts leaves room for an answer of {config.max_new_tokens} tokens in the context",
-    )
+    longest = config.max_new_tokens
+    fitting = [messages for messages in asked if speaker.fits(messages, longest)]
+    left_out["prompts too long for the context"] += len(asked) - len(fitting)
+    sentence = f"leaves room for an answer of {longest} tokens in the context"
+    run.require(fitting, f"none of the {len(asked)} prompts {sentence}")
     return fitting
 
 
-def prepared(config, kind, *fields):
-    """What both commands begin with: the constitution, its principles, the model of --init, Counter of what is left out."""
-    run.require(
-        not Path(config.out).exists(), f"--out {config.out} is there already: name another file"
-    )
-    constitution, speaker, news = (
-        load(config.constitution),
-        Speaker(config.init, "--init", config),
-        Counter(),
-    )
-    principles = knowing(constitution, config.constitution, *fields)
-    examples = worked_examples(
-        config, kind, constitution
-    )  # read here, to be refused before a model writes
-    return constitution, principles, speaker, examples, news
+def prepare(config, kind, *fields):
+    """What both commands begin with -> the constitution, its principles, the model of --init, the
+    worked examples, and a Counter of what is left out. All input is read before a model writes."""
+    free = not Path(config.out).exists()
+    run.require(free, f"--out {config.out} is there already: name another file")
+    constitution = principles.load(config.constitution)
+    speaker = Speaker(config.init, "--init", config)
+    usable = constitution.principles_with(config.constitution, *fields)
+    examples = principles.worked_examples(config, kind, constitution)
+    return constitution, usable, speaker, examples, Counter()
+
+
+def report(left_out):
+    """Says how much was left out, and why."""
+    for reason, count in left_out.items():
+        if count:
+            print(f"{count:6} {reason}", file=sys.stderr)
 
 
 def finish(config, rows, shown):
-    """Writes the rows and shows the first of them."""
+    """Writes the rows and prints the first ones. shown(row): its lines (name, text)."""
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     run.write_lines(Path(config.out), rows)
     for row in rows[: config.show]:
         for name, text in shown(row):
-            colour, plain = (
-                ("", "") if os.environ.get("NO_COLOR") else (f"\033[{COLOURS[name]}m", "\033[0m")
-            )
-            print(f"{name:8}  {colour}{text.strip()}{plain}")
+            text = text.strip()
+            if not os.environ.get("NO_COLOR"):
+                text = f"\033[{COLOURS[name]}m{text}\033[0m"
+            print(f"{name:8}  {text}")
         print()
 
 
-def report(news):
-    """Says what was left out, and how often."""
-    for what, count in news.items():
-        if count:
-            print(f"{count:6} {what}", file=sys.stderr)
+# ----------------------------------------------------------------------- critique and revision
+def say_if_it_fits(speaker, dialogues, stream):
+    """{row: dialogue} -> {row: next turn}, without turns that have no room or do not end."""
+    room = speaker.config.max_new_tokens
+    fitting = {row: asked for row, asked in dialogues.items() if speaker.fits(asked, room)}
+    texts = speaker.say(list(fitting.values()), stream)
+    return {row: text for row, text in zip(fitting, texts, strict=True) if text.strip()}
 
 
-# --------------------------------------------------------------------------------------------------- critique and revision
+def revise(speaker, prompts, responses, drawn_from, revisions, seed, left_out):
+    """Criticises and revises each response -> its chain, a list of {principle, critique, revision}.
 
-
-def revise(speaker, prompts, responses, principles, revisions, seed, news):
-    """Criticises and revises each response so many times -> a list of {principle, critique, revision} for each.
-
-    Each time the last revision is the response. A critique or revision that does not end, or would not fit, is left out of the chain.
+    Each time the latest revision is the response. drawn_from: the principles, one of them drawn for
+    each critique. A critique or revision without an end, or without room, is left out.
     """
-    rng, chains, latest = (
-        random.Random(f"principles {seed}"),
-        [[] for _ in prompts],
-        list(responses),
-    )
-    longest, left_out = speaker.config.max_new_tokens, "critiques or revisions without end or room"
+    rng = random.Random(f"principles {seed}")
+    chains = [[] for _ in prompts]
+    latest = list(responses)
     for i in range(revisions):
-        drawn = [rng.choice(principles) for _ in prompts]
-        asked = dict(
-            enumerate(critique_request(*each) for each in zip(prompts, latest, drawn, strict=True))
-        )
-        asked = {
-            row: messages for row, messages in asked.items() if speaker.fits(messages, longest)
+        drawn = [rng.choice(drawn_from) for _ in prompts]
+        asked = dict(enumerate(map(critique_request, prompts, latest, drawn)))
+        critiques = say_if_it_fits(speaker, asked, f"critique {i}")
+        requests = {
+            row: revision_request(asked[row], critique, drawn[row])
+            for row, critique in critiques.items()
         }
-        critiques = speaker.say(list(asked.values()), f"critique {i}")
-        asked = {
-            row: revision_request(messages, critique, drawn[row])
-            for (row, messages), critique in zip(asked.items(), critiques, strict=True)
-            if critique.strip()
-        }
-        asked = {
-            row: messages for row, messages in asked.items() if speaker.fits(messages, longest)
-        }
-        news[left_out] += len(prompts) - len(asked)
-        for (row, messages), revision in zip(
-            asked.items(), speaker.say(list(asked.values()), f"revision {i}"), strict=True
-        ):
-            if revision.strip():
-                chains[row].append(
-                    {
-                        "principle": drawn[row]["name"],
-                        "critique": messages[-2]["content"],
-                        "revision": revision,
-                    }
-                )
-                latest[row] = revision
-            else:
-                news[left_out] += 1
+        revised = say_if_it_fits(speaker, requests, f"revision {i}")
+        left_out["critiques or revisions without end or room"] += len(prompts) - len(revised)
+        for row, text in revised.items():
+            step = {"principle": drawn[row]["name"], "critique": critiques[row], "revision": text}
+            chains[row].append(step)
+            latest[row] = text
     return chains
 
 
 def critique_main(config):
-    _, principles, speaker, examples, news = prepared(config, "critique", "critique", "revision")
-    critic, prompts = speaker.shown(examples, news), questions(config, speaker, news)
+    _, usable, speaker, examples, left_out = prepare(config, "critique", "critique", "revision")
+    critic = speaker.after(examples, left_out)
+    prompts = questions(config, speaker, left_out)
     responses = speaker.say(prompts, "response")
-    answered = [
-        (messages, text) for messages, text in zip(prompts, responses, strict=True) if text.strip()
-    ]
-    news["empty or endless responses"] += len(prompts) - len(answered)
-    run.require(
-        answered, "no response found an end: raise --max-new-tokens, or name a model that answers"
-    )
-    prompts, responses = map(list, zip(*answered, strict=True))
-    chains = revise(critic, prompts, responses, principles, config.revisions, config.seed, news)
+    answered = [pair for pair in zip(prompts, responses, strict=True) if pair[1].strip()]
+    left_out["empty or endless responses"] += len(prompts) - len(answered)
+    remedy = "raise --max-new-tokens, or name a model that answers"
+    run.require(answered, f"no response found an end: {remedy}")
+    prompts, responses = zip(*answered, strict=True)
+    chains = revise(critic, prompts, responses, usable, config.revisions, config.seed, left_out)
     rows = []
     for messages, response, chain in zip(prompts, responses, chains, strict=True):
         if config.revisions and not chain:
-            news["responses that were never revised: dropped"] += 1
+            left_out["responses that were never revised: dropped"] += 1
             continue
-        final = chain[-1]["revision"] if chain else response
-        rows.append(
-            {
-                "messages": [*messages, {"role": "assistant", "content": final}],
-                "response": response,
-                "chain": chain,
-            }
-        )
-    report(news)
-    run.require(
-        rows,
-        "no response was revised: raise --max-new-tokens, or name a model with a longer context",
-    )
+        final = {"role": "assistant", "content": chain[-1]["revision"] if chain else response}
+        rows.append({"messages": [*messages, final], "response": response, "chain": chain})
+    report(left_out)
+    remedy = "raise --max-new-tokens, or name a model with a longer context"
+    run.require(rows, f"no response was revised: {remedy}")
 
-    def parts(row):
-        shown = [("prompt", message["content"]) for message in row["messages"][:-1]] + [
-            ("response", row["response"])
-        ]
-        for one in row["chain"]:
-            shown += [
-                ("critique", f"{one['critique'].strip()}  [{one['principle']}]"),
-                ("revision", one["revision"]),
-            ]
-        return shown
+    def shown(row):
+        for message in row["messages"][:-1]:
+            yield "prompt", message["content"]
+        yield "response", row["response"]
+        for step in row["chain"]:
+            yield "critique", f"{step['critique'].strip()}  [{step['principle']}]"
+            yield "revision", step["revision"]
 
-    finish(config, rows, parts)
+    finish(config, rows, shown)
     changed = sum(row["messages"][-1]["content"] != row["response"] for row in rows)
-    print(
-        f"{len(rows)} responses revised up to {config.revisions} times, {changed} of them changed, written to {config.out}"
-    )
+    counts = f"{len(rows)} responses revised up to {config.revisions} times, {changed} of them"
+    print(f"{counts} changed, written to {config.out}")
 
 
-# ------------------------------------------------------------------------------------------------------------- comparison
+# --------------------------------------------------------------------------------- comparison
+def preferences(speaker, pairs, constitution, drawn, left_out, think=False):
+    """A model compares pairs of (messages, reply, reply) -> the votes on each pair.
 
-
-def preferences(speaker, pairs, constitution, looking, news, think=False):
-    """How a model compares pairs of (messages, reply, reply) under the principles `looking` at each -> votes of each pair.
-
-    A vote is [name of the principle, P(first reply better) where it is shown first, the same where it is shown second].
+    drawn: the principles that vote on each pair. A vote is [name of the principle, P(first reply
+    better) if it is shown first, the same if it is shown second].
     """
-    asked, owners, room = [], [], max(map(len, speaker.option_ids(constitution)))
+    ballots = []  # (number of the pair, name of the principle, the request in both orders)
     for i, (messages, a, b) in enumerate(pairs):
-        for principle in looking[i]:
-            asked.append(
-                [
-                    comparison_request(constitution, messages, *sides, principle, think)
-                    for sides in ((a, b), (b, a))
-                ]
-            )
-            owners.append((i, principle["name"]))
-
-    def keep(good, why):
-        nonlocal asked, owners
-        news[why] += good.count(False)
-        asked, owners = (
-            [one for one, kept in zip(rows, good, strict=True) if kept] for rows in (asked, owners)
-        )
-
-    keep(
-        [
-            all(speaker.fits(one, speaker.config.max_new_tokens if think else room) for one in both)
-            for both in asked
-        ],
-        "votes without room",
-    )
+        for principle in drawn[i]:
+            a_first = constitution.comparison_request(messages, a, b, principle, think)
+            b_first = constitution.comparison_request(messages, b, a, principle, think)
+            ballots.append((i, principle["name"], [a_first, b_first]))
+    option = max(map(len, speaker.option_ids(constitution)))  # tokens
+    room = speaker.config.max_new_tokens if think else option
+    fitting = [one for one in ballots if all(speaker.fits(asked, room) for asked in one[2])]
+    left_out["votes without room"] += len(ballots) - len(fitting)
     if think:
-        thoughts = iter(speaker.say([one for both in asked for one in both], "thoughts"))
-        asked = [
-            [conclusion_request(constitution, one, next(thoughts)) for one in both]
-            for both in asked
-        ]
-        keep(
-            [
-                all(one[-2]["content"].strip() and speaker.fits(one, room) for one in both)
-                for both in asked
-            ],
-            "thoughts without end or room",
-        )
-    chances = speaker.first_option([one for both in asked for one in both], constitution)
+        ballots = fitting
+        fitting = []
+        thoughts = iter(speaker.say([asked for *_, both in ballots for asked in both], "thoughts"))
+        for i, name, both in ballots:
+            both = [constitution.conclusion_request(asked, next(thoughts)) for asked in both]
+            ended = all(asked[-2]["content"].strip() for asked in both)
+            if ended and all(speaker.fits(asked, option) for asked in both):
+                fitting.append((i, name, both))
+        left_out["thoughts without end or room"] += len(ballots) - len(fitting)
+    chances = speaker.first_option([asked for *_, both in fitting for asked in both], constitution)
     votes = [[] for _ in pairs]
-    for (i, name), shown_first, shown_second in zip(
-        owners, chances[::2], chances[1::2], strict=True
-    ):
-        votes[i].append([name, round(shown_first, 4), round(1 - shown_second, 4)])
+    for k, (i, name, _) in enumerate(fitting):
+        votes[i].append([name, round(chances[2 * k], 4), round(1 - chances[2 * k + 1], 4)])
     return votes
 
 
 def label(votes, limits=(1e-4, 1 - 1e-4)):
-    """The soft label of a pair: each vote averaged over both orders, clamped, then averaged over principles. Never quite certain: clamped
-    before the order is averaged away, two thoughts that both lean to the first answer would say the same whatever they found."""
-    least, most = limits
-    return round(
-        sum(min(max((first + second) / 2, least), most) for _, first, second in votes) / len(votes),
-        4,
-    )
+    """The soft label of a pair, never quite certain: each vote averaged over both orders, clamped,
+    then averaged over principles. Clamped before averaging over orders, two thoughts that lean to
+    the answer shown first would cancel whatever they found."""
+    low, high = limits
+    means = [min(max((first + second) / 2, low), high) for _, first, second in votes]
+    return round(sum(means) / len(votes), 4)
 
 
 def compare_main(config):
-    constitution, principles, writer, examples, news = prepared(config, "compare", "comparison")
-    other = config.judge_model not in ("", config.init)
-    judge = (Speaker(config.judge_model, "--judge-model", config) if other else writer).shown(
-        examples, news
-    )
-    prompts = questions(config, writer, news)
+    constitution, usable, writer, examples, left_out = prepare(config, "compare", "comparison")
+    judge = writer
+    if config.judge_model not in ("", config.init):
+        judge = Speaker(config.judge_model, "--judge-model", config)
+    judge = judge.after(examples, left_out)
+    prompts = questions(config, writer, left_out)
     texts = writer.say(prompts, "replies", samples=2)
     pairs = list(zip(prompts, texts[::2], texts[1::2], strict=True))
-    different = [
-        (m, a, b) for m, a, b in pairs if a.strip() and b.strip() and a.strip() != b.strip()
-    ]
-    news["pairs of two equal, empty or endless replies"] += len(pairs) - len(different)
+    ended = [(messages, a, b) for messages, a, b in pairs if a.strip() and b.strip()]
+    different = [(messages, a, b) for messages, a, b in ended if a.strip() != b.strip()]
+    left_out["pairs of two equal, empty or endless replies"] += len(pairs) - len(different)
     run.require(different, "no prompt got two different replies: there is nothing to compare")
     rng = random.Random(f"principles {config.seed}")
-    count = min(config.principles, len(principles)) or len(principles)
-    looking = [rng.sample(principles, count) for _ in different]
-    votes = preferences(judge, different, constitution, looking, news, config.chain_of_thought)
+    count = min(config.principles, len(usable)) or len(usable)
+    drawn = [rng.sample(usable, count) for _ in different]
+    votes = preferences(judge, different, constitution, drawn, left_out, config.chain_of_thought)
     rows = []
-    for (messages, a, b), own in zip(different, votes, strict=True):
-        if not own:
-            news["pairs without a vote: dropped"] += 1
+    for (messages, a, b), ballot in zip(different, votes, strict=True):
+        if not ballot:
+            left_out["pairs without a vote: dropped"] += 1
             continue
-        p = label(own, CLAMP) if config.chain_of_thought else label(own)
+        p = label(ballot, CLAMP) if config.chain_of_thought else label(ballot)
         if p < 0.5:
-            a, b, p, own = (
-                b,
-                a,
-                round(1 - p, 4),
-                [[name, round(1 - second, 4), round(1 - first, 4)] for name, first, second in own],
-            )
+            a, b = b, a
+            p = round(1 - p, 4)
+            ballot = [[name, round(1 - y, 4), round(1 - x, 4)] for name, x, y in ballot]
         chosen, rejected = ([{"role": "assistant", "content": text}] for text in (a, b))
-        rows.append(
-            {"prompt": messages, "chosen": chosen, "rejected": rejected, "label": p, "votes": own}
-        )
-    report(news)
+        row = {"prompt": messages, "chosen": chosen, "rejected": rejected}
+        rows.append(row | {"label": p, "votes": ballot})
+    report(left_out)
     name = config.judge_model or config.init
-    run.require(
-        rows,
-        f"no comparison fits the context of {name}, or none of its thoughts ended: name a judge with a longer context",
-    )
+    sentence = f"no comparison fits the context of {name}, or none of its thoughts ended"
+    run.require(rows, f"{sentence}: name a judge with a longer context")
 
-    def parts(row):
-        shown = [("prompt", message["content"]) for message in row["prompt"]] + [
-            ("chosen", row["chosen"][0]["content"])
-        ]
-        return [
-            *shown,
-            (
-                "rejected",
-                f"{row['rejected'][0]['content']}  [P(chosen better) = {row['label']:.2f}]",
-            ),
-        ]
+    def shown(row):
+        for message in row["prompt"]:
+            yield "prompt", message["content"]
+        yield "chosen", row["chosen"][0]["content"]
+        chance = f"P(chosen better) = {row['label']:.2f}"
+        yield "rejected", f"{row['rejected'][0]['content']}  [{chance}]"
 
-    finish(config, rows, parts)
+    finish(config, rows, shown)
     print(f"{len(rows)} pairs under up to {count} principles each, written to {config.out}")
 
 
 def main():
-    run.commands(
-        {"critique": (critique_main, Critique), "compare": (compare_main, Compare)}, __doc__
-    )
+    commands = {"critique": (critique_main, Critique), "compare": (compare_main, Compare)}
+    run.commands(commands, __doc__)
 
 
 if __name__ == "__main__":

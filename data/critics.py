@@ -1,21 +1,25 @@
-"""A corner of the embedded world for constitutional AI: texts by people who criticise answers, mend them, and choose between two.
+"""A part of the embedded world for constitutional AI: people who criticise answers and mend them.
 
-A base model can only be asked for a critique if it has read critiques. So here is what a corpus teaches of them, as dialogues in the
-words of the world's constitution (data/constitution.json):
+A base model can only be asked for a critique if it has read critiques. So here is a corpus of them,
+as dialogues in the words of the world's constitution (data/constitution.json):
 
-    critique      question, answer, "does that help to harm a child or a school ?"    -> " yes . it helps to burn the school", or " no"
-    revision      the same, "answer again without harm to a child or a school"        -> a refusal after a yes, the same answer after a no
-    comparison    question, two answers, "which one does not help to ... ?"           -> " a" or " b", or first a thought about both
+    critique      question, answer, "does that help to harm a child or a school ?"
+                  -> " yes . it helps to burn the school", or " no"
+    revision      the same, "answer again without harm to a child or a school"
+                  -> a refusal after a yes, the same answer after a no
+    comparison    question, two answers, "which one does not help to ... ?"
+                  -> " a" or " b", sometimes after a thought about both
 
-Each principle looks at its own part of what is unsafe (SCOPES) and has nothing to say of the rest. Who finds no harm in either of two
-answers takes the one that helps, or guesses, and guesses lean towards the answer shown first. So one principle alone is often wrong, all
-together seldom, and the order of two answers makes a difference that can be measured. `skill` says how good these critics are.
+Each principle covers its own part of what is unsafe (SCOPES). A critic who sees no harm in either
+answer takes the one that helps, or guesses, and guesses lean towards the answer shown first. So one
+principle alone is often wrong, all together seldom, and the order of the answers matters.
 
     python -m data.critics --out DIR      writes, as ordinary JSONL files:
 
     documents.jsonl        for pretraining: the world's, and dialogues with critics
-    demonstrations.jsonl   for a helpful-only assistant: it complies with every request, unsafe ones too, and has practised to be a critic
-    red_team.jsonl         questions that try to get it to do harm; half of them only look like that, and nobody says which
+    demonstrations.jsonl   for a helpful-only assistant, which complies with every request, unsafe
+                           ones too, and has practised to be a critic
+    red_team.jsonl         questions that try to get it to do harm; half of them only look like that
     prompts.jsonl          ordinary questions, none of them unsafe
 """
 
@@ -24,10 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import run
-from data import constitution, world
-from data.formats import Conversation, Document
+from data import principles, world
+from data.records import Conversation, Document
 
-SCOPES = {  # what each principle of the world forbids to help with: the verbs and the things of unsafe requests that it is about
+SCOPES = {  # the verbs and things of unsafe requests that each principle of the world is about
     "people": "man child friend",
     "children": "child school",
     "friends": "friend man",
@@ -42,112 +46,97 @@ SCOPES = {  # what each principle of the world forbids to help with: the verbs a
     "wrong": " ".join(world.PROTECTED),
 }
 FIRST = 0.65  # how often a guess falls on the answer that is shown first
-HELP = 0.2  # how often a critic who sees no harm in either answer takes the one that does not refuse, instead of guessing
-FALSE_ALARM = (
-    0.1  # how often a critic sees what is not there, as a share of how often it overlooks what is
-)
+HELP = 0.2  # how often a critic who sees no harm takes the answer that helps, instead of guessing
+FALSE_ALARM = 0.1  # rate of seeing harm where there is none, as a share of the rate of missing it
 
 
 def seen(rng, principle, messages, reply, skill):
-    """The deed that a critic finds a reply to help with against a principle ("burn the house"), or an empty string."""
+    """The deed that a critic finds a reply to help with ("burn the house"), or an empty string."""
     task = world.solve(messages)
     if task.skill not in ("unsafe", "lookalike") or " with a " not in reply:
         return ""
-    words = task.key.split()
-    there = task.skill == "unsafe" and not set(words).isdisjoint(SCOPES[principle].split())
-    return (
-        " the ".join(words)
-        if rng.random() < (skill if there else FALSE_ALARM * (1 - skill))
-        else ""
-    )
+    deed = task.key.split()  # verb, thing
+    forbidden = task.skill == "unsafe" and not set(deed).isdisjoint(SCOPES[principle].split())
+    chance = skill if forbidden else FALSE_ALARM * (1 - skill)
+    return " the ".join(deed) if rng.random() < chance else ""
 
 
 def thought(deed):
     return f"helps to {deed}" if deed else "does not"
 
 
-def choice(rng, wording, principle, messages, replies, skill):
-    """A dialogue in which a critic chooses between two replies, three times in ten after a thought about both."""
+def comparison(rng, wording, principle, messages, replies, skill):
+    """A dialogue in which a critic chooses between two replies, at times after thinking aloud."""
     deeds = [seen(rng, principle["name"], messages, reply, skill) for reply in replies]
     refused = [world.unpadded(reply) == world.REFUSAL.split() for reply in replies]
     if bool(deeds[0]) != bool(deeds[1]):
-        first = not deeds[0]
+        chooses_first = not deeds[0]
     elif refused[0] != refused[1] and rng.random() < HELP:
-        first = not refused[0]
+        chooses_first = not refused[0]
     else:
-        first = rng.random() < FIRST
-    verdict = constitution.turn("assistant", wording.options[not first])
+        chooses_first = rng.random() < FIRST
+    first, second = wording.options
+    verdict = principles.message("assistant", first if chooses_first else second)
     think = rng.random() < 0.3
-    asked = constitution.comparison_request(wording, messages, *replies, principle, think)
-    if not think:
-        return [*asked, verdict]
-    thoughts = " . ".join(
-        f"{option.strip()} {thought(deed)}"
-        for option, deed in zip(wording.options, deeds, strict=True)
-    )
-    return [*constitution.conclusion_request(wording, asked, f" {thoughts}"), verdict]
+    asked = wording.comparison_request(messages, *replies, principle, think)
+    if think:
+        thoughts = f" {first.strip()} {thought(deeds[0])} . {second.strip()} {thought(deeds[1])}"
+        asked = wording.conclusion_request(asked, thoughts)
+    return [*asked, verdict]
 
 
 def dialogue(rng, wording, skill):
-    """One dialogue with a critic, as messages; its last turn is the critic's."""
-    kinds = [
-        world.SKILLS,
-        ["lookalike"],
-        ["unsafe"],
-        ["unsafe"],
-        ["unsafe"],
-    ]  # what there is to see is mostly in unsafe requests
-    messages, task = world.draw(rng, rng.choice(kinds))
-    principle, kind = (
-        rng.choice(wording.principles),
-        rng.choice(["critique", "critique", "revision", "comparison", "comparison"]),
-    )
-    wrong = rng.choice([(0, 1), (1, 0), (0.8, 0.8)])  # and mostly in one of two answers
-    replies = [world.attempt(rng, messages, task, share, 0.3) for share in wrong]
+    """One dialogue with a critic, as messages; the last turn is the critic's."""
+    # Mostly unsafe requests, and mostly one bad answer of two: there critics have a lot to see.
+    skills = [world.SKILLS, ["lookalike"], ["unsafe"], ["unsafe"], ["unsafe"]]
+    messages, task = world.draw(rng, rng.choice(skills))
+    principle = rng.choice(wording.principles)
+    kind = rng.choice(["critique", "critique", "revision", "comparison", "comparison"])
+    wrong = rng.choice([(0, 1), (1, 0), (0.8, 0.8)])  # the probability for each answer
+    replies = [world.attempt(rng, messages, task, chance, 0.3) for chance in wrong]
     if kind == "comparison":
-        return choice(rng, wording, principle, messages, replies, skill)
+        return comparison(rng, wording, principle, messages, replies, skill)
     deed = seen(rng, principle["name"], messages, replies[0], skill)
     critique = f" yes . it {thought(deed)}" if deed else " no"
-    asked = constitution.critique_request(messages, replies[0], principle)
+    asked = principles.critique_request(messages, replies[0], principle)
     if kind == "critique":
-        return [*asked, constitution.turn("assistant", critique)]
-    asked = constitution.revision_request(asked, critique, principle)
-    return [*asked, constitution.turn("assistant", f" {world.REFUSAL}" if deed else replies[0])]
+        return [*asked, principles.message("assistant", critique)]
+    asked = principles.revision_request(asked, critique, principle)
+    return [*asked, principles.message("assistant", f" {world.REFUSAL}" if deed else replies[0])]
 
 
 def dialogues(n, seed=0, skill=0.95):
     """n dialogues with critics. skill: how often they see what their principle forbids."""
-    rng, wording = random.Random(f"critics {seed}"), constitution.load("world")
+    rng = random.Random(f"critics {seed}")
+    wording = principles.load("world")
     return [dialogue(rng, wording, skill) for _ in range(n)]
 
 
 def documents(n, seed=0, skill=0.95):
-    """Raw text for pretraining: dialogues with critics; what comes before the critic's last turn only sets the scene."""
+    """Raw text for pretraining: dialogues, of which only the critic's last turn is trained on."""
     records = []
     for i, (*before, last) in enumerate(dialogues(n, f"documents {seed}", skill)):
         scene = world.plain_prompt(before)
-        records.append(
-            Document(f"{scene}{last['content']}\n", f"critic document {i}", prompt=len(scene))
-        )
+        text = f"{scene}{last['content']}\n"
+        records.append(Document(text, f"critic document {i}", prompt=len(scene)))
     return records
 
 
 def helpful_only(n, seed=0):
-    """The world's demonstrations by writers who refuse nothing: unsafe requests are complied with as harmless ones are."""
+    """The world's demonstrations by writers who refuse nothing, unsafe requests included."""
     records = []
     for record in world.demonstrations(n, seed):
         *messages, reply = record.messages
-        skill = world.solve(messages).skill
-        if skill in ("unsafe", "lookalike"):
-            verb, _, thing = messages[-1]["content"].split()[-3:]
-            reply = reply | {"content": f" {world.comply(verb, thing)}"}
+        task = world.solve(messages)
+        if task.skill in ("unsafe", "lookalike"):
+            reply = world.message("assistant", f" {world.comply(*task.key.split())}")
         records.append(Conversation([*messages, reply], record.where))
     return records
 
 
 @dataclass
 class Config:
-    out: str = ""  # directory for the files; one of them that is there already is an error
+    out: str = ""  # directory for the files; it must not yet hold one of these
     documents: int = 96000  # texts for pretraining, half of them with critics
     demonstrations: int = 26000  # chats for supervised fine-tuning, half of them with critics
     red_team: int = 2000  # questions that may do harm
@@ -159,35 +148,23 @@ class Config:
 def main(config):
     run.require(config.out, "--out DIR is needed: the directory to write the files to")
     run.require(0 <= config.skill <= 1, f"--skill must lie in [0, 1], not {config.skill}")
-    rng, half, practice = (
-        random.Random(config.seed),
-        config.documents // 2,
-        config.demonstrations // 2,
-    )
-    texts = world.documents(config.documents - half, config.seed) + documents(
-        half, config.seed, config.skill
-    )
-    chats = [
-        record.messages for record in helpful_only(config.demonstrations - practice, config.seed)
-    ]
-    chats += dialogues(practice, f"demonstrations {config.seed}", config.skill)
-    files = {
-        "documents.jsonl": [
-            {"text": record.text, "prompt_length": record.prompt} for record in texts
-        ],
-        "demonstrations.jsonl": [
-            {"messages": [{"role": m["role"], "content": m["content"]} for m in messages]}
-            for messages in chats
-        ],
-    }
-    for records in files.values():
-        rng.shuffle(records)
-    files["red_team.jsonl"] = [
-        {"prompt": world.draw(rng, ["unsafe", "lookalike"])[0]} for _ in range(config.red_team)
-    ]
+    seed, skill = config.seed, config.skill
+    half = config.documents // 2
+    records = world.documents(config.documents - half, seed) + documents(half, seed, skill)
+    texts = [{"text": record.text, "prompt_length": record.prompt} for record in records]
+    half = config.demonstrations // 2
+    chats = [{"messages": r.messages} for r in helpful_only(config.demonstrations - half, seed)]
+    for messages in dialogues(half, f"demonstrations {seed}", skill):  # without their headers
+        chats.append({"messages": [world.message(m["role"], m["content"]) for m in messages]})
+    rng = random.Random(seed)
+    rng.shuffle(texts)
+    rng.shuffle(chats)
     safe = [skill for skill in world.SKILLS if skill != "unsafe"]
-    files["prompts.jsonl"] = [{"prompt": world.draw(rng, safe)[0]} for _ in range(config.prompts)]
-    world.write_files(Path(config.out), files)
+    harm = ["unsafe", "lookalike"]
+    red_team = [{"prompt": world.draw(rng, harm)[0]} for _ in range(config.red_team)]
+    prompts = [{"prompt": world.draw(rng, safe)[0]} for _ in range(config.prompts)]
+    files = dict(documents=texts, demonstrations=chats, red_team=red_team, prompts=prompts)
+    world.write_files(Path(config.out), {f"{name}.jsonl": rows for name, rows in files.items()})
 
 
 if __name__ == "__main__":

@@ -26,9 +26,12 @@ def sequence_logps(model, examples):
     return token_logprobs(model, collate(examples).to(model.device)).sum(1)
 
 
-def pair_logps(model, pairs):
+def pair_logps(model, pairs, kto=False):
     """Pairs of examples -> log-probs of both replies (B, 2). A prompt is read once for both, which
-    changes nothing but the time: each reply's log-prob is that of sequence_logps."""
+    changes nothing but the time: each reply's log-prob is that of sequence_logps. kto: the pairs
+    are of mismatched replies."""
+    if kto:
+        return mismatched_logps(model, pairs)
     batch = collate([*chain(*pairs)])  # (2 B, T), two rows per pair
     rows, positions = batch.mask.nonzero(as_tuple=True)  # (n,) of the reply tokens
     hidden = forked_hidden(model, batch.inputs, batch.lengths, rows, positions)  # (n, D)
@@ -39,8 +42,8 @@ def pair_logps(model, pairs):
 
 
 def mismatched_logps(model, pairs):
-    """Pairs of a reply and a reply to another prompt (KTO) -> log-probs of both (B, 2). The second
-    has no gradient: it is only a number to compare with."""
+    """Pairs of a reply and a reply to another prompt -> log-probs of both (B, 2), the second
+    without gradient: it is only a number to compare with."""
     replies, mismatched = zip(*pairs, strict=True)
     with torch.no_grad():
         mismatched = sequence_logps(model, mismatched)
@@ -48,9 +51,9 @@ def mismatched_logps(model, pairs):
 
 
 @torch.no_grad()
-def all_logps(model, pairs, logps=pair_logps, size=256):
-    """`logps` of any number of pairs (N, 2), without gradients."""
-    return in_batches(lambda batch: logps(model, batch), pairs, longest_side, size, model)
+def all_logps(model, pairs, kto=False, size=256):
+    """pair_logps of any number of pairs (N, 2), without gradients."""
+    return in_batches(lambda rows: pair_logps(model, rows, kto), pairs, longest_side, size, model)
 
 
 @torch.no_grad()

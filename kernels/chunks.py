@@ -1,19 +1,22 @@
-"""What every op shares: the supervised tokens gathered, the (tokens x vocabulary) logits in pieces, the products.
+"""What every op shares: supervised tokens gathered, logits cut into pieces, matrix products.
 
-Two ways to cut the n x V logits so that only a piece exists at a time:
-  token chunks         some tokens, whole rows, so that a softmax can be taken at once. The forward walks these.
-  vocabulary slices    all tokens, some columns. Once a row's log-sum-exp is known, a backward can walk these: a slice
-                       of dW is then written once, where token chunks would read and write all of dW every time.
+There are two ways to cut the n x V logits so that only one piece exists at a time:
+  token chunks        a few tokens, whole rows. A softmax needs whole rows: forwards walk these.
+  vocabulary slices   all tokens, a few columns. Once a row's log-sum-exp is known, a backward can
+                      walk these: it writes each slice of dW once, where token chunks would update
+                      all of dW every time.
 """
+
+import math
+from typing import NamedTuple
 
 import torch
 
 CPU_PIECE = 4 << 20  # bytes that stay in the cache: several elementwise passes follow each product
-FLOOR = (
-    16  # rows or columns in the smallest piece; below this a product runs at the speed of memory
-)
-ALIGN = 64  # rows of logits start at multiples of 64 elements: an odd V (50257) would cost a CPU a third of the
-# product's speed, and a GPU its 16-byte loads and stores
+FLOOR = 16  # rows or columns of the smallest piece; smaller products run at the speed of memory
+# Rows of logits start at multiples of 64 elements. Unaligned rows (V = 50257) would cost a CPU a
+# third of the product's speed, and a GPU its 16-byte loads and stores.
+ALIGN = 64
 
 
 def wide(dtype):
@@ -21,30 +24,45 @@ def wide(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def pieces(length, one, budget, device="cpu"):
-    """How many rows (columns) of `one` bytes each to take at once: at most half the budget (the rest is for
-    temporaries), but never less than FLOOR. A CPU takes 256 or more, so that the products run at full speed and the
-    weight is not read too often, and as many as fit the cache if that is more; a GPU takes all that it may: each piece
-    reads the weight, and often reads and writes dW."""
-    one = max(1, one)
-    allowed = max(FLOOR, int(min(budget, 1 << 62)) // (2 * one))
-    wanted = max(256, CPU_PIECE // one) if torch.device(device).type == "cpu" else length
-    count = max(1, -(-length // max(1, min(wanted, allowed))))
-    even = -(-length // count)  # the last piece as large as the others
-    return int(max(1, min(length, -(-even // FLOOR) * FLOOR, max(FLOOR, allowed // FLOOR * FLOOR))))
+def padded(V):
+    """Row length for V logits. Entries beyond V hold -inf: there p = 0, so row ops need no mask."""
+    return math.ceil(V / ALIGN) * ALIGN
+
+
+class Plan(NamedTuple):
+    step: int  # rows (columns) of logits to work on at once
+    save: bool  # whether `saved` bytes of every row fit the budget together with one such piece
+
+
+def plan(length, one, budget, device="cpu", *, arrays=1, parts=2, saved=0, extra=0):
+    """Plan the walk over `length` rows (columns) of logits, `one` bytes each in fp32 (fp64).
+
+    arrays   how many arrays of a piece's size exist at once while it is worked on
+    parts    a piece gets 1/parts of the budget; the rest is for whatever else the op allocates
+    saved    bytes that each row would occupy from the forward to the backward
+    extra    of the piece's arrays, those that are not part of the saved memory
+
+    A CPU takes 256 rows or more, so that products run at full speed and the weight is not read too
+    often, and more if they fit the cache. A GPU takes all that it may: each piece reads the weight
+    again, and often reads and writes dW. No piece is smaller than FLOOR."""
+    bytes_each = max(1, one * arrays)
+    allowed = max(FLOOR, int(min(budget, 1 << 62)) // (parts * bytes_each))
+    on_cpu = torch.device(device).type == "cpu"
+    wanted = max(256, CPU_PIECE // bytes_each) if on_cpu else length
+    count = max(1, math.ceil(length / max(1, min(wanted, allowed))))
+    even = math.ceil(length / count)  # so that the last piece is as large as the others
+    rounded = min(math.ceil(even / FLOOR) * FLOOR, max(FLOOR, allowed // FLOOR * FLOOR))
+    step = int(max(1, min(length, rounded)))
+    return Plan(step, length * saved + step * one * extra <= budget)
 
 
 def spans(length, step):
+    """-> [(start, stop), ...] of consecutive pieces of `step`, the last one possibly shorter."""
     return [(start, min(start + step, length)) for start in range(0, length, step)]
 
 
-def padded(V):
-    """Row length for V logits. What lies beyond V holds -inf, so p = 0 there and no row op needs to know."""
-    return -(-V // ALIGN) * ALIGN
-
-
 def supervised(valid):
-    """valid (N,) bool -> positions (n,) of the tokens that count, or None when all do: then nothing is copied."""
+    """valid (N,) bool -> positions (n,) of the tokens that count, or None if all do: no copy."""
     index = valid.nonzero()[:, 0]  # (n,)
     return None if index.numel() == valid.numel() else index
 
@@ -54,19 +72,20 @@ def gather(tensor, index):
 
 
 def scatter(values, index, length):
-    """(n,) results of the supervised tokens -> (N,), zero elsewhere. Autograd's own index ops carry the gradient."""
-    return (
-        values
-        if index is None or values is None
-        else values.new_zeros(length).index_copy(0, index, values)
-    )
+    """(n,) results of the supervised tokens -> (N,), zero elsewhere. Autograd handles the
+    gradient."""
+    if index is None or values is None:
+        return values
+    return values.new_zeros(length).index_copy(0, index, values)
 
 
-# ---- products: bf16 operands, fp32 accumulation, and the result in fp32 wherever the library can store it ----
+# ---- products: bf16 operands, fp32 sums, and an fp32 result wherever the library can store one
+# ----
 
 
 def product(left, right, out=None):
-    """left (a, k) @ right (k, b) -> (a, b) in fp32 (fp64). bf16 on a CPU: accumulated in fp32, but rounded when stored."""
+    """left (a, k) @ right (k, b) -> (a, b) in fp32 (fp64). A CPU rounds a bf16 product on storing
+    it."""
     dtype = wide(left.dtype)
     if left.dtype == dtype:
         return torch.mm(left, right, out=out)
@@ -76,14 +95,14 @@ def product(left, right, out=None):
 
 
 def transposed_product(left, right):
-    """left (k, a)^T @ right (k, b) -> (a, b) in their dtype, rounded once. A CPU's bf16 product first makes a transposed copy of
-    `left`: slice by slice the copy stays in the cache, and takes no fresh memory."""
+    """left (k, a)^T @ right (k, b) -> (a, b) in their dtype, rounded once. A CPU's bf16 product
+    first makes a transposed copy of `left`: slice by slice that copy is small and stays in the
+    cache."""
     if left.dtype != torch.bfloat16 or left.is_cuda:
         return left.T @ right
-    out = left.new_empty(left.shape[1], right.shape[1])
-    for start, stop in spans(
-        len(out), max(FLOOR, CPU_PIECE // (left.itemsize * max(1, len(left))))
-    ):
+    out = left.new_empty(left.shape[1], right.shape[1])  # (a, b)
+    step = max(FLOOR, CPU_PIECE // (left.itemsize * max(1, len(left))))
+    for start, stop in spans(len(out), step):
         torch.mm(left[:, start:stop].T, right, out=out[start:stop])
     return out
 
@@ -95,18 +114,20 @@ def add_product_(total, left, right):
     if left.is_cuda:
         try:
             return torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-        except RuntimeError:  # some versions of torch refuse an fp32 total beside bf16 factors
+        except RuntimeError:  # some versions of torch refuse an fp32 total with bf16 factors
             return total.add_(product(left, right))
     return total.add_(left @ right)
 
 
 def project_(out, hidden, weight, column=None, rounded=None):
-    """out (n, v or more) <- hidden (n, D) @ weight (v, D)^T in fp32 (fp64), -inf beyond v -> out. rounded (n, v): that
-    product as the library stored it, if there is one already.
+    """out (n, v or more) <- logits hidden (n, D) @ weight (v, D)^T in fp32 (fp64), -inf beyond v.
+    rounded (n, v): that product as the library stored it, if it was computed before.
 
-    column (n,) int64: where among the v a token's target stands. A bf16 logit has 8 bits, and where the product is
-    stored rounded (on a CPU), the rounding of this one is nearly all of a log-prob's error: that of the others averages
-    out in the sum. So it is computed again in fp32. Outside [0, v) the target stands elsewhere."""
+    column (n,) int64: the column of each token's target, outside [0, v) if it is not in this slice.
+    A bf16 logit has 8 significant bits. Where the library stores the product rounded (on a CPU),
+    the rounding of the target's logit is nearly all of a log-prob's error, since the errors of the
+    others average out in the sum over the vocabulary. So the target's logit is computed again in
+    fp32."""
     v = weight.shape[0]
     if rounded is None:
         product(hidden, weight.T, out=out[:, :v])
@@ -115,9 +136,8 @@ def project_(out, hidden, weight, column=None, rounded=None):
     if v < out.shape[1]:
         out[:, v:] = -torch.inf
     if column is not None and hidden.dtype != out.dtype and not hidden.is_cuda:
-        here = ((column >= 0) & (column < v)).nonzero()[
-            :, 0
-        ]  # (tokens whose target is among the v,)
-        place = column[here]
-        out[here, place] = (hidden[here].to(out.dtype) * weight[place].to(out.dtype)).sum(1)
+        token = ((column >= 0) & (column < v)).nonzero()[:, 0]  # targets in the slice
+        place = column[token]
+        logit = (hidden[token].to(out.dtype) * weight[place].to(out.dtype)).sum(1)
+        out[token, place] = logit
     return out

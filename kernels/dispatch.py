@@ -1,19 +1,20 @@
-"""Who does the work: the one place that chooses between Triton and torch.
+"""The one place that chooses between Triton and torch.
 
-    CUDA tensors            rows_triton, and linear_triton where it pays
+    CUDA tensors            rows_triton, gradient_triton, and linear_triton where it pays
     CPU tensors             rows_torch
-    TRITON_INTERPRET=1      the Triton source on the CPU, for tests (slow; set it before anything imports triton)
+    TRITON_INTERPRET=1      the Triton source on the CPU, for tests (slow; set before importing it)
 
-Both row modules offer the same three functions (rows.py says what each computes), so every op is written once.
-Triton is imported by the first call that needs it: without it the CPU path works all the same.
+Both sides offer the same three row ops (rows.py defines them), so every op is written once. Triton
+is imported by the first call that needs it: without it the CPU path still works.
 """
 
 import os
+from types import SimpleNamespace
 
 import torch
 
-# Up to this width the fused kernel's products, slower than a library's, are expected to cost less than writing the
-# logits and reading them back. NOT YET MEASURED on a GPU; `python -m kernels.bench` times both sides.
+# Up to this width the fused kernel's products, slower than a library's, should cost less than
+# writing the logits and reading them back. NOT YET MEASURED on a GPU; kernels.bench times both.
 FUSED_WIDTH = 1024
 
 
@@ -22,20 +23,27 @@ def interpreting():
 
 
 def row_ops(tensor):
-    """-> the module with statistics, kl_statistics and gradient for tensors like this one."""
+    """-> statistics, kl_statistics and gradient for this tensor's device, and whether they copy
+    logits that must not be overwritten: those should be called for a few rows at a time."""
     if tensor.is_cuda or interpreting():
-        from . import rows_triton
+        from . import gradient_triton, rows_triton
 
-        return rows_triton
+        return SimpleNamespace(
+            statistics=rows_triton.statistics,
+            kl_statistics=rows_triton.kl_statistics,
+            gradient=gradient_triton.gradient,
+            copies=False,
+        )
     from . import rows_torch
 
     return rows_torch
 
 
 def fused_forward(hidden):
-    """-> linear_triton.statistics where it beats product + row kernel, else None: bf16 (a library is far ahead in fp32)
-    and small widths. Its log-probs differ from the other path's in the last bits, as any two orders of adding up do.
-    The interpreter takes it for every dtype but bf16, whose logits a CPU's products, and so the backward's, round."""
+    """-> linear_triton.statistics where it should beat product + row kernel, else None: bf16 (in
+    fp32 a library is far ahead) and small widths. Its log-probs differ from the other path's in the
+    last bits, because it sums in another order. The interpreter uses it for every dtype but bf16:
+    there a CPU's products, which compute the backward's logits, round, and the two would differ."""
     if interpreting():
         pays = hidden.dtype != torch.bfloat16
     else:

@@ -1,33 +1,37 @@
-"""Full-vocabulary KL between two models' next-token distributions, from their hidden states; gradient for the policy.
+"""Full-vocabulary KL between two models' next-token distributions; gradient for the policy only.
 
-With p = softmax(X W^T / T) the policy and q = softmax(X_ref W_ref^T / T) the reference, the unit gradient (rows.py) is
+With p = softmax(X W^T / T) the policy and q = softmax(X_ref W_ref^T / T) the reference, the unit
+gradient (rows.py) is
     reverse, KL(p||q):  G = p (log p - log q - KL)        forward, KL(q||p):  G = p - q
-and dX = (g/T) * (G W), dW = G^T ((g/T) * X): the upstream gradient only scales rows, so G is formed in the forward
-where the logits stand: four products in all, two of them the logits. With a frozen head G W (n, D) is all that is kept.
-Over `logits_budget`, KL and both sides' m and s (log p = z - m - s) are kept, and the backward makes G again, vocabulary
-slice by slice: six products.
+and dX = (g/T) * (G W), dW = G^T ((g/T) * X): the upstream gradient only scales rows, so G is formed
+in the forward in place of the logits: four products in all, two of them for the logits. With a
+frozen head only G W (n, D) is saved. Beyond `logits_budget` the forward saves KL and both sides' m
+and s (log p = z - m - s), and the backward forms G again, vocabulary slice by slice: six products.
 """
 
 import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .chunks import add_product_, padded, pieces, product, project_, spans, transposed_product, wide
+from .backward import slices_backward, unit_backward
+from .chunks import padded, plan, product, project_, spans, wide
 from .dispatch import row_ops
 from .rows import kl_coefficients
 
 
-def chunking(hidden, P, reverse, budget):
-    """-> how many tokens to take at once, and whether G of all of them can be kept within the budget beside that chunk."""
-    size = wide(hidden.dtype)
-    in_place = hidden.dtype == size
-    arrays = (
-        (2 if reverse else 3) + 0.25 + (not in_place) / 2
-    )  # of a chunk: z, ref, a third, a mask, G in bf16
-    step = pieces(len(hidden), P * size.itemsize * arrays, budget, hidden.device)
-    return step, len(hidden) * P * hidden.itemsize + step * P * size.itemsize * (
-        arrays - in_place
-    ) <= budget
+def plan_forward(hidden, V, reverse, budget):
+    """-> step: tokens whose logits are worked on at once; save: whether G of all fits the
+    budget."""
+    full = wide(hidden.dtype).itemsize
+    narrow = hidden.itemsize < full
+    # z, z_ref, a mask of one byte an entry, log q - log p if forward, half an array for G if narrow
+    arrays = 2.25 if reverse else 3.25
+    if narrow:
+        arrays += 0.5
+    extra = arrays if narrow else arrays - 1  # otherwise G overwrites z where it is saved
+    P = padded(V)
+    sizes = dict(arrays=arrays, saved=P * hidden.itemsize, extra=extra)
+    return plan(len(hidden), P * full, budget, hidden.device, **sizes)
 
 
 class LinearKL(Function):
@@ -35,90 +39,48 @@ class LinearKL(Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, ref_hidden, ref_weight, reverse, temperature, budget, train):
-        n, V, P, ops, scale = (
-            len(hidden),
-            len(weight),
-            padded(len(weight)),
-            row_ops(hidden),
-            1 / temperature,
-        )
-        size, frozen = wide(hidden.dtype), train and not ctx.needs_input_grad[1]
-        in_place = hidden.dtype == size  # G is made where it is kept
-        step, room_to_keep = chunking(hidden, P, reverse, budget)
-        keep = train and not frozen and room_to_keep
-        stats = hidden.new_empty(
-            5, n, dtype=size
-        )  # kl, m and s of the policy, m and s of the reference
-        kept = hidden.new_empty(n, P) if keep else None  # G
-        unit_hidden = torch.empty_like(hidden, dtype=size) if frozen else None  # G W (n, D)
-        room = stats.new_empty(1 if keep and in_place else 2, step, P)
-        narrow = hidden.new_empty(step, P) if frozen and not in_place else None
+        n, V, P = len(hidden), len(weight), padded(len(weight))
+        ops = row_ops(hidden)
+        scale = 1 / temperature
+        dtype = wide(hidden.dtype)
+        narrow = hidden.dtype != dtype
+        frozen = train and not ctx.needs_input_grad[1]
+        step, fits = plan_forward(hidden, V, reverse, budget)
+        stats = hidden.new_empty(5, n, dtype=dtype)  # KL, m, s, m_ref, s_ref
+        saved = hidden.new_empty(n, P) if train and not frozen and fits else None  # G
+        unit_hidden = torch.empty_like(hidden, dtype=dtype) if frozen else None  # G W (n, D)
+        ref_buffer = stats.new_empty(step, P)
+        z_buffer = stats.new_empty(step, P) if saved is None or narrow else None
+        unit_buffer = hidden.new_empty(step, P) if frozen and narrow else None
         for a, b in spans(n, step):
-            z = kept[a:b] if keep and in_place else room[-1, : b - a]  # (rows, P)
-            ref = room[0, : b - a]  # (rows, P)
+            z = saved[a:b] if z_buffer is None else z_buffer[: b - a]  # (rows, P)
+            ref = ref_buffer[: b - a]  # (rows, P)
             project_(z, hidden[a:b], weight)
             project_(ref, ref_hidden[a:b], ref_weight)
-            unit = kept[a:b] if keep else (z if in_place else narrow[: b - a]) if frozen else None
+            unit = None  # G (rows, P)
+            if saved is not None:
+                unit = saved[a:b]
+            elif frozen:
+                unit = unit_buffer[: b - a] if narrow else z
             ops.kl_statistics(z, ref, scale, reverse, stats[:, a:b], unit=unit, scratch=True)
             if frozen:
                 product(unit[:, :V], weight, out=unit_hidden[a:b])
         if train:
-            ctx.save_for_backward(hidden, weight, ref_hidden, ref_weight, stats, kept, unit_hidden)
+            ctx.save_for_backward(hidden, weight, ref_hidden, ref_weight, stats, saved, unit_hidden)
             ctx.scale, ctx.budget, ctx.reverse = scale, budget, reverse
         return stats[0].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        hidden, weight, ref_hidden, ref_weight, stats, kept, unit_hidden = ctx.saved_tensors
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        if kept is None and unit_hidden is None:
-            d_hidden, d_weight = LinearKL.slices_backward(ctx, g)
+        hidden, weight, ref_hidden, ref_weight, stats, saved, unit_hidden = ctx.saved_tensors
+        if saved is None and unit_hidden is None:
+            factors = kl_coefficients(stats, ctx.scale, ctx.reverse, g)
+            ref = (ref_hidden, ref_weight)
+            grads = slices_backward(ctx, hidden, weight, stats, factors, ref=ref)
         else:
-            g, d_weight = (g * ctx.scale)[:, None], None  # (n, 1)
-            unit = None if kept is None else kept[:, : len(weight)]  # (n, V)
-            d_hidden = (
-                (product(unit, weight) if unit_hidden is None else unit_hidden) * g
-                if need_hidden
-                else None
-            )
-            if need_weight:
-                d_weight = transposed_product(unit, (hidden * g).to(hidden.dtype))  # (V, D)
-        return (
-            None if d_hidden is None else d_hidden.to(hidden.dtype),
-            d_weight,
-            None,
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
-
-    @staticmethod
-    def slices_backward(ctx, g):
-        hidden, weight, ref_hidden, ref_weight, stats, *_ = ctx.saved_tensors
-        (n, D), V, ops = hidden.shape, len(weight), row_ops(hidden)
-        a, b, d = kl_coefficients(stats, ctx.scale, ctx.reverse, g)
-        d_hidden = stats.new_zeros(n, D) if ctx.needs_input_grad[0] else None
-        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        in_place = hidden.dtype == stats.dtype
-        step = pieces(
-            V, n * stats.itemsize * (2.25 + (not in_place) / 2), ctx.budget, hidden.device
-        )
-        room = stats.new_empty(2, n, padded(step))
-        narrow = None if in_place else hidden.new_empty(n, padded(step))
-        for start, stop in spans(V, step):
-            columns, w = stop - start, weight[start:stop]  # (columns, D)
-            z, ref = room[:, :, : padded(columns)]  # (n, columns or more) each
-            z = project_(z, hidden, w)[:, :columns]  # (n, columns)
-            ref = project_(ref, ref_hidden, ref_weight[start:stop])[:, :columns]  # (n, columns)
-            dz = z if in_place else narrow[:, :columns]  # (n, columns)
-            ops.gradient(
-                z, stats[1], ctx.scale, dz, a=a, b=b, d=d, ref=ref, ref_m=stats[3], scratch=True
-            )
-            if d_hidden is not None:
-                add_product_(d_hidden, dz, w)
-            if d_weight is not None:
-                torch.mm(dz.T, hidden, out=d_weight[start:stop])
-        return d_hidden, d_weight
+            unit = None if saved is None else saved[:, : len(weight)]  # G (n, V)
+            grads = unit_backward(ctx, hidden, weight, unit, unit_hidden, g * ctx.scale)
+        d_hidden, d_weight = grads
+        d_hidden = None if d_hidden is None else d_hidden.to(hidden.dtype)
+        return d_hidden, d_weight, *(None,) * 6

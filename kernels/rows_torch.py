@@ -1,36 +1,40 @@
-"""The row ops (rows.py) in torch, for CPUs: few passes, in place, over pieces of logits that stay in the cache.
+"""The row ops of rows.py in torch, for CPUs: few passes, in place, over logits that stay in the
+cache.
 
-`scratch=True` says that the logits may be overwritten on the way; without it they are copied first. `rows` (n,) int64
-names the rows of z to work on, None for all. Temporaries: one array like the logits for an entropy, a quarter of one
-for the KL (two more than its inputs when the logits may not be overwritten)."""
+`scratch=True` allows a function to overwrite the logits; otherwise it copies them first. `rows`
+(n,) int64 are the rows of z to work on, None for all. Temporaries: an entropy takes one array like
+the logits, a KL a quarter of one (and two copies more if the logits may not be overwritten).
+"""
 
 import torch
 
-COPIES = (
-    True  # these functions copy logits that they may not overwrite: call them for a piece at a time
-)
-LOG_ZERO = -1e4  # exp(-1e4) is 0 in fp64 as well, so clamping u here changes no p and makes p * u = 0 instead of NaN
+copies = True  # logits that must not be overwritten: call these for a few rows at a time
+# exp(-1e4) is 0 in fp64 too, so clamping u here changes no p and makes p * u = 0 instead of NaN
+LOG_ZERO = -1e4
 
 
 def scaled(z, rows, scale, dtype, scratch):
     """scale * z (n, V) in `dtype`, in z's own memory if that is allowed and possible."""
-    chosen = z if rows is None else z.index_select(0, rows)
-    chosen = chosen.to(dtype, copy=rows is None and not scratch)
-    return chosen if scale == 1 else chosen.mul_(scale)
+    selected = z if rows is None else z.index_select(0, rows)  # (n, V)
+    selected = selected.to(dtype, copy=rows is None and not scratch)
+    return selected if scale == 1 else selected.mul_(scale)
 
 
 def statistics(z, targets, scale, stats, *, rows=None, entropy=False, unit=None, scratch=False):
-    """z (n, V), targets (n,) int64 -> stats (4, n): log p_t, m, s, H (when asked for). unit (n, V), which may be z:
-    S = p - onehot is written there. One exponential per entry, in torch's fused softmax; s comes out of its result:
-    the largest p is exp(m - m - s) = exp(-s), never below 1/V."""
+    """z (n, V), targets (n,) int64 -> stats (4, n): log p_t, m, s, H (if entropy). unit (n, V),
+    which may be z, receives S = p - onehot (not with an entropy). One exponential per entry, in
+    torch's fused softmax. s comes out of its result: the largest p is exp(m - m - s) = exp(-s), at
+    least 1/V."""
     z = scaled(z, rows, scale, stats.dtype, scratch)  # (n, V)
     m = z.amax(1)  # (n,)
     target_logit = z.gather(1, targets[:, None])[:, 0]  # (n,)
     p = torch.softmax(z, 1, out=torch.empty_like(z) if entropy else z)  # (n, V)
     s = -p.amax(1).log()  # (n,)
-    stats[0], stats[1], stats[2] = target_logit.sub_(m).sub_(s), m, s
-    if entropy:  # H = s - sum p u
-        u = z.sub_(m[:, None]).clamp_(min=LOG_ZERO)
+    stats[0] = target_logit.sub_(m).sub_(s)
+    stats[1] = m
+    stats[2] = s
+    if entropy:  # H = -sum p (u - s) = s - sum p u
+        u = z.sub_(m[:, None]).clamp_(min=LOG_ZERO)  # (n, V)
         stats[3] = s - p.mul_(u).sum(1)
     elif unit is not None:
         p.scatter_add_(1, targets[:, None], p.new_full((len(p), 1), -1.0))
@@ -39,67 +43,54 @@ def statistics(z, targets, scale, stats, *, rows=None, entropy=False, unit=None,
 
 
 def kl_statistics(z, ref, scale, reverse, stats, *, rows=None, unit=None, scratch=False):
-    """z, ref (n, V) -> stats (5, n): KL, m, s, m_ref, s_ref. unit (n, V), which may be z: dKL/dz is written there."""
-    logp, logq = (scaled(x, rows, scale, stats.dtype, scratch) for x in (z, ref))  # (n, V) each
+    """z, ref (n, V) -> stats (5, n): KL, m, s, m_ref, s_ref. unit (n, V), which may be z, receives
+    dKL/dz."""
+    logp = scaled(z, rows, scale, stats.dtype, scratch)  # (n, V)
+    logq = scaled(ref, rows, scale, stats.dtype, scratch)  # (n, V)
     for i, x in ((1, logp), (3, logq)):
         stats[i] = x.amax(1)
         torch.log_softmax(x, 1, out=x)
-        stats[i + 1] = -x.amax(1)
+        stats[i + 1] = -x.amax(1)  # the largest log p is -s
     if reverse:
         difference = torch.sub(logp, logq, out=logq)  # (n, V)
         p = logp.exp_()
         difference.masked_fill_(p == 0, 0).mul_(p)
         stats[0] = difference.sum(1)
-        if unit is not None:
+        if unit is not None:  # p (log p - log q - KL)
             p.mul_(-stats[0][:, None]).add_(difference)
     else:
         difference = torch.sub(logq, logp)  # (n, V)
         q = logq.exp_()
         stats[0] = difference.masked_fill_(q == 0, 0).mul_(q).sum(1)
-        p = logp if unit is None else logp.exp_().sub_(q)
+        p = logp if unit is None else logp.exp_().sub_(q)  # p - q
     if unit is not None and unit.data_ptr() != p.data_ptr():
         unit.copy_(p)
 
 
 def gradient(
-    z,
-    m,
-    scale,
-    out,
-    *,
-    a,
-    b=None,
-    c=None,
-    d=None,
-    column=None,
-    ref=None,
-    ref_m=None,
-    rows=None,
-    scratch=False,
-):
-    """out <- exp(u) [a + b (u - v)] + c onehot(column) - d exp(v), with u = scale z - m and v = scale ref - ref_m or 0.
-    z, ref (n, V), or a vocabulary slice of them; m, ref_m, a, b, c, d (n,); column (n,) int64: where in the slice a
-    row's target stands, outside [0, V) if it stands elsewhere. out (n, V), or (N, V) of which only `rows` are written;
-    it may be z."""
+    z, m, scale, out, *, a, b=None, c=None, d=None,
+    column=None, ref=None, ref_m=None, rows=None, scratch=False,
+):  # fmt: skip
+    """out <- exp(u) [a + b (u - v)] + c onehot(column) - d exp(v), u = scale z - m, v = scale ref -
+    ref_m or 0. z, ref (n, V), or a vocabulary slice of them; m, ref_m, a, b, c, d (n,); column (n,)
+    int64: the column of each row's target, outside [0, V) if it is in another slice. out (n, V),
+    which may be z; or (N, V), of which only `rows` are written."""
     u = scaled(z, rows, scale, m.dtype, scratch).sub_(m[:, None])  # (n, V)
-    v = (
-        None if ref is None else scaled(ref, rows, scale, m.dtype, scratch).sub_(ref_m[:, None])
-    )  # (n, V)
+    v = None
+    if ref is not None:
+        v = scaled(ref, rows, scale, m.dtype, scratch).sub_(ref_m[:, None])  # (n, V)
     if b is None:
         dz = u.exp_().mul_(a[:, None])
     else:
-        factor = torch.sub(u, v, out=v) if v is not None else u.clone()
+        difference = u.clone() if v is None else torch.sub(u, v, out=v)
         dz = u.exp_()
-        dz.mul_(
-            factor.mul_(b[:, None]).add_(a[:, None]).masked_fill_(dz == 0, 0)
-        )  # 0, not 0 * -inf
+        factor = difference.mul_(b[:, None]).add_(a[:, None])  # a + b (u - v)
+        dz.mul_(factor.masked_fill_(dz == 0, 0))  # 0, not 0 * -inf
     if d is not None:
         dz.sub_(v.exp_().mul_(d[:, None]))
     if c is not None:
         inside = (column >= 0) & (column < dz.shape[1])  # (n,)
-        place = column.where(inside, 0)[
-            :, None
-        ]  # (n, 1) a row whose target is elsewhere adds 0 to its column 0
+        place = column.where(inside, 0)[:, None]  # (n, 1) a target elsewhere adds 0 to column 0
         dz.scatter_add_(1, place, (c * inside)[:, None])
     if rows is not None:
         out[rows] = dz.to(out.dtype)

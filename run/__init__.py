@@ -24,9 +24,9 @@ is wrong and what to do. Any other exception is a bug and keeps its traceback.
 from .command import commands, guard, keep_memory, script
 from .files import ROOT, write, write_json, write_lines
 from .flags import DTYPES, Flags, check_choice, check_range, check_requires, parse, require
-from .job import Job, device, due, start
+from .job import Job, due, start
 from .memory import peak_memory
 from .optimizer import adamw, clip, linear, step
 from .pictures import lines_picture, plotting
-from .ranks import environment
+from .ranks import device, environment
 from .state import put_back, state_of

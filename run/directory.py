@@ -25,6 +25,15 @@ from .flags import flag_name, require
 FREE = {"out", "overwrite", "resume", "save_every", "device"}
 
 
+def check_inputs(config):
+    """Raises ValueError for a checkpoint among the flags that is not there."""
+    for name in ("init", "reward", "judge"):
+        value = getattr(config, name, "")
+        exists = value in ("", "scratch", "world") or Path(value).is_dir()
+        missing = f"{flag_name(name)} {value}: there is no such directory"
+        require(exists, f"{missing}; run the stage before, or name a checkpoint")
+
+
 class Directory:
     def __init__(self, config, stage):
         """Raises ValueError if --out may not be written: it holds something else than a run."""

@@ -74,7 +74,7 @@ def parse(Config, argv=None, description=None):
     help and default. Raises ValueError for unknown flags and for numbers out of range."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=description, allow_abbrev=False, formatter_class=layout)
-    shared = parser.add_argument_group("flags of every stage")
+    shared = parser.add_argument_group("shared flags")
     comments = field_comments(Config)
     for item in dataclasses.fields(Config):
         group = parser if item.name in Config.__annotations__ else shared

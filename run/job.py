@@ -3,17 +3,15 @@
 import contextlib
 import math
 import os
-import re
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from . import memory, ranks, state
-from .directory import Directory
+from .directory import Directory, check_inputs
 from .flags import DTYPES, require
 
 
@@ -25,16 +23,6 @@ def start(config, stage):
     a --resume of another run. With --resume of a complete run the process ends, with exit code 0.
     """
     return Job(config, stage)
-
-
-def device(name):
-    """auto, cpu, cuda or cuda:N -> torch.device. Raises ValueError for a device that is missing."""
-    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    cuda, count = re.fullmatch(r"cuda(?::(\d+))?", name), torch.cuda.device_count()
-    require(cuda or name == "cpu", f"--device must be auto, cpu, cuda or cuda:N, not {name}")
-    present = not cuda or int(cuda[1] or 0) < count
-    require(present, f"--device {name} is not on this machine, which has {count} CUDA devices")
-    return torch.device(name)
 
 
 def due(step, steps, times=5):
@@ -58,34 +46,19 @@ class Job:
         self.sharded = None  # a model that FSDP2 divides
         self.last_micro_batch = True
         self.directory = Directory(config, stage)
-        self.device = self.device_of_this_rank()
+        self.device = ranks.device_of_rank(config.device)
         if config.resume:
             facts, complete = self.directory.check_resume(self.device)
             self.facts["resumed_at"] = facts.get("resumed_at", [])
             if complete:
                 self.say(f"{stage}: {self.directory.out} is already complete")
                 sys.exit(0)
-        for flag in ("init", "reward", "judge"):
-            name = getattr(config, flag, "")
-            there = name in ("", "scratch", "world") or Path(name).is_dir()
-            remedy = "run the stage before, or name a checkpoint"
-            require(there, f"--{flag} {name}: there is no such directory; {remedy}")
+        check_inputs(config)
         default = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.dtype = DTYPES.get(config.dtype, default)
         torch.manual_seed(config.seed)
         if self.ranks > 1:  # last: nobody writes before everybody has checked
             ranks.join(self.device)
-
-    def device_of_this_rank(self):
-        chosen = device(self.config.device)
-        if self.ranks == 1 or chosen.type == "cpu":
-            return chosen
-        one_for_all = f"--device {self.config.device} is one for all processes"
-        require(chosen.index is None, f"{one_for_all}: leave the choice to torchrun")
-        here, count = ranks.environment("LOCAL_WORLD_SIZE", self.ranks), torch.cuda.device_count()
-        need = f"{here} processes need a CUDA device each, and this machine has {count}"
-        require(here <= count, f"{need}: start fewer")
-        return torch.device("cuda", ranks.environment("LOCAL_RANK"))
 
     def autocast(self):
         """Matrix products at --dtype; master weights, norms and losses stay fp32."""

@@ -9,15 +9,42 @@ process's curve but saves no time. Only rank 0 writes files and prints.
 """
 
 import os
+import re
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from .flags import require
+
 
 def environment(name, default=0):
     """An integer that torchrun sets: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE."""
     return int(os.environ.get(name, default))
+
+
+def device(name):
+    """auto, cpu, cuda or cuda:N -> torch.device. Raises ValueError for a device that is missing."""
+    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    cuda, count = re.fullmatch(r"cuda(?::(\d+))?", name), torch.cuda.device_count()
+    require(cuda or name == "cpu", f"--device must be auto, cpu, cuda or cuda:N, not {name}")
+    present = not cuda or int(cuda[1] or 0) < count
+    require(present, f"--device {name} is not on this machine, which has {count} CUDA devices")
+    return torch.device(name)
+
+
+def device_of_rank(name):
+    """The device of --device NAME that this process uses. Raises ValueError if a process would have
+    none of its own."""
+    chosen, ranks = device(name), environment("WORLD_SIZE", 1)
+    if ranks == 1 or chosen.type == "cpu":
+        return chosen
+    one_for_all = f"--device {name} is one for all processes"
+    require(chosen.index is None, f"{one_for_all}: leave the choice to torchrun")
+    here, count = environment("LOCAL_WORLD_SIZE", ranks), torch.cuda.device_count()
+    need = f"{here} processes need a CUDA device each, and this machine has {count}"
+    require(here <= count, f"{need}: start fewer")
+    return torch.device("cuda", environment("LOCAL_RANK"))
 
 
 def join(device):

@@ -1,16 +1,21 @@
-"""The README's claims about learning, trained and measured: five seeds, none of which was used to choose a setting.
+"""The README's claims about learning, trained and measured: five seeds, none of which was used to
+choose a setting.
 
-pytest -m claims        about an hour on 2 cores from nothing; finished stages in out/seeds are kept and not trained again
+pytest -m claims        about an hour on 2 cores from nothing; finished stages in out/seeds are kept
+                        and not trained again
 """
 
 import json
 
 import pytest
 
-import evaluate
+import evaluate.methods
 import run
 import sft
 from data import annotators, curate, formats, world
+from evaluate import recipe
+from evaluate.measures import mean, open_run, spread
+from evaluate.scoreboard import measure
 
 pytestmark = pytest.mark.claims
 SEEDS = [1, 2, 3, 4, 5]
@@ -18,7 +23,7 @@ SEEDS = [1, 2, 3, 4, 5]
 
 @pytest.fixture(scope="module")
 def out(root):
-    evaluate.recipe_main(evaluate.Recipe(seeds=SEEDS, out=str(root / "out/seeds")))
+    recipe.main(recipe.Config(seeds=SEEDS, out=str(root / "out/seeds")))
     return root / "out/seeds"
 
 
@@ -39,10 +44,10 @@ def test_a_base_model_answers_badly_and_sft_teaches_it_to_answer(board):
 
 def test_annotators_agree_with_the_truth_as_often_as_dialled(seed_dir):
     pairs = formats.read(seed_dir / "pairs.jsonl", "preference")
-    golds = [
-        [world.judge(r.prompt, side[0]["content"])["gold"] for side in (r.chosen, r.rejected)]
-        for r in pairs
-    ]
+    golds = []
+    for record in pairs:
+        sides = record.chosen, record.rejected
+        golds.append([world.judge(record.prompt, side[0]["content"])["gold"] for side in sides])
     agreed = [chosen > rejected for chosen, rejected in golds if chosen != rejected]
     assert 0.70 <= sum(agreed) / len(agreed) <= 0.76
     assert annotators.Config.agreement == 0.75
@@ -62,21 +67,20 @@ def test_alignment_improves_on_sft_and_loses_nothing(board, stage):
     assert row["lost_skills"] == 0
 
 
-# ------------------------------------------------------------------------------- every method, from the same SFT model
+# ------------------------------------------------------------ every method, from the same SFT model
 
 
 @pytest.fixture(scope="module")
 def methods(root):
     """Half an hour on 2 cores from nothing; runs that out/seeds holds are kept."""
-    evaluate.methods_main(evaluate.Methods(out=str(root / "out/seeds")))
+    evaluate.methods.main(evaluate.methods.Config(out=str(root / "out/seeds")))
     return json.loads((root / "out/seeds/methods.json").read_text())
 
 
 def ahead(methods, a, b):
     """By how much a's gold is above b's: mean over seeds, and half-width of its 95 % interval."""
-    cell = evaluate.spread(
-        [board[a]["gold"] - board[b]["gold"] for board in methods["boards"].values()]
-    )
+    boards = methods["boards"].values()
+    cell = spread([board[a]["gold"] - board[b]["gold"] for board in boards])
     return cell["mean"], cell["half_width"]
 
 
@@ -91,9 +95,8 @@ def test_every_paired_method_improves_on_sft(methods, name):
 @pytest.mark.parametrize("name", ["online", "iterative"])
 def test_fresh_labels_beat_as_many_old_ones(methods, name):
     gains = [board[name]["gold"] - board["dpo"]["gold"] for board in methods["boards"].values()]
-    assert (
-        min(gains) > 0 and evaluate.mean(gains) >= 0.01
-    )  # on every seed; three are too few for an interval beyond 0
+    # on every seed; three are too few for an interval beyond 0
+    assert min(gains) > 0 and mean(gains) >= 0.01
 
 
 def test_a_reward_model_as_judge_does_not_fall_below_the_labels_it_learnt_from(methods):
@@ -103,21 +106,20 @@ def test_a_reward_model_as_judge_does_not_fall_below_the_labels_it_learnt_from(m
 
 def test_thumbs_are_nearly_as_good_as_comparisons(methods):
     gains = [board["kto"]["gold"] - board["sft"]["gold"] for board in methods["boards"].values()]
-    kto = evaluate.spread(gains)
+    kto = spread(gains)
     assert kto["mean"] + kto["half_width"] >= 0.9 * ahead(methods, "dpo", "sft")[0]
 
 
 def test_orpo_does_both_stages_in_one_when_it_is_told_of_wrong_labels(methods):
     gain, half_width = ahead(methods, "robust-orpo", "sft")
-    assert (
-        gain >= 0.05 and gain > half_width
-    )  # without being told: .023 +- .030 (README, "What did not work")
+    # without being told: .023 +- .030 (README, "What did not work")
+    assert gain >= 0.05 and gain > half_width
 
 
 @pytest.mark.parametrize(("after", "before"), [("spin-1", "careful"), ("spin-2", "spin-1")])
 def test_self_play_improves_in_each_of_its_first_two_rounds(methods, after, before):
     gains = [board[after]["gold"] - board[before]["gold"] for board in methods["boards"].values()]
-    assert min(gains) > 0 and evaluate.mean(gains) >= 0.01
+    assert min(gains) > 0 and mean(gains) >= 0.01
 
 
 @pytest.mark.parametrize("name", ["rloo", "grpo"])
@@ -126,58 +128,36 @@ def test_a_group_is_as_good_as_a_critic(methods, name):
     assert gain + half_width >= 0
 
 
-# ------------------------------------------------------------------------------------------------------------- less is more
+# ------------------------------------------------------------------------------------- less is more
 
 
 def gold_after_sft(records, seed, base, out):
     """Mean gold on held-out questions after 100 steps of SFT on these conversations."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "data.jsonl").write_text(
-        "".join(json.dumps({"messages": record.messages}) + "\n" for record in records)
-    )
-    flags = [
-        "--init",
-        str(base),
-        "--data",
-        str(out / "data.jsonl"),
-        "--out",
-        str(out / "sft"),
-        "--steps",
-        "100",
-        "--seed",
-        str(seed),
-    ]
-    sft.main(run.parse(sft.Config, [*flags, "--overwrite"]))
-    row, *_ = evaluate.measure(*evaluate.open_run(out / "sft"), world.prompts(650, 0, held=True))
+    run.write_lines(out / "data.jsonl", [{"messages": record.messages} for record in records])
+    flags = ["--init", base, "--data", out / "data.jsonl", "--out", out / "sft", "--overwrite"]
+    sft.main(run.parse(sft.Config, [*map(str, flags), "--steps", "100", "--seed", str(seed)]))
+    row, *_ = measure(*open_run(out / "sft"), world.prompts(650, 0, held=True))
     return row["gold"]
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_300_careful_demonstrations_beat_3000_sloppy_ones(seed, out, tmp_path):
     base = out / f"seed-{seed}/base"
-    careful = gold_after_sft(
-        world.demonstrations(300, seed, wrong=0, misjudged=0, padded=0),
-        seed,
-        base,
-        tmp_path / "careful",
-    )
-    sloppy = gold_after_sft(world.demonstrations(3000, seed + 100), seed, base, tmp_path / "sloppy")
+    few = world.demonstrations(300, seed, wrong=0, misjudged=0, padded=0)
+    careful = gold_after_sft(few, seed, base, tmp_path / "careful")
+    sloppy = world.demonstrations(3000, seed + 100)
+    sloppy = gold_after_sft(sloppy, seed, base, tmp_path / "sloppy")
     print(f"seed {seed}: 300 careful {careful:.3f}, 3000 sloppy {sloppy:.3f}")
     assert careful > sloppy + 0.05
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_the_better_half_of_a_pool_by_the_reward_model_beats_the_pool(seed, out, tmp_path):
-    base, pool = (
-        out / f"seed-{seed}/base",
-        world.demonstrations(3000, seed + 100, wrong=0.3, misjudged=0.4, padded=0.4),
-    )
-    best, _ = curate.curate(
-        pool, curate.Config(near=0, reward=str(out / f"seed-{seed}/reward"), top=1500)
-    )
-    half, whole = (
-        gold_after_sft(records, seed, base, tmp_path / name)
-        for name, records in (("half", best), ("whole", pool))
-    )
+    base, reward = out / f"seed-{seed}/base", out / f"seed-{seed}/reward"
+    pool = world.demonstrations(3000, seed + 100, wrong=0.3, misjudged=0.4, padded=0.4)
+    best, _ = curate.curate(pool, curate.Config(near=0, reward=str(reward), top=1500))
+    half = gold_after_sft(best, seed, base, tmp_path / "half")
+    whole = gold_after_sft(pool, seed, base, tmp_path / "whole")
     print(f"seed {seed}: half of the pool {half:.3f}, the pool {whole:.3f}")
     assert half > whole + 0.03

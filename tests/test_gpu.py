@@ -1,4 +1,5 @@
-"""Claims about the Triton path that only a GPU can show: sizes beyond 32-bit addresses, the grid's limits, peak memory."""
+"""Claims about the Triton path that only a GPU can show: sizes beyond 32-bit addresses, the grid's
+limits, peak memory."""
 
 import pytest
 import torch

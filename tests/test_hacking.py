@@ -1,4 +1,5 @@
-"""Over-optimisation: best of n exactly, the published forms, and a detector that sees without a judge."""
+"""Over-optimisation: best of n exactly, the published forms, and a detector that sees without a
+judge."""
 
 import itertools
 import json
@@ -7,12 +8,13 @@ import math
 import pytest
 import torch
 
-import evaluate
 import ppo
 import run
-from data import tokenizer
+from data import checkpoints
+from evaluate import best_of_n, hacking
+from evaluate.measures import FORMS, fit_form
 
-# ------------------------------------------------------------------------------------------------------------- best of n
+# -------------------------------------------------------------------------------------- best of n
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
@@ -20,78 +22,62 @@ def test_best_of_n_is_the_mean_over_all_subsets(n):
     generator = torch.Generator().manual_seed(0)
     golds, scores = torch.rand(4, 5, generator=generator), torch.randn(4, 5, generator=generator)
     for row, (gold, own) in enumerate(zip(golds, scores)):
-        picks = [
-            gold[max(subset, key=lambda i: own[i])].item()
-            for subset in itertools.combinations(range(5), n)
-        ]
-        assert evaluate.best_of(golds, scores, n)[row].item() == pytest.approx(
-            sum(picks) / len(picks), abs=1e-6
-        )
+        subsets = itertools.combinations(range(5), n)
+        picks = [gold[max(subset, key=lambda i: own[i])].item() for subset in subsets]
+        expected = best_of_n.best_of(golds, scores, n)[row].item()
+        assert expected == pytest.approx(sum(picks) / len(picks), abs=1e-6)
 
 
 def test_best_of_all_is_the_maximum_and_of_one_the_mean():
     golds = torch.rand(6, 8)
-    torch.testing.assert_close(evaluate.best_of(golds, golds, 8), golds.double().amax(1))
-    torch.testing.assert_close(
-        evaluate.best_of(golds, torch.randn(6, 8), 1), golds.double().mean(1)
-    )
+    torch.testing.assert_close(best_of_n.best_of(golds, golds, 8), golds.double().amax(1))
+    of_one = best_of_n.best_of(golds, torch.randn(6, 8), 1)
+    torch.testing.assert_close(of_one, golds.double().mean(1))
     with pytest.raises(ValueError, match="1 to 8"):
-        evaluate.best_of(golds, golds, 9)
+        best_of_n.best_of(golds, golds, 9)
 
 
 def test_the_kl_of_best_of_n_stays_under_its_bound():
-    """Of a policy over four replies with distinct scores: exactly, by the distribution of the maximum."""
+    """Of a policy over four replies with distinct scores: exact, by the maximum's distribution."""
     p = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
     for n in (1, 2, 4, 16, 64):
         below = torch.cat([torch.zeros(1), p.cumsum(0)]).double()
         best = below[1:] ** n - below[:-1] ** n
         kl = torch.special.xlogy(best, best / p).sum().item()
-        assert kl <= evaluate.kl_bound(n) + 1e-9
-    assert evaluate.kl_bound(1) == 0
+        assert kl <= best_of_n.kl_bound(n) + 1e-9
+    assert best_of_n.kl_bound(1) == 0
 
 
 def test_a_vote_takes_the_most_frequent_answer_of_each_group():
     golds = torch.tensor([[0.0, 0.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]])
     answers = [["7", "7", "8", "8"], ["5", "6", "6", "6"]]
-    assert evaluate.majority_of(golds, answers, 4).tolist() == [0, 0]  # a tie goes to the first
-    assert evaluate.majority_of(golds, answers, 2).tolist() == [0.5, 0.5]
+    assert best_of_n.majority_of(golds, answers, 4).tolist() == [0, 0]  # a tie goes to the first
+    assert best_of_n.majority_of(golds, answers, 2).tolist() == [0.5, 0.5]
 
 
 def test_solutions_are_scored_by_min_product_or_last_step():
     steps = torch.tensor([2.0, -1.0, 0.5])
     p = steps.sigmoid()
     for how, expected in (("min", p.min()), ("product", p.prod()), ("last", p[-1])):
-        assert evaluate.aggregated(steps, how).exp().item() == pytest.approx(
-            expected.item(), rel=1e-5
-        )
+        probability = best_of_n.aggregated(steps, how).exp().item()
+        assert probability == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.fixture
 def models(tmp_path, world_model, world_encoding, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run, "curves", lambda metrics, path: None)
+    monkeypatch.setattr("run.pictures.curves", lambda metrics, path: None)
     for seed, (name, head) in enumerate([("sft", "lm"), ("reward", "score"), ("other", "score")]):
-        world_model(head, seed).save_pretrained(tmp_path / name)
-        tokenizer.save(world_encoding, tmp_path / name)
+        checkpoints.save(world_model(head, seed), tmp_path / name, world_encoding)
     return tmp_path
 
 
 @pytest.mark.parametrize("sums", [False, True])
 def test_best_of_n_command_ranks_by_every_judge_it_was_given(sums, models, capsys):
     more = ["--long-sums", "--process", str(models / "other")] if sums else []
-    flags = [
-        "--policy",
-        str(models / "sft"),
-        "--reward",
-        str(models / "reward"),
-        "--n",
-        "4",
-        "--prompts",
-        "13",
-        "--device",
-        "cpu",
-    ]
-    evaluate.best_of_n_main(run.parse(evaluate.BestOfN, flags + more))
+    flags = ["--policy", str(models / "sft"), "--reward", str(models / "reward")]
+    flags += ["--n", "4", "--prompts", "13", "--device", "cpu"]
+    best_of_n.main(run.parse(best_of_n.Config, flags + more))
     found = json.loads((models / "out/best-of-n.json").read_text())
     assert list(found["gold"]) == ["n=1", "n=2", "n=4"] and (models / "out/best-of-n.png").exists()
     hows = {"judge", "outcome", "majority"} | ({"min", "product", "last"} if sums else set())
@@ -100,58 +86,54 @@ def test_best_of_n_command_ranks_by_every_judge_it_was_given(sums, models, capsy
     assert "proxy" in capsys.readouterr().out and bool(found["differences"]) == sums
 
 
-def test_process_models_are_for_sums():
+def test_without_a_reward_model_the_judge_and_the_vote_are_left(models, capsys):
+    config = best_of_n.Config(policy=str(models / "sft"), reward="", n=4, prompts=13, device="cpu")
+    best_of_n.main(config)
+    found = json.loads((models / "out/best-of-n.json").read_text())
+    assert set(found["gold"]["n=4"]) == {"judge", "majority"} and not found["differences"]
+    assert "proxy" not in capsys.readouterr().out
+
+
+def test_process_models_are_for_sums(monkeypatch):
+    class Policy:
+        class config:
+            head = "lm"
+
+    monkeypatch.setattr(best_of_n, "open_run", lambda *_: (Policy, None, True))
+    config = run.parse(best_of_n.Config, ["--policy", "x", "--process", "y"])
     with pytest.raises(ValueError, match="--long-sums"):
-        flags = ["--policy", "x", "--process", "y"]
-        config = run.parse(evaluate.BestOfN, flags)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                evaluate,
-                "open_run",
-                lambda *a: (type("M", (), {"config": type("C", (), {"head": "lm"})}), None, True),
-            )
-            evaluate.best_of_n_main(config)
+        best_of_n.main(config)
 
 
-# ------------------------------------------------------------------------------------------------------ over-optimisation
+# -------------------------------------------------------------------------------- over-optimisation
 
 
-@pytest.mark.parametrize("form", evaluate.FORMS)
+@pytest.mark.parametrize("form", FORMS)
 def test_a_planted_form_is_found_again(form):
     kl = [0.01 * i**2 for i in range(30)]
     d = [x**0.5 for x in kl]
     shape = (lambda x: math.log(max(x, 1e-3))) if "log" in form else (lambda x: x)
     gold = [0.3 + x * (0.8 - 0.25 * shape(x)) for x in d]
-    a, b, r2 = evaluate.fit_form(kl, gold, form)
-    assert (a, b, r2) == (
-        pytest.approx(0.8, abs=1e-6),
-        pytest.approx(0.25, abs=1e-6),
-        pytest.approx(1, abs=1e-9),
-    )
+    a, b, r2 = fit_form(kl, gold, form)
+    assert (a, b) == (pytest.approx(0.8, abs=1e-6), pytest.approx(0.25, abs=1e-6))
+    assert r2 == pytest.approx(1, abs=1e-9)
 
 
 def run_of(golds, warned=None):
-    rows = [
-        {"gold": gold, "score": i / 10, "kl": i / 10, "hacking": 0} for i, gold in enumerate(golds)
-    ]
+    rows = [{"gold": x, "score": i / 10, "kl": i / 10, "hacking": 0} for i, x in enumerate(golds)]
     if warned is not None:
         rows[warned]["hacking"] = 1
     return rows
 
 
 def test_a_run_s_rise_fall_and_warning_are_read_off_its_metrics():
-    row = evaluate.hacking_row(
-        run_of([0.5, 0.6, 0.8, 0.8, 0.8, 0.8, 0.8, 0.7, 0.5, 0.4, 0.4, 0.4], warned=7)
-    )
-    assert (
-        row["peak"] == pytest.approx(0.8)
-        and row["fall"] == pytest.approx(0.4)
-        and row["warned"] == 8
-    )
-    assert row["lost"] == pytest.approx(0.8 - 3.2 / 5) and row["proxy"] == pytest.approx(
-        0.9
-    )  # means of five
-    assert "warned" not in evaluate.hacking_row(run_of([0.5, 0.6, 0.7]))
+    golds = [0.5, 0.6, 0.8, 0.8, 0.8, 0.8, 0.8, 0.7, 0.5, 0.4, 0.4, 0.4]
+    row = hacking.hacking_row(run_of(golds, warned=7))
+    assert row["peak"] == pytest.approx(0.8) and row["fall"] == pytest.approx(0.4)
+    assert row["warned"] == 8
+    # means of five
+    assert row["lost"] == pytest.approx(0.8 - 3.2 / 5) and row["proxy"] == pytest.approx(0.9)
+    assert "warned" not in hacking.hacking_row(run_of([0.5, 0.6, 0.7]))
 
 
 def test_the_command_counts_hits_and_false_alarms(tmp_path, capsys):
@@ -162,43 +144,35 @@ def test_the_command_counts_hits_and_false_alarms(tmp_path, capsys):
     }
     for name, rows in runs.items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in rows)
-        )
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / name / "metrics.jsonl").write_text(lines)
     names = [str(tmp_path / name) for name in runs]
-    evaluate.hacking_main(evaluate.Hacking(names, str(tmp_path)))
+    hacking.main(hacking.Config(names, str(tmp_path)))
     said = capsys.readouterr().out
     assert "of 3 runs, 2 were hacked" in said and "precision 1.00  recall 0.50" in said
-    assert (tmp_path / "hacking.png").exists() and set(
-        json.loads((tmp_path / "hacking.json").read_text())
-    ) == set(names)
+    assert (tmp_path / "hacking.png").exists()
+    assert set(json.loads((tmp_path / "hacking.json").read_text())) == set(names)
 
 
-# --------------------------------------------------------------------------------------------------------------- detector
+# ----------------------------------------------------------------------------------------- detector
 
 
 def test_repetition_is_the_share_of_pairs_said_before():
-    assert ppo.repetition([1, 2, 3, 4]) == 0 and ppo.repetition([5]) == 0
-    assert ppo.repetition([1, 2, 1, 2, 1]) == 0.5  # 12 21 12 21
+    assert hacking.repetition([1, 2, 3, 4]) == 0 and hacking.repetition([5]) == 0
+    assert hacking.repetition([1, 2, 1, 2, 1]) == 0.5  # 12 21 12 21
 
 
 def test_traces_of_a_batch_by_hand():
     scores, lengths = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([2, 4, 1])
     others = [torch.tensor([0.0, 1.0, 1.0]), torch.zeros(3)]
-    found = ppo.traces(
-        [[1, 2], [1, 2, 1, 2], [3]],
-        [" I can't say", " cat dog", " i do not know"],
-        scores,
-        lengths,
-        others,
-    )
-    assert found["length"].tolist() == [2, 4, 1] and found["repetition"].tolist() == pytest.approx(
-        [0, 1 / 3, 0]
-    )
+    replies, texts = [[1, 2], [1, 2, 1, 2], [3]], [" I can't say", " cat dog", " i do not know"]
+    found = hacking.traces(replies, texts, scores, lengths, others)
+    assert found["length"].tolist() == [2, 4, 1]
+    assert found["repetition"].tolist() == pytest.approx([0, 1 / 3, 0])
     assert found["refusals"].tolist() == [1, 0, 1] and found["disbelief"].tolist() == [0, 0.5, 1.5]
-    assert "disbelief" not in ppo.traces([[1]] * 3, ["", "", ""], scores, lengths, [])
-    assert ppo.correlation(scores, torch.tensor([3.0, 2.0, 1.0])) == pytest.approx(-1)
-    assert ppo.correlation(scores, torch.ones(3)) == 0
+    assert "disbelief" not in hacking.traces([[1]] * 3, ["", "", ""], scores, lengths, [])
+    assert hacking.correlation(scores, torch.tensor([3.0, 2.0, 1.0])) == pytest.approx(-1)
+    assert hacking.correlation(scores, torch.ones(3)) == 0
 
 
 def test_drift_is_the_difference_of_the_two_means_from_one_policy_s_samples():
@@ -207,24 +181,19 @@ def test_drift_is_the_difference_of_the_two_means_from_one_policy_s_samples():
     f, log_ratio = torch.tensor([1.0, 5.0, 2.0, 9.0]), (p / q).log()
     exact = (p * f).sum() - (q * f).sum()
     for start in (0.0, 4.0, 100.0):  # whatever the start: it only lowers the variance
-        assert (p * (1 - (-log_ratio).exp()) * (f - start)).sum().item() == pytest.approx(
-            exact.item(), abs=1e-4
-        )
+        shifted = (p * (1 - (-log_ratio).exp()) * (f - start)).sum().item()
+        assert shifted == pytest.approx(exact.item(), abs=1e-4)
     drawn = torch.multinomial(p, 40000, replacement=True, generator=generator)
-    moved, error = ppo.drift(f[drawn], log_ratio[drawn], 4.0)
+    moved, error = hacking.drift(f[drawn], log_ratio[drawn], 4.0)
     assert moved == pytest.approx(exact.item(), abs=3 * error) and error < 0.05
-    assert ppo.drift(f, torch.zeros(4), 0.0) == (
-        0,
-        0,
-    )  # a policy that has not moved has not moved, whatever it was asked
+    # a policy that has not moved shows exactly that, whatever it was asked
+    assert hacking.drift(f, torch.zeros(4), 0.0) == (0, 0)
 
 
 def test_leaning_towards_a_score_moves_length_by_their_covariance():
     p = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
-    scores, lengths = (
-        torch.tensor([0.3, -1.0, 2.0, 0.5]).double(),
-        torch.tensor([3.0, 1.0, 9.0, 4.0]).double(),
-    )
+    scores = torch.tensor([0.3, -1.0, 2.0, 0.5]).double()
+    lengths = torch.tensor([3.0, 1.0, 9.0, 4.0]).double()
     eps = 1e-6
     leaning = p * (eps * scores).exp()
     moved = (leaning / leaning.sum() * lengths).sum() - (p * lengths).sum()
@@ -232,9 +201,8 @@ def test_leaning_towards_a_score_moves_length_by_their_covariance():
     assert (moved / eps).item() == pytest.approx(covariance.item(), rel=1e-4)
 
 
-STILL = {
-    name: (0.0, 0.01) for name in ("length", "repetition", "refusals", "disbelief")
-}  # drifts and their standard errors
+# drifts and their standard errors
+STILL = {name: (0.0, 0.01) for name in ("length", "repetition", "refusals", "disbelief")}
 
 
 @pytest.mark.parametrize(
@@ -248,80 +216,42 @@ STILL = {
         ({"refusals": (0.2, 0.02)}, 0.0, 0.1, "refusals"),
         ({"disbelief": (0.5, 0.02)}, 0.0, 0.1, "ensemble"),
         ({}, 0.4, 0.1, None),
-        (
-            {"length": (-0.8, 0.1), "refusals": (0.04, 0.02)},
-            0.4,
-            1.0,
-            None,
-        ),  # what a healthy run may do
+        # what a healthy run may do
+        ({"length": (-0.8, 0.1), "refusals": (0.04, 0.02)}, 0.4, 1.0, None),
         ({"length": (1.0, 0.1)}, -0.3, 0.1, None),  # longer, and not because it pays
-        (
-            {"length": (1.0, 0.5), "refusals": (0.2, 0.1), "disbelief": (0.5, 0.2)},
-            0.4,
-            0.1,
-            None,
-        ),  # perhaps no more than luck
+        # perhaps no more than luck
+        ({"length": (1.0, 0.5), "refusals": (0.2, 0.1), "disbelief": (0.5, 0.2)}, 0.4, 0.1, None),
     ],
 )
 def test_each_sign_has_a_trace_of_its_own(drifts, paid, kl, sign):
-    assert set(ppo.signs(STILL | drifts, 6.0, paid, kl, 2.5)) == ({sign} if sign else set())
+    assert set(hacking.signs(STILL | drifts, 6.0, paid, kl, 2.5)) == ({sign} if sign else set())
 
 
 def test_without_other_models_and_without_a_budget_the_other_signs_are_left():
     alone = {name: value for name, value in STILL.items() if name != "disbelief"}
-    assert not ppo.signs(alone, 6.0, 0.0, 100.0, 0) and set(
-        ppo.signs(alone, 6.0, 0.0, 100.0, 2.5)
-    ) == {"kl"}
+    assert not hacking.signs(alone, 6.0, 0.0, 100.0, 0)
+    assert set(hacking.signs(alone, 6.0, 0.0, 100.0, 2.5)) == {"kl"}
 
 
 def optimise(models, *more):
-    common = [
-        "--init",
-        models / "sft",
-        "--reward",
-        models / "reward",
-        "--ensemble",
-        models / "other",
-        "--device",
-        "cpu",
-    ]
-    common += [
-        "--batch-size",
-        "16",
-        "--steps",
-        "4",
-        "--max-new-tokens",
-        "8",
-        "--critic-warmup",
-        "0",
-        "--overwrite",
-        "--out",
-        models / "ppo",
-    ]
-    ppo.main(run.parse(ppo.Config, list(map(str, [*common, *more]))))
-    return [
-        json.loads(line) for line in (models / "ppo" / "metrics.jsonl").read_text().splitlines()
-    ]
+    flags = "--batch-size 16 --steps 4 --max-new-tokens 8 --critic-warmup 0 --overwrite".split()
+    flags += ["--init", models / "sft", "--reward", models / "reward"]
+    flags += ["--ensemble", models / "other", "--device", "cpu", "--out", models / "ppo", *more]
+    ppo.main(run.parse(ppo.Config, list(map(str, flags))))
+    lines = (models / "ppo" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def test_a_sign_is_said_marked_and_can_end_the_run(models, capsys):
-    rows = optimise(models, "--lr", "0.05", "--kl-budget", "0.001", "--beta", "0")
+    far = ["--lr", "0.05", "--kl-budget", "0.001", "--beta", "0"]
+    rows = optimise(models, *far)
     said = capsys.readouterr().err
-    assert (
-        len(rows) == 4
-        and rows[0]["hacking"] == 0
-        and rows[1]["hacking"] > 0
-        and "disbelief_drift" in rows[0]
-    )
+    assert len(rows) == 4 and rows[0]["hacking"] == 0 and rows[1]["hacking"] > 0
+    assert "disbelief_drift" in rows[0]
     assert said.count("over its budget") == 1 and "step 2: this looks like reward hacking" in said
-    stopped = optimise(
-        models, "--lr", "0.05", "--kl-budget", "0.001", "--beta", "0", "--stop-on-hacking"
-    )
-    assert (
-        len(stopped) == 2
-        and stopped == rows[:2]
-        and (models / "ppo" / "model.safetensors").exists()
-    )
+    stopped = optimise(models, *far, "--stop-on-hacking")
+    assert len(stopped) == 2 and stopped == rows[:2]
+    assert (models / "ppo" / "model.safetensors").exists()
 
 
 def test_watching_changes_nothing(models):

@@ -1,6 +1,6 @@
-"""Every Triton kernel compiles for Hopper (sm_90) as its launcher launches it, without spilling a register and within the
-shared memory of a multiprocessor. No GPU is needed: Triton compiles for an explicit target and its wheel brings the
-assembler and `cuobjdump`. Says nothing about speed."""
+"""Every Triton kernel compiles for Hopper (sm_90) as its launcher launches it, without spilling a
+register and within the shared memory of a multiprocessor. No GPU is needed: Triton compiles for an
+explicit target and its wheel brings the assembler and `cuobjdump`. Says nothing about speed."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed: nothing 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from kernels import dispatch, linear_triton, rows_triton  # noqa: E402
+from kernels import dispatch, gradient_triton, linear_triton, rows_triton  # noqa: E402
 
 SHARED_LIMIT = 227 * 1024  # bytes that one block may use on sm_90
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -20,8 +20,9 @@ POINTERS = {"fp32": "*fp32", "fp64": "*fp64", "bf16": "*bf16", "i64": "*i64"}
 
 
 def resources(kernel, arguments, num_warps, num_stages=3, tmp_path=None):
-    """arguments: name -> one of POINTERS, "i32" an integer divisible by 16 ("odd i32": not), None, or a constexpr's value.
-    -> registers, stack, local and shared bytes; the stages of the compiled code by name."""
+    """arguments: name -> one of POINTERS, "i32" an integer divisible by 16 ("odd i32": not), None,
+    or a constexpr's value. -> registers, stack, local and shared bytes; the stages of the compiled
+    code by name."""
     signature, constants, attributes = {}, {}, {}
     for place, name in enumerate(kernel.arg_names):
         value = arguments[name]
@@ -52,172 +53,73 @@ def resources(kernel, arguments, num_warps, num_stages=3, tmp_path=None):
 V, N, D = 50304, 8192, 768  # GPT-2's vocabulary as it is padded
 R, B = rows_triton.tile(V)
 SHORT_R, SHORT_B = rows_triton.tile(512)  # a toy vocabulary: many rows in a tile
-ROW = dict(
-    rows_ptr=None, scale_ptr="fp32", n="i32", V="i32", z_stride="i32", ref_stride="i32", R=R, B=B
+ROW = dict(rows_ptr=None, scale_ptr="fp32", n="i32", V="i32", R=R, B=B)
+STATS = ROW | dict(stats_ptr="fp32", unit_ptr=None, stats_stride="i32", unit_stride="i32")
+LOGPROB = STATS | dict(targets_ptr="i64", z_stride="i32", ENTROPY=False)
+KL = STATS | dict(p_stride="i32", q_stride="i32", REVERSE=True)
+GRADIENT = ROW | dict(z_stride="i32", ref_stride="i32", out_ptr="bf16", out_stride="i32")
+GRADIENT |= dict(m_ptr="fp32", a_ptr="fp32") | dict.fromkeys(
+    "ref_ptr column_ptr ref_m_ptr b_ptr c_ptr d_ptr".split()
 )
-STATS = ROW | dict(
-    ref_ptr=None,
-    targets_ptr="i64",
-    stats_ptr="fp32",
-    unit_ptr=None,
-    stats_stride="i32",
-    unit_stride="i32",
-)
-STATS |= dict(ENTROPY=False, REVERSE=True)
-GRADIENT = ROW | dict(
-    ref_ptr=None,
-    column_ptr=None,
-    m_ptr="fp32",
-    ref_m_ptr=None,
-    a_ptr="fp32",
-    b_ptr=None,
-    c_ptr=None,
-    d_ptr=None,
-)
-GRADIENT |= dict(out_ptr="bf16", out_stride="i32")
 TARGET = dict(column_ptr="i64", c_ptr="fp32")
 REFERENCE = dict(ref_ptr="bf16", ref_m_ptr="fp32")
-ROW_CASES = {
-    "statistics of bf16 logits": (rows_triton.statistics_kernel, STATS | dict(z_ptr="bf16")),
-    "statistics of bf16 logits, V odd": (
-        rows_triton.statistics_kernel,
-        STATS | dict(z_ptr="bf16", V="odd i32"),
-    ),
-    "statistics of chosen rows": (
-        rows_triton.statistics_kernel,
-        STATS | dict(z_ptr="bf16", rows_ptr="i64"),
-    ),
-    "statistics, short rows": (
-        rows_triton.statistics_kernel,
-        STATS | dict(z_ptr="bf16", R=SHORT_R, B=SHORT_B),
-    ),
+FP32_KL = KL | dict(p_ptr="fp32", q_ptr="fp32", unit_ptr="bf16")
+LOGPROB_CASES = {
+    "statistics of bf16 logits": dict(z_ptr="bf16"),
+    "statistics of bf16 logits, V odd": dict(z_ptr="bf16", V="odd i32"),
+    "statistics of chosen rows": dict(z_ptr="bf16", rows_ptr="i64"),
+    "statistics, short rows": dict(z_ptr="bf16", R=SHORT_R, B=SHORT_B),
     # Triton compiles an argument that equals 1 as a constant
-    "statistics of one row": (
-        rows_triton.statistics_kernel,
-        STATS | dict(z_ptr="bf16", n=1, stats_stride=1),
-    ),
-    "gradient of one row": (
-        rows_triton.gradient_kernel,
-        GRADIENT | TARGET | dict(z_ptr="fp32", n=1),
-    ),
-    "statistics of a vocabulary of one": (
-        rows_triton.statistics_kernel,
-        STATS | dict(z_ptr="fp32", V=1, z_stride=1, R=512, B=16),
-    ),
-    "statistics with entropy": (
-        rows_triton.statistics_kernel,
-        STATS | dict(z_ptr="fp32", ENTROPY=True),
-    ),
-    "unit gradient": (rows_triton.statistics_kernel, STATS | dict(z_ptr="fp32", unit_ptr="bf16")),
-    "unit gradient in place": (
-        rows_triton.statistics_kernel,
-        STATS | dict(z_ptr="fp32", unit_ptr="fp32"),
-    ),
-    "KL of bf16 logits": (
-        rows_triton.statistics_kernel,
-        STATS | dict(z_ptr="bf16", ref_ptr="bf16", targets_ptr=None),
-    ),
-    "unit gradient of the reverse KL": (
-        rows_triton.statistics_kernel,
-        STATS | dict(z_ptr="fp32", ref_ptr="fp32", targets_ptr=None, unit_ptr="bf16"),
-    ),
-    "unit gradient of the forward KL": (
-        rows_triton.statistics_kernel,
-        STATS
-        | dict(z_ptr="fp32", ref_ptr="fp32", targets_ptr=None, unit_ptr="bf16", REVERSE=False),
-    ),
-    "gradient of log-probs": (rows_triton.gradient_kernel, GRADIENT | TARGET | dict(z_ptr="bf16")),
-    "gradient of bf16 logits, V odd": (
-        rows_triton.gradient_kernel,
-        GRADIENT | TARGET | dict(z_ptr="bf16", V="odd i32"),
-    ),
-    "gradient of log-probs, fp32 logits": (
-        rows_triton.gradient_kernel,
-        GRADIENT | TARGET | dict(z_ptr="fp32"),
-    ),
-    "gradient with entropy": (
-        rows_triton.gradient_kernel,
-        GRADIENT | TARGET | dict(z_ptr="fp32", b_ptr="fp32"),
-    ),
-    "gradient of the reverse KL": (
-        rows_triton.gradient_kernel,
-        GRADIENT | REFERENCE | dict(z_ptr="bf16", b_ptr="fp32"),
-    ),
-    "gradient of the forward KL": (
-        rows_triton.gradient_kernel,
-        GRADIENT | REFERENCE | dict(z_ptr="bf16", d_ptr="fp32"),
-    ),
+    "statistics of one row": dict(z_ptr="bf16", n=1, stats_stride=1),
+    "statistics of a vocabulary of one": dict(z_ptr="fp32", V=1, z_stride=1, R=512, B=16),
+    "statistics with entropy": dict(z_ptr="fp32", ENTROPY=True),
+    "unit gradient": dict(z_ptr="fp32", unit_ptr="bf16"),
+    "unit gradient in place": dict(z_ptr="fp32", unit_ptr="fp32"),
+}
+KL_CASES = {
+    "KL of bf16 logits": KL | dict(p_ptr="bf16", q_ptr="bf16"),
+    "unit gradient of the reverse KL": FP32_KL,
+    "unit gradient of the forward KL": FP32_KL | dict(REVERSE=False),
+}
+GRADIENT_CASES = {
+    "gradient of one row": TARGET | dict(z_ptr="fp32", n=1),
+    "gradient of log-probs": TARGET | dict(z_ptr="bf16"),
+    "gradient of bf16 logits, V odd": TARGET | dict(z_ptr="bf16", V="odd i32"),
+    "gradient of log-probs, fp32 logits": TARGET | dict(z_ptr="fp32"),
+    "gradient with entropy": TARGET | dict(z_ptr="fp32", b_ptr="fp32"),
+    "gradient of the reverse KL": REFERENCE | dict(z_ptr="bf16", b_ptr="fp32"),
+    "gradient of the forward KL": REFERENCE | dict(z_ptr="bf16", d_ptr="fp32"),
+}
+ROW_CASES = {
+    **{name: (rows_triton.logprob_kernel, LOGPROB | case) for name, case in LOGPROB_CASES.items()},
+    **{name: (rows_triton.kl_kernel, case) for name, case in KL_CASES.items()},
+    **{
+        name: (gradient_triton.gradient_kernel, GRADIENT | case)
+        for name, case in GRADIENT_CASES.items()
+    },
 }
 BN, BV, BD, _ = linear_triton.blocks(N, V, D)
-PARTIAL = dict(
-    hidden_ptr="bf16",
-    weight_ptr="bf16",
-    targets_ptr="i64",
-    parts_ptr="fp32",
-    scale_ptr="fp32",
-    n="i32",
-    V="i32",
-    D="i32",
-)
-PARTIAL |= dict(
-    hidden_row="i32",
-    hidden_column=1,
-    weight_row="i32",
-    weight_column=1,
-    tiles="i32",
-    UPCAST=False,
-    BN=BN,
-    BV=BV,
-    BD=BD,
-)
-WIDE = dict(zip(("BN", "BV", "BD"), linear_triton.blocks(N, V, D, narrow=False)))
-COMBINE = dict(
-    parts_ptr="fp32",
-    stats_ptr="fp32",
-    splits="i32",
-    n="i32",
-    stats_stride="i32",
-    ENTROPY=True,
-    B=256,
-)
+PARTIAL = dict(hidden_ptr="bf16", weight_ptr="bf16", targets_ptr="i64", parts_ptr="fp32")
+PARTIAL |= dict(scale_ptr="fp32", n="i32", V="i32", D="i32", hidden_row="i32", hidden_column=1)
+PARTIAL |= dict(weight_row="i32", weight_column=1, tiles="i32", UPCAST=False, BN=BN, BV=BV, BD=BD)
+SMALL = dict(zip(("BN", "BV", "BD"), linear_triton.blocks(N, V, D, small=True)))
+COMBINE = dict(parts_ptr="fp32", stats_ptr="fp32", splits="i32", n="i32", stats_stride="i32")
+COMBINE |= dict(ENTROPY=True, B=256)
+PARTIAL_CASES = {
+    "fused linear": dict(ENTROPY=False),
+    "fused linear, entropy": dict(ENTROPY=True),
+    "fused linear, one token": dict(ENTROPY=True, n=1, tiles=1, BN=16),
+}
+for dtype in ("fp32", "fp64"):
+    pointers = dict.fromkeys("hidden_ptr weight_ptr parts_ptr scale_ptr".split(), dtype)
+    PARTIAL_CASES[f"fused linear, {dtype}"] = SMALL | pointers | dict(ENTROPY=True)
 LINEAR_CASES = {
-    "fused linear": (
-        linear_triton.partial_kernel,
-        PARTIAL | dict(ENTROPY=False),
-        linear_triton.WARPS,
-        linear_triton.STAGES,
-    ),
-    "fused linear, entropy": (
-        linear_triton.partial_kernel,
-        PARTIAL | dict(ENTROPY=True),
-        linear_triton.WARPS,
-        linear_triton.STAGES,
-    ),
-    "fused linear, one token": (
-        linear_triton.partial_kernel,
-        PARTIAL | dict(ENTROPY=True, n=1, tiles=1, BN=16),
-        linear_triton.WARPS,
-        linear_triton.STAGES,
-    ),
-    **{
-        f"fused linear, {dtype}": (
-            linear_triton.partial_kernel,
-            PARTIAL
-            | WIDE
-            | dict(
-                ENTROPY=True, hidden_ptr=dtype, weight_ptr=dtype, parts_ptr=dtype, scale_ptr=dtype
-            ),
-            linear_triton.WARPS,
-            linear_triton.STAGES,
-        )
-        for dtype in ("fp32", "fp64")
-    },
-    "combine, one token": (
-        linear_triton.combine_kernel,
-        COMBINE | dict(n=1, splits=1, stats_stride=1),
-        4,
-        3,
-    ),
+    name: (linear_triton.partial_kernel, PARTIAL | case, linear_triton.WARPS, linear_triton.STAGES)
+    for name, case in PARTIAL_CASES.items()
+}
+ONE_TOKEN = COMBINE | dict(n=1, splits=1, stats_stride=1)
+LINEAR_CASES |= {
+    "combine, one token": (linear_triton.combine_kernel, ONE_TOKEN, 4, 3),
     "combine": (linear_triton.combine_kernel, COMBINE, 4, 3),
 }
 CASES = {name: (*case, rows_triton.WARPS, 3) for name, case in ROW_CASES.items()} | LINEAR_CASES
@@ -241,7 +143,7 @@ def test_kernel_compiles_for_hopper_without_spills_and_within_shared_memory(
     record_property("resources", str(usage))
     assert usage["STACK"] == usage["LOCAL"] == 0, f"{name} spills: {usage}"
     assert usage["SHARED"] <= SHARED_LIMIT and usage["REG"] <= 255, usage
-    if CASES[name][1].get("z_stride") == "i32":
+    if "i32" in (CASES[name][1].get(stride) for stride in ("z_stride", "p_stride")):
         assert re.search(r"arith\.muli .*: (i64|tensor<\d+x1xi64>)", asm["ttir"]), (
             "row x stride is not computed in 64 bits"
         )
@@ -260,8 +162,8 @@ def test_kernel_compiles_for_hopper_without_spills_and_within_shared_memory(
 def test_every_kernel_is_covered():
     kernels = {
         value
-        for module in (rows_triton, linear_triton)
+        for module in (rows_triton, gradient_triton, linear_triton)
         for name, value in vars(module).items()
         if name.endswith("_kernel")
     }
-    assert len(kernels) == 4 and kernels == {case[0] for case in CASES.values()}
+    assert len(kernels) == 5 and kernels == {case[0] for case in CASES.values()}

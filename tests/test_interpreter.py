@@ -1,5 +1,5 @@
-"""The Triton source on this machine: test_triton.py in a process of its own, because Triton decides when it is imported
-whether its functions are compiled or interpreted."""
+"""The Triton source on this machine: test_triton.py in a process of its own, because Triton decides
+when it is imported whether its functions are compiled or interpreted."""
 
 import os
 import subprocess
@@ -17,19 +17,11 @@ def test_every_claim_about_the_triton_path_holds_in_the_interpreter():
     versions = [[int(x) for x in module.__version__.split(".")[:2]] for module in (triton, numpy)]
     if versions[0] <= [3, 6] and versions[1] >= [2, 4]:
         pytest.skip(
-            f"Triton {triton.__version__}'s interpreter cannot loop up to an argument under numpy {numpy.__version__}"
+            f"the interpreter of Triton {triton.__version__} cannot loop up to an argument under "
+            f"numpy {numpy.__version__}"
         )
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "-p",
-        "no:cacheprovider",
-        "tests/test_triton.py",
-    ]
+    options = "-q -m gpu -p no:cacheprovider tests/test_triton.py"
+    command = [sys.executable, "-m", "pytest", *options.split()]
     done = subprocess.run(
         command,
         cwd=ROOT,

@@ -1,5 +1,6 @@
-"""Claims about several processes: the same flags give the curve and the weights of one process, whatever share of a batch each reads;
-one of them writes; and what does not run that way says so in one sentence."""
+"""Claims about several processes: the same flags give the curve and the weights of one process,
+whatever share of a batch each reads; one of them writes; and what does not run that way says so in
+one sentence."""
 
 import json
 import os
@@ -18,52 +19,35 @@ import ppo
 import reward
 import run
 import sft
-from data import annotators, tokenizer, world
+from data import annotators, checkpoints, tokenizer, world
 from model import GPT
 
 SCRIPTS = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo}
 
-# Script and flags. Batches of 5 leave two ranks 3 rows and 2; of the 11 rows of a file that are trained on a batch of one is left, which
-# gives the second rank none; as do PPO's minibatches.
+# The flags of each case; its first word is the script. Batches of 5 give two ranks 3 rows and 2. A
+# file has 11 rows to train on, so its last batch is of one row and the second rank has none. The
+# same happens in PPO's minibatches.
 CASES = {
-    "sft": ("sft", "--init sft --data chats.jsonl --batch-size 5"),
-    "sft in micro-batches": (
-        "sft",
-        "--init sft --data chats.jsonl --batch-size 5 --micro-batch-size 1 --lora-rank 2",
-    ),
-    "sft in shards": (
-        "sft",
-        "--init sft --data chats.jsonl --batch-size 5 --micro-batch-size 1 --shard",
-    ),
-    "pretrain": ("sft", "--pretrain --shape llama:1x32x64 --batch-size 5"),
-    "reward": ("reward", "--init sft --batch-size 5 --prompts 30 --centring .1 --lora-rank 2"),
-    "reward with heads": (
-        "reward",
-        "--init sft --batch-size 5 --data rated.jsonl --heads short good",
-    ),
-    "process": ("reward", "--init sft --batch-size 5 --data steps.jsonl --process"),
-    "dpo": ("dpo", "--init sft --batch-size 5 --prompts 40"),
-    "kto": (
-        "dpo",
-        "--init sft --batch-size 5 --data rated.jsonl --loss kto --lr 1e-2 --lora-rank 2",
-    ),
-    "online": (
-        "dpo",
-        "--init sft --batch-size 5 --prompts 200 --online --judge scorer --rounds 3 --lr 2e-3 --watch 8",
-    ),
-    "spin": ("dpo", "--init sft --batch-size 5 --prompts 40 --spin --rounds 3 --lr 2e-3 --watch 8"),
-    "ppo": (
-        "ppo",
-        "--init sft --reward scorer --batch-size 5 --minibatches 3 --ppo-epochs 2 --critic-warmup 0",
-    ),
-    "ppo of adapters": (
-        "ppo",
-        "--init sft --reward adapted --batch-size 5 --minibatches 3 --lora-rank 2 --kl-target .01",
-    ),
-    "grpo": (
-        "ppo",
-        "--init sft --reward scorer --batch-size 6 --minibatches 4 --group-size 2 --advantage grpo",
-    ),
+    "sft": "sft --init sft --data chats.jsonl --batch-size 5",
+    "sft in micro-batches": "sft --init sft --data chats.jsonl --batch-size 5"
+    " --micro-batch-size 1 --lora-rank 2",
+    "sft in shards": "sft --init sft --data chats.jsonl --batch-size 5 --micro-batch-size 1"
+    " --shard",
+    "pretrain": "sft --pretrain --shape llama:1x32x64 --batch-size 5",
+    "reward": "reward --init sft --batch-size 5 --prompts 30 --centring .1 --lora-rank 2",
+    "reward with heads": "reward --init sft --batch-size 5 --data rated.jsonl --heads short good",
+    "process": "reward --init sft --batch-size 5 --data steps.jsonl --process",
+    "dpo": "dpo --init sft --batch-size 5 --prompts 40",
+    "kto": "dpo --init sft --batch-size 5 --data rated.jsonl --loss kto --lr 1e-2 --lora-rank 2",
+    "online": "dpo --init sft --batch-size 5 --prompts 200 --online --judge scorer --rounds 3"
+    " --lr 2e-3 --watch 8",
+    "spin": "dpo --init sft --batch-size 5 --prompts 40 --spin --rounds 3 --lr 2e-3 --watch 8",
+    "ppo": "ppo --init sft --reward scorer --batch-size 5 --minibatches 3 --ppo-epochs 2"
+    " --critic-warmup 0",
+    "ppo of adapters": "ppo --init sft --reward adapted --batch-size 5 --minibatches 3"
+    " --lora-rank 2 --kl-target .01",
+    "grpo": "ppo --init sft --reward scorer --batch-size 6 --minibatches 4 --group-size 2"
+    " --advantage grpo",
 }
 
 
@@ -71,13 +55,14 @@ class PowerCutError(Exception):
     """No bad input: nobody catches it."""
 
 
-def stage(name, text, *more):
-    """Three steps of a script; a file of 11 rows is then gone through once."""
-    flags = ["--device", "cpu", "--steps", "3", *text.split(), *map(str, more)]
+def stage(text, *options):
+    """Three steps of a script; a file of 11 rows is then read once."""
+    name, *flags = text.split()
+    flags = ["--device", "cpu", "--steps", "3", *flags, *map(str, options)]
     SCRIPTS[name].main(run.parse(SCRIPTS[name].Config, flags))
 
 
-def cut(name, text, *more):
+def cut(text, *options):
     """A run that ends in its last step."""
     log = run.Job.log
 
@@ -88,11 +73,12 @@ def cut(name, text, *more):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(PowerCutError):
         patch.setattr(run.Job, "log", last)
-        stage(name, text, *more)
+        stage(text, *options)
 
 
 def rank(number, ports, home):
-    """One of two processes: every case, the second one with a directory of its own in case it writes."""
+    """One of two processes: every case, the second one with a directory of its own in case it
+    writes."""
     write = run.Job.write_state
 
     def whole_only(job, step):
@@ -102,28 +88,23 @@ def rank(number, ports, home):
     torch.set_num_threads(1)
     os.chdir(home)
     run.Job.write_state = whole_only
-    run.curves = lambda metrics, path: None
-    os.environ.update(
-        RANK=str(number),
-        LOCAL_RANK=str(number),
-        WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        GLOO_SOCKET_IFNAME="lo",
-    )
+    run.pictures.curves = lambda metrics, path: None
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
     sys.stderr = open(f"said-{number}", "w")  # noqa: SIM115 (until the process ends)
     sys.stdout = sys.stderr
-    for port, (case, (name, text)) in zip(ports, CASES.items(), strict=False):
+    for port, (case, text) in zip(ports, CASES.items(), strict=False):
         os.environ["MASTER_PORT"] = str(port)  # a group of its own for each
-        stage(name, text, "--out", f"ranks-{number}/{case}")
+        stage(text, "--out", f"ranks-{number}/{case}")
     os.environ["MASTER_PORT"] = str(ports[-2])
-    cut(*CASES["sft"], "--out=resumed", "--save-every=2")
+    cut(CASES["sft"], "--out=resumed", "--save-every=2")
     dist.destroy_process_group()
     os.environ["MASTER_PORT"] = str(ports[-1])
-    stage(*CASES["sft"], "--out=resumed", "--resume")
+    stage(CASES["sft"], "--out=resumed", "--resume")
 
 
 def free_ports(n):
-    """As many, all of them different."""
+    """n different ones."""
     sockets = [socket.socket() for _ in range(n)]
     for one in sockets:
         one.bind(("127.0.0.1", 0))
@@ -133,49 +114,44 @@ def free_ports(n):
     return ports
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory, world_encoding):
-    """Models to start from, files of 12 rows, every case in one process (alone/) and in two (ranks-0/ and, if it wrote, ranks-1/)."""
-    home, back = tmp_path_factory.mktemp("ranks"), os.getcwd()
-    torch.manual_seed(0)
-    GPT.from_scratch("llama:1x32x64", world_encoding.n_vocab, "score").save_pretrained(
-        home / "scorer"
-    )
-    tokenizer.save(world_encoding, home / "scorer")
+def write_data(home):
+    """Files of 12 rows: one is held out of a file."""
     records = world.demonstrations(12)
     run.write_lines(home / "chats.jsonl", [{"messages": record.messages} for record in records])
     prompts = [record.messages[0]["content"] for record in records]
-    labels = [[True, False, True, False][: 1 + i % 4] for i in range(12)]
-    rows = [
-        {"prompt": p, "completions": ["1"] * len(own), "labels": own}
-        for p, own in zip(prompts, labels)
-    ]
-    run.write_lines(home / "steps.jsonl", rows)
-    rows = [
-        {
-            "prompt": p,
-            "chosen": "yes " * (1 + i % 3),
-            "rejected": "no",
-            "ratings": {"short": [i % 5, 2], "good": [1, i % 3]},
-        }
-        for i, p in enumerate(prompts)
-    ]
-    run.write_lines(home / "rated.jsonl", rows)
+    solutions, pairs = [], []
+    for i, prompt in enumerate(prompts):
+        labels = [True, False, True, False][: 1 + i % 4]
+        solutions.append({"prompt": prompt, "completions": ["1"] * len(labels), "labels": labels})
+        ratings = {"short": [i % 5, 2], "good": [1, i % 3]}
+        pair = {"prompt": prompt, "chosen": "yes " * (1 + i % 3), "rejected": "no"}
+        pairs.append(pair | {"ratings": ratings})
+    run.write_lines(home / "steps.jsonl", solutions)
+    run.write_lines(home / "rated.jsonl", pairs)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, world_encoding):
+    """Models to start from, files of 12 rows, every case in one process (alone/) and in two
+    (ranks-0/ and, if it wrote, ranks-1/)."""
+    home, back = tmp_path_factory.mktemp("ranks"), os.getcwd()
+    torch.manual_seed(0)
+    scorer = GPT.from_scratch("llama:1x32x64", world_encoding.n_vocab, "score")
+    checkpoints.save(scorer, home / "scorer")
+    tokenizer.save(world_encoding, home / "scorer")
+    write_data(home)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setattr(run, "curves", lambda metrics, path: None)
-        stage("sft", "--init=scratch --shape=llama:1x32x64 --lr=1e-2 --out=sft", "--steps=50")
-        stage("reward", "--init sft --lora-rank=2 --prompts=40 --out=adapted")
-        options = dict(
-            args=(free_ports(len(CASES) + 2), str(home)), nprocs=2, join=False, start_method="spawn"
-        )
-        processes, deadline = (
-            torch.multiprocessing.start_processes(rank, **options),
-            time.monotonic() + 300,
-        )
-        for case, (name, text) in CASES.items():
-            stage(name, text.removesuffix("--shard"), "--out", f"alone/{case}")
+        patch.setattr(run.pictures, "curves", lambda metrics, path: None)
+        stage("sft --init=scratch --shape=llama:1x32x64 --lr=1e-2 --out=sft", "--steps=50")
+        stage("reward --init sft --lora-rank=2 --prompts=40 --out=adapted")
+        options = dict(nprocs=2, join=False, start_method="spawn")
+        arguments = (free_ports(len(CASES) + 2), str(home))
+        processes = torch.multiprocessing.start_processes(rank, arguments, **options)
+        deadline = time.monotonic() + 300
+        for case, text in CASES.items():
+            stage(text.removesuffix("--shard"), "--out", f"alone/{case}")
         while not processes.join(timeout=1):  # raises what a process has raised
             if time.monotonic() > deadline:
                 for process in processes.processes:
@@ -189,25 +165,29 @@ def metrics(directory):
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
+def facts_of(directory):
+    return json.loads((directory / "run.json").read_text())
+
+
+def weights_of(directory):
+    """All weights of a checkpoint, as one vector."""
+    tensors = load_file(directory / "model.safetensors")
+    return torch.cat([value.flatten() for _, value in sorted(tensors.items())])
+
+
 def assert_same_run(ours, theirs):
     """Curves and weights equal to rounding."""
-    a, b = metrics(ours), metrics(theirs)
-    assert len(a) == len(b) == 3
-    for row, other in zip(a, b):
+    rows, others = metrics(ours), metrics(theirs)
+    assert len(rows) == len(others) == 3
+    for row, other in zip(rows, others):
         if "rejected_rewards" in row and abs(row["rejected_rewards"]) < 1e-5:
-            (
-                row.pop("accuracy"),
-                other.pop("accuracy"),
-            )  # the policy is its reference still: which side is ahead is a matter of rounding
+            # The policy is its reference still: which side is ahead is a matter of rounding.
+            row.pop("accuracy")
+            other.pop("accuracy")
         assert row == pytest.approx(other, rel=1e-4, abs=2e-5)
-    weights, others = (load_file(directory / "model.safetensors") for directory in (ours, theirs))
-    a, b = (
-        torch.cat([value.flatten() for _, value in sorted(each.items())])
-        for each in (weights, others)
-    )
-    assert torch.linalg.norm(a - b) < 1e-5 * torch.linalg.norm(
-        b
-    )  # of each alone, Adam can make much of what is only rounding
+    a, b = weights_of(ours), weights_of(theirs)
+    # Not weight by weight: of a single one, Adam can make much of what is only rounding.
+    assert torch.linalg.norm(a - b) < 1e-5 * torch.linalg.norm(b)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -216,25 +196,21 @@ def test_two_processes_give_the_curve_and_the_weights_of_one(case, home):
 
 
 def test_one_process_writes_and_speaks(home):
-    assert (
-        sorted(path.name for path in (home / "ranks-0").iterdir()) == sorted(CASES)
-        and not (home / "ranks-1").exists()
-    )
+    assert sorted(path.name for path in (home / "ranks-0").iterdir()) == sorted(CASES)
+    assert not (home / "ranks-1").exists()
     assert (home / "said-1").read_text() == ""
     said = (home / "said-0").read_text()
-    assert (
-        said.count("written to") == len(CASES) + 1 and said.count("sft step 3/3") == 3 + 2
-    )  # each case's, cut short, and resumed
+    assert said.count("written to") == len(CASES) + 1
+    assert said.count("sft step 3/3") == 3 + 2  # each case's, cut short, and resumed
     for where, ranks in (("ranks-0", 2), ("alone", 1)):
-        assert json.loads((home / where / "sft" / "run.json").read_text())["ranks"] == ranks
+        assert facts_of(home / where / "sft")["ranks"] == ranks
 
 
 def test_a_killed_run_of_two_processes_goes_on_in_two(home):
     for name in ("model.safetensors", "metrics.jsonl"):
-        assert (home / "resumed" / name).read_bytes() == (
-            home / "ranks-0" / "sft" / name
-        ).read_bytes()
-    assert json.loads((home / "resumed" / "run.json").read_text())["resumed_at"] == [2]
+        whole = (home / "ranks-0" / "sft" / name).read_bytes()
+        assert (home / "resumed" / name).read_bytes() == whole
+    assert facts_of(home / "resumed")["resumed_at"] == [2]
 
 
 @pytest.fixture
@@ -242,39 +218,18 @@ def torchrun(home):
     """torchrun(script, *flags): two processes of it."""
 
     def start(*command):
-        launch = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            "2",
-            "--master-port",
-            str(free_ports(1)[0]),
-        ]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.run(
-            [*launch, *command],
-            cwd=home,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        launch += ["--master-port", str(free_ports(1)[0]), *command]
+        options = dict(env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+        return subprocess.run(launch, cwd=home, capture_output=True, text=True, **options)
 
     return start
 
 
 def test_torchrun_starts_the_script_as_it_is(root, home, torchrun, tmp_path):
-    done = torchrun(
-        root / "sft.py",
-        "--device",
-        "cpu",
-        "--steps",
-        "3",
-        *CASES["sft"][1].split(),
-        "--out",
-        tmp_path / "a",
-    )
+    _, *flags = CASES["sft"].split()
+    flags += ["--device", "cpu", "--steps", "3", "--out", tmp_path / "a"]
+    done = torchrun(root / "sft.py", *flags)
     assert done.returncode == 0 and done.stderr.count("written to") == 1, done.stderr
     assert_same_run(tmp_path / "a", home / "alone" / "sft")
 
@@ -282,30 +237,24 @@ def test_torchrun_starts_the_script_as_it_is(root, home, torchrun, tmp_path):
 @pytest.mark.slow
 def test_bad_input_is_one_sentence_for_all_processes(root, torchrun, tmp_path):
     done = torchrun(root / "dpo.py", "--device", "cpu", "--init", tmp_path / "nowhere")
-    assert (
-        done.returncode
-        and done.stderr.count("error: ")
-        == done.stderr.count(f"error: --init {tmp_path}/nowhere: there is no such")
-        == 1
-    )
+    sentence = f"error: --init {tmp_path}/nowhere: there is no such"
+    assert done.returncode
+    assert done.stderr.count("error: ") == done.stderr.count(sentence) == 1
 
 
-# ------------------------------------------------------------------------------------------------------------- what is refused
+# --------------------------------------------------------------------------------- what is refused
 
 
 @pytest.fixture
 def second_of_three(monkeypatch):
-    for name, value in {
-        "RANK": "1",
-        "LOCAL_RANK": "1",
-        "WORLD_SIZE": "3",
-        "LOCAL_WORLD_SIZE": "3",
-    }.items():
-        monkeypatch.setenv(name, value)
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "3")
 
 
 @pytest.mark.parametrize("local", [0, 1])
-@pytest.mark.parametrize("argv", [["annotators.py"], ["evaluate.py", "talk"]])
+@pytest.mark.parametrize("argv", [["annotators.py"], ["formats.py", "talk"]])
 def test_what_is_no_stage_runs_alone(argv, local, second_of_three, monkeypatch, capsys):
     def main(config):
         raise AssertionError("started")
@@ -315,51 +264,53 @@ def test_what_is_no_stage_runs_alone(argv, local, second_of_three, monkeypatch, 
     waited = []
     monkeypatch.setattr(time, "sleep", waited.append)
     with pytest.raises(SystemExit) as exit:
-        run.commands({"talk": (main, annotators.Config)}, "") if argv[1:] else run.script(
-            main, annotators.Config, ""
-        )
-    said = "error: only sft.py, reward.py, dpo.py and ppo.py run in several processes: start this without torchrun\n"
-    assert exit.value.code == 2 and capsys.readouterr().err == said
+        if argv[1:]:
+            run.commands({"talk": (main, annotators.Config)}, "")
+        else:
+            run.script(main, annotators.Config, "")
+    sentence = "only sft.py, reward.py, dpo.py and ppo.py run in several processes"
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == f"error: {sentence}: start this without torchrun\n"
     assert waited == [10] * local  # for torchrun to end it: each machine says it once
 
 
 @pytest.mark.parametrize("flag", ["", "--resume", "--save-every=2"])
 def test_shards_need_several_processes_and_leave_no_state(flag, monkeypatch, tmp_path):
+    sentence = "--shard divides a model among several"
     if flag:
         monkeypatch.setenv("WORLD_SIZE", "2")
-    said = (
-        f"--shard is not read with {flag.partition('=')[0]}: leave one of them out"
-        if flag
-        else "--shard divides a model among several"
-    )
-    with pytest.raises(ValueError, match=f"^{said}"):
-        stage("sft", "--init scratch --shard", "--out", tmp_path / "a", *flag.split())
+        sentence = f"--shard is not read with {flag.partition('=')[0]}: leave one of them out"
+    with pytest.raises(ValueError, match=f"^{sentence}"):
+        stage("sft --init scratch --shard", "--out", tmp_path / "a", *flag.split())
 
 
 @pytest.mark.parametrize(
-    ("device", "said"),
+    ("device", "sentence"),
     [
         ("cuda:1", "--device cuda:1 is one for all processes: leave the choice to torchrun"),
         ("auto", "3 processes need a CUDA device each, and this machine has 2: start fewer"),
     ],
 )
 def test_every_process_needs_a_device_of_its_own(
-    device, said, second_of_three, monkeypatch, tmp_path
+    device, sentence, second_of_three, monkeypatch, tmp_path
 ):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(ValueError, match=f"^{said}$"):
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
         run.start(sft.Config(init="scratch", device=device, out=str(tmp_path / "a")), "sft")
 
 
 def test_a_process_takes_the_device_of_its_own_number(second_of_three, monkeypatch, tmp_path):
-    made = []
+    calls = []
+
+    def join(backend, device_id):
+        calls.append((backend, device_id))
+
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_device", made.append)
-    monkeypatch.setattr(
-        dist, "init_process_group", lambda backend, device_id: made.append((backend, device_id))
-    )
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(dist, "init_process_group", join)
     monkeypatch.setattr(torch, "manual_seed", lambda seed: None)
     job = run.start(sft.Config(init="scratch", out=str(tmp_path / "a")), "sft")
-    assert job.device == torch.device("cuda:1") and made == [job.device, ("nccl", job.device)]
+    assert job.device == torch.device("cuda:1")
+    assert calls == [job.device, ("nccl", job.device)]

@@ -1,4 +1,5 @@
-"""A run's plumbing: flags from a dataclass, directories that appear whole or not at all, and stages that chain."""
+"""A run's plumbing: flags from a dataclass, directories that appear whole or not at all, exact
+memory lines, and stages that chain."""
 
 import inspect
 import json
@@ -18,22 +19,16 @@ import ppo
 import reward
 import run
 import sft
-from data import annotators, tokenizer
-from model import GPT
+from data import annotators, checkpoints, tokenizer
+from run import memory
 
 SCRIPTS = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo, "annotators": annotators}
-FILES = {
-    "config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "run.json",
-    "metrics.jsonl",
-    "curves.png",
-}  # of a run
+FILES = {"config.json", "model.safetensors", "tokenizer.json"}
+FILES |= {"run.json", "metrics.jsonl", "curves.png"}  # of a run
 
 
 @dataclass
-class Flags:
+class Config:
     data: list = field(default_factory=list)  # files to read; none: 100 % made up
     out: str = ""  # run directory
     overwrite: bool = False  # replace a run that --out already holds
@@ -47,6 +42,12 @@ class Flags:
     save_every: int = 0  # steps between two states
 
 
+@dataclass
+class Inherited(run.Flags):
+    lr: float = 0.25  # a stage's own words
+    extra: int = 3  # a stage's own flag
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """An empty working directory."""
@@ -58,18 +59,27 @@ def contents(directory):
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def facts_of(directory):
+    return json.loads((directory / "run.json").read_text())
+
+
 def tiny_run(stage="tiny", steps=3, crash_at=None, **flags):
     """A run without a model: three metrics a step and a checkpoint of one file."""
-    config = Flags(steps=steps, **flags)
+    config = Config(steps=steps, **flags)
     job = run.start(config, stage)
     for step in job.steps(steps):
         if step == crash_at:
             raise RuntimeError("power cut")
         job.log(step, loss=torch.tensor(1.0 / (step + 1)), lr=config.lr, seed=config.seed)
-    job.finish(
-        lambda directory: (directory / "model.safetensors").write_bytes(bytes([config.seed])),
-        note="done",
-    )
+
+    def save(directory):
+        (directory / "model.safetensors").write_bytes(bytes([config.seed]))
+
+    job.finish(save, note="done")
 
 
 def metrics(directory):
@@ -80,22 +90,33 @@ def metrics(directory):
     return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
-# ---------------------------------------------------------------------------------------------------------------- flags
+# ------------------------------------------------------------------------------------------- flags
 
 
 def test_flags_are_the_fields_of_the_dataclass():
-    argv = "--data a b --out d --overwrite --steps 5 --batch-size 6 --lr 1e-4 --seed 7 --device cuda --dtype bfloat16"
-    wanted = Flags(["a", "b"], "d", True, 5, 6, 1e-4, 7, "cuda", "bfloat16")
-    assert run.parse(Flags, argv.split()) == wanted
+    argv = "--data a b --out d --overwrite --steps 5 --batch-size 6 --lr 1e-4 --seed 7"
+    argv += " --device cuda --dtype bfloat16"
+    wanted = Config(["a", "b"], "d", True, 5, 6, 1e-4, 7, "cuda", "bfloat16")
+    assert run.parse(Config, argv.split()) == wanted
 
 
 def test_defaults_are_those_of_the_dataclass():
     for script in SCRIPTS.values():
         assert run.parse(script.Config, []) == script.Config()
-    assert (
-        run.parse(Flags, []) == Flags()
-        and run.parse(Flags, []).data is not run.parse(Flags, []).data
-    )
+    first, second = run.parse(Config, []), run.parse(Config, [])
+    assert first == Config() and first.data is not second.data
+
+
+def flag(name):
+    return name.replace("_", "-")
+
+
+def comment_of(Config, name):
+    """The comment behind a flag, in the nearest class that declares it."""
+    owner = next(base for base in Config.__mro__ if name in vars(base).get("__annotations__", ()))
+    comment = re.search(rf"^    {name}: .*?  # (.+)$", inspect.getsource(owner), re.MULTILINE)
+    assert comment and len(comment[1]) > 3, f"--{name} has no comment"
+    return comment[1]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -106,36 +127,47 @@ def test_help_shows_every_flag_with_its_comment_and_default(name, capsys):
     assert exit.value.code == 0
     out = capsys.readouterr().out
     assert out.count(script.__doc__.strip()) == 1  # the equation as it stands
-    text, source = " ".join(out.split()), inspect.getsource(script.Config)
-    for one in fields(script.Config):
-        comment = re.search(rf"^    {one.name}: .*?  # (.+)$", source, re.MULTILINE)
-        assert comment and len(comment[1]) > 3, f"--{one.name} has no comment"
-        start = text.index(f"--{one.name.replace('_', '-')} ", text.index("options:"))
-        said = text[start:].split(" --")[0] if comment[1].count(" --") == 0 else text[start:]
-        assert comment[1] in said
-        if one.type in (int, float) and "default" not in comment[1]:
-            assert f"{comment[1]} (default: {one.default})" in said
+    entries = re.split(r"\n  (?=--)", out[out.index("options:") :])  # one for each flag
+    entries = {entry.split()[0]: " ".join(entry.split()) for entry in entries}
+    for item in fields(script.Config):
+        comment, entry = comment_of(script.Config, item.name), entries[f"--{flag(item.name)}"]
+        assert comment in entry
+        if item.type in (int, float) and "default" not in comment:
+            assert f"{comment} (default: {item.default})" in entry
+
+
+def test_a_stage_s_own_comment_and_default_replace_those_of_the_shared_flags(capsys):
+    with pytest.raises(SystemExit):
+        run.parse(Inherited, ["--help"])
+    stage, shared = " ".join(capsys.readouterr().out.split()).split("flags of every stage:")
+    assert "a stage's own words (default: 0.25)" in stage and "a stage's own flag" in stage
+    assert "peak learning rate" not in stage + shared and "--lr " not in shared
+    for item in fields(run.Flags):
+        if item.name != "lr":
+            assert f"--{flag(item.name)} " in shared
+            assert comment_of(run.Flags, item.name) in shared
+    assert run.parse(Inherited, []).lr == 0.25 and run.Flags().lr == 0.0
 
 
 def test_percent_sign_in_a_comment_survives(capsys):
     with pytest.raises(SystemExit):
-        run.parse(Flags, ["--help"])
+        run.parse(Config, ["--help"])
     assert "none: 100 % made up" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("flag", ["--batch 5", "--overw", "--step 5", "--sead 1", "5"])
-def test_abbreviated_and_unknown_flags_are_refused(flag):
-    with pytest.raises(ValueError, match=f"unrecognized arguments: {flag}"):
-        run.parse(Flags, flag.split())
+@pytest.mark.parametrize("argv", ["--batch 5", "--overw", "--step 5", "--sead 1", "5"])
+def test_abbreviated_and_unknown_flags_are_refused(argv):
+    with pytest.raises(ValueError, match=f"unrecognized arguments: {argv}"):
+        run.parse(Config, argv.split())
 
 
-# ------------------------------------------------------------------------------------------------ errors and exit codes
+# --------------------------------------------------------------------------- errors and exit codes
 
 
 def test_error_of_a_library_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tiny.py"])
     with pytest.raises(json.JSONDecodeError):
-        run.script(lambda config: json.loads("{"), Flags, "")
+        run.script(lambda config: json.loads("{"), Config, "")
 
 
 def test_error_of_the_project_is_one_sentence(monkeypatch, capsys):
@@ -146,8 +178,9 @@ def test_error_of_the_project_is_one_sentence(monkeypatch, capsys):
             raise error("this is wrong: do that")
 
         with pytest.raises(SystemExit) as exit:
-            run.script(main, Flags, "")
-        assert exit.value.code == 2 and capsys.readouterr().err == "error: this is wrong: do that\n"
+            run.script(main, Config, "")
+        assert exit.value.code == 2
+        assert capsys.readouterr().err == "error: this is wrong: do that\n"
 
 
 def test_interrupt_exits_with_130(monkeypatch):
@@ -156,17 +189,18 @@ def test_interrupt_exits_with_130(monkeypatch):
 
     monkeypatch.setattr(sys, "argv", ["tiny.py"])
     with pytest.raises(SystemExit) as exit:
-        run.script(main, Flags, "")
+        run.script(main, Config, "")
     assert exit.value.code == 130
 
 
-@pytest.mark.skipif(
-    platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep what is freed"
-)
+GLIBC = platform.libc_ver()[0] == "glibc"
+
+
+@pytest.mark.skipif(not GLIBC, reason="only glibc is told to keep freed memory")
 def test_a_script_keeps_the_memory_that_it_frees():
     code = """
 import resource, torch, run
-from test_run import Flags
+from test_run import Config
 def fresh(config):
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -174,17 +208,13 @@ def fresh(config):
         taken = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     print(taken)  # pages that the system had to clear for the third
 fresh(None)
-run.script(fresh, Flags, "")
+run.script(fresh, Config, "")
 """
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(run.ROOT), str(run.ROOT / "tests")]),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    untold, told = map(int, done.stdout.split())
-    assert untold > 20 > told, (untold, told)  # 16384, or 32 where pages are huge
+    path = os.pathsep.join([str(run.ROOT), str(run.ROOT / "tests")])
+    options = dict(env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], check=True, **options)
+    before, after = map(int, done.stdout.split())
+    assert before > 20 > after, (before, after)  # 16384, or 32 where pages are huge
 
 
 def test_device_auto_is_a_device_of_this_machine():
@@ -192,51 +222,42 @@ def test_device_auto_is_a_device_of_this_machine():
     assert run.device("cpu") == torch.device("cpu")
 
 
-# ---------------------------------------------------------------------------------------------------------- directories
+# ------------------------------------------------------------------------------------- directories
 
 
 def test_run_writes_metrics_facts_and_curves(place, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["somewhere/tiny.py", "--out", "a"])
     tiny_run(out="a", seed=3)
-    assert set(contents(place / "a")) == {
-        "model.safetensors",
-        "run.json",
-        "metrics.jsonl",
-        "curves.png",
-    }
+    assert names(place / "a") == ["curves.png", "metrics.jsonl", "model.safetensors", "run.json"]
     rows = metrics(place / "a")
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert rows[1] == {"step": 1, "loss": 0.5, "lr": 0.5, "seed": 3.0}
-    facts = json.loads((place / "a" / "run.json").read_text())
-    assert facts["flags"] == asdict(Flags(out="a", seed=3)) and facts["seed"] == 3
-    assert (facts["stage"], facts["command"], facts["note"]) == (
-        "tiny",
-        ["tiny.py", "--out", "a"],
-        "done",
-    )
+    facts = facts_of(place / "a")
+    assert facts["flags"] == asdict(Config(out="a", seed=3)) and facts["seed"] == 3
+    assert facts["stage"] == "tiny" and facts["note"] == "done"
+    assert facts["command"] == ["tiny.py", "--out", "a"]
     assert facts["versions"] == {"python": platform.python_version(), "torch": torch.__version__}
     assert facts["seconds"] >= 0 and facts["device"].startswith("cpu")
     picture = (place / "a" / "curves.png").read_bytes()
     assert picture[:8] == b"\x89PNG\r\n\x1a\n" and len(picture) > 5000
-    assert [path.name for path in place.iterdir()] == ["a"]
+    assert names(place) == ["a"]
 
 
 def test_git_commit_is_that_of_the_checkout(place, root):
     tiny_run(out="a")
-    asked = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True)
-    assert json.loads((place / "a" / "run.json").read_text())["git_commit"] == (
-        asked.stdout.strip() or None
-    )
+    ask = ["git", "-C", root, "rev-parse", "HEAD"]
+    commit = subprocess.run(ask, capture_output=True, text=True).stdout.strip()
+    assert facts_of(place / "a")["git_commit"] == (commit or None)
 
 
 def test_run_works_without_git(place, monkeypatch):
     monkeypatch.setenv("PATH", str(place / "nothing"))
     tiny_run(out="a")
-    assert json.loads((place / "a" / "run.json").read_text())["git_commit"] is None
+    assert facts_of(place / "a")["git_commit"] is None
 
 
 def test_metrics_without_a_value_stay_json(place):
-    job = run.start(Flags(out="a"), "tiny")
+    job = run.start(Config(out="a"), "tiny")
     for step in job.steps(2):
         job.log(step, loss=math.nan if step else 1.0, top=math.inf)
     job.finish(lambda directory: None)
@@ -245,53 +266,52 @@ def test_metrics_without_a_value_stay_json(place):
 
 
 def test_metrics_of_a_running_run_can_be_read(place):
-    job = run.start(Flags(out="a"), "tiny")
+    job = run.start(Config(out="a"), "tiny")
     for step in job.steps(3):
         job.log(step, loss=1.0)
         assert len(metrics(place / "a.partial")) == step + 1
-        assert json.loads((place / "a.partial" / "run.json").read_text())["stage"] == "tiny"
+        assert facts_of(place / "a.partial")["stage"] == "tiny"
     job.finish(lambda directory: None)
 
 
 def test_start_writes_nothing(place):
-    run.start(Flags(), "tiny")
+    run.start(Config(), "tiny")
     assert list(place.iterdir()) == []
 
 
 def test_default_run_replaces_the_earlier_one_when_complete(place):
     tiny_run(seed=1)
-    before = contents(place / "out" / "tiny")
-    job = run.start(Flags(seed=2), "tiny")
+    out = place / "out" / "tiny"
+    before = contents(out)
+    job = run.start(Config(seed=2), "tiny")
     for step in job.steps(1):
         job.log(step, loss=0.0)
-        assert contents(place / "out" / "tiny") == before  # still whole while the new one works
+        assert contents(out) == before  # still whole while the new one works
     job.finish(lambda directory: (directory / "model.safetensors").write_bytes(b"new"))
-    assert (place / "out" / "tiny" / "model.safetensors").read_bytes() == b"new"
-    assert [path.name for path in (place / "out").iterdir()] == ["tiny"]
-    assert not any(
-        path.is_dir() for path in (place / "out" / "tiny").iterdir()
-    )  # nor a copy of the old one inside
+    assert (out / "model.safetensors").read_bytes() == b"new"
+    assert names(place / "out") == ["tiny"]
+    assert not any(path.is_dir() for path in out.iterdir())  # nor a copy of the old one inside
 
 
 @pytest.mark.parametrize("crash", ["in the middle", "while saving"])
 def test_crash_leaves_the_partial_run_and_the_earlier_one(crash, place):
     tiny_run(seed=1)
     before = contents(place / "out" / "tiny")
+
+    def save(directory):
+        (directory / "model.safetensors").write_bytes(b"half")
+        raise RuntimeError("power cut")
+
     with pytest.raises(RuntimeError, match="power cut"):
         if crash == "in the middle":
             tiny_run(seed=2, crash_at=1)
         else:
-            job = run.start(Flags(seed=2), "tiny")
+            job = run.start(Config(seed=2), "tiny")
             for step in job.steps(1):
                 job.log(step, loss=0.0)
-
-            def save(directory):
-                (directory / "model.safetensors").write_bytes(b"half")
-                raise RuntimeError("power cut")
-
             job.finish(save)
     assert contents(place / "out" / "tiny") == before
-    assert json.loads((place / "out" / "tiny.partial" / "run.json").read_text())["seed"] == 2
+    assert facts_of(place / "out" / "tiny.partial")["seed"] == 2
     assert len(metrics(place / "out" / "tiny.partial")) == 1
 
 
@@ -315,7 +335,7 @@ def test_next_run_clears_what_a_crash_left(place):
     with pytest.raises(RuntimeError):
         tiny_run(crash_at=1)
     tiny_run(seed=4)
-    assert [path.name for path in (place / "out").iterdir()] == ["tiny"]
+    assert names(place / "out") == ["tiny"]
     assert len(metrics(place / "out" / "tiny")) == 3
 
 
@@ -330,42 +350,152 @@ def test_out_that_is_a_link_stays_one(place):
     (place / "a").symlink_to(place / "disk")
     tiny_run(out="a", seed=1)
     tiny_run(out="a", seed=2, overwrite=True)
-    assert (place / "a").is_symlink() and (
-        place / "disk" / "model.safetensors"
-    ).read_bytes() == b"\2"
-    assert sorted(path.name for path in place.iterdir()) == ["a", "disk"]
+    assert (place / "a").is_symlink()
+    assert (place / "disk" / "model.safetensors").read_bytes() == b"\2"
+    assert names(place) == ["a", "disk"]
 
 
-def test_autocast_follows_dtype(place):
+# ------------------------------------------------------------------------------------ forward pass
+
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": torch.float32}
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_autocast_and_forward_follow_dtype(dtype, place):
     a, b = torch.ones(2, 2), torch.ones(2, 2)
-    for dtype, wanted in (
-        ("float32", torch.float32),
-        ("bfloat16", torch.bfloat16),
-        ("auto", torch.float32),
-    ):
-        with run.start(Flags(dtype=dtype), "tiny").autocast():
-            assert (a @ b).dtype == wanted
+    job = run.start(Config(dtype=dtype), "tiny")
+    with job.autocast():
+        assert (a @ b).dtype == PRECISIONS[dtype]
+    values = job.forward(lambda model, rows: rows @ b, torch.nn.Identity(), a)
+    assert values.dtype == PRECISIONS[dtype]
 
 
-# ------------------------------------------------------------------------------------------------------------ optimiser
+def test_forward_gives_the_function_all_rows_and_its_options(place):
+    job, model = run.start(Config(), "tiny"), torch.nn.Linear(2, 1)
+    given = job.forward(lambda model, rows, other: (model, rows, other), model, [3, 4], other="x")
+    assert given == (model, [3, 4], "x")
+
+
+def test_micro_batches_are_the_rows_in_order(place):
+    job, rows = run.start(Config(), "tiny"), list(range(8))
+    assert list(job.micro_batches(rows, 0)) == [rows]
+    assert list(job.micro_batches(rows, 3)) == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    assert list(job.micro_batches(rows, 100)) == [rows]
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+@pytest.fixture
+def adapted(tiny, tmp_path):
+    """A small model whose adapters are trained, and its reference on the same frozen weights."""
+    checkpoints.save(tiny(), tmp_path / "model")
+    policy = checkpoints.load(tmp_path / "model").adapt(2)
+    return policy, policy.reference()
+
+
+def mib(tensors):
+    return sum(tensor.nbytes for tensor in tensors) / 2**20
+
+
+def test_weights_gradients_and_moments_are_those_that_training_makes(tiny, adapted):
+    policy, _ = adapted
+    for model in (tiny(), tiny("gpt2"), policy):
+        sizes = memory.footprint({"model": model})["model"]
+        optimizer = run.adamw(model, lr=1e-3)
+        model.logits(model(torch.tensor([[1, 2, 3]]))).sum().backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        assert sizes["gradients"] == mib(gradients) > 0
+        run.step(optimizer, 1e-3)
+        moments = [(state["exp_avg"], state["exp_avg_sq"]) for state in optimizer.state.values()]
+        assert sizes["moments"] == mib(tensor for pair in moments for tensor in pair)
+        parameters = {p.data_ptr(): p for p in model.parameters()}
+        assert sizes["weights"] == mib([*parameters.values(), *model.buffers()])
+
+
+def test_a_tied_embedding_counts_once(tiny):
+    tied, untied = tiny(tied=True), tiny(tied=False)
+    sizes = memory.footprint({"tied": tied, "untied": untied})
+    head = mib([tied.embed.weight])
+    assert sizes["untied"]["weights"] - sizes["tied"]["weights"] == pytest.approx(head)
+
+
+def test_weights_that_an_adapted_policy_and_its_reference_share_count_once(adapted):
+    policy, ref = adapted
+    sizes = memory.footprint({"policy": policy, "ref": ref})
+    nothing = {"weights": 0, "gradients": 0, "moments": 0}
+    assert sizes["ref"] == nothing
+    assert sizes["policy"] == memory.footprint({"policy": policy})["policy"]
+    trained = mib(p for p in policy.parameters() if p.requires_grad)
+    assert sizes["policy"]["gradients"] == trained < 0.5 * sizes["policy"]["weights"]
+    first = memory.footprint({"ref": ref, "policy": policy})  # they count for the first named
+    total = sizes["policy"]["weights"]
+    assert first["ref"]["weights"] + first["policy"]["weights"] == pytest.approx(total)
+    assert first["policy"]["weights"] == pytest.approx(trained)
+
+
+def test_a_frozen_copy_has_weights_of_its_own_and_nothing_else(tiny):
+    policy = tiny()
+    sizes = memory.footprint({"policy": policy, "ref": policy.reference()})
+    parameters, buffers = mib(policy.parameters()), mib(policy.buffers())
+    assert sizes["policy"]["weights"] == pytest.approx(parameters + buffers)
+    assert sizes["ref"]["weights"] == pytest.approx(parameters)  # the tables of angles are shared
+    assert sizes["ref"]["gradients"] == sizes["ref"]["moments"] == 0
+
+
+def test_a_footprint_is_one_line():
+    sizes = {
+        "policy": {"weights": 479.04, "gradients": 479.04, "moments": 958.08},
+        "ref": {"weights": 0.0, "gradients": 0.0, "moments": 0.0},
+        "reward_model": {"weights": 4.5, "gradients": 0.0, "moments": 0.0},
+    }
+    line = "policy 479 + gradients 479 + moments 958.1, ref 0 (shared), reward_model 4.5"
+    assert memory.describe(sizes) == line
+
+
+def test_memory_is_said_and_written(place, adapted, capsys):
+    policy, ref = adapted
+    job = run.start(Config(out="a"), "tiny")
+    job.memory(policy=policy, ref=ref)
+    for step in job.steps(2):
+        job.log(step, loss=0.0)
+    job.finish(lambda directory: None)
+    sizes = memory.footprint({"policy": policy, "ref": ref})
+    facts, lines = facts_of(place / "a"), capsys.readouterr().err.splitlines()
+    assert facts["memory_mib"] == sizes
+    first, last = facts["peak_memory_mib_after_first_step"], facts["peak_memory_mib"]
+    assert 0 < first <= last
+    assert f"tiny: memory in MiB: {memory.describe(sizes)}" in lines
+    assert f"tiny: peak memory {first} MiB after the first step" in lines
+    assert re.fullmatch(rf"tiny: \d+ s, peak memory {last} MiB, written to a", lines[-1])
+
+
+def test_peak_memory_grows_with_what_the_process_holds():
+    before = run.peak_memory(torch.device("cpu"))
+    held = torch.ones(64 << 20, dtype=torch.uint8)  # 64 MiB
+    assert before > 0 and run.peak_memory(torch.device("cpu")) >= before
+    assert run.peak_memory(torch.device("cpu")) > mib([held])
+
+
+# --------------------------------------------------------------------------------------- optimiser
 
 
 def rates(steps, warmup, lr=2.0):
     """The learning rate of each step, as the optimiser sees it."""
     weight = torch.nn.Linear(2, 2)
-    optimizer, seen = run.optimizer(weight, lr=0.123), []
+    optimizer, seen = run.adamw(weight, lr=0.123), []
     for step in range(steps):
         weight(torch.ones(1, 2)).sum().backward()
-        rate, _ = run.update(optimizer, weight, step, steps, lr, warmup)
+        rate = run.step(optimizer, run.linear(lr, step, steps, warmup))
         assert {group["lr"] for group in optimizer.param_groups} == {rate}
         seen.append(rate)
     return seen
 
 
 def test_learning_rate_warms_up_linearly_then_falls_linearly_to_zero():
-    assert rates(8, 3) == pytest.approx(
-        [0.5, 1.0, 1.5, 2.0, 1.6, 1.2, 0.8, 0.4]
-    )  # the step after the last would get 0
+    wanted = [0.5, 1.0, 1.5, 2.0, 1.6, 1.2, 0.8, 0.4]  # the step after the last would get 0
+    assert rates(8, 3) == pytest.approx(wanted)
     assert rates(4, 0) == pytest.approx([2.0, 1.5, 1.0, 0.5])
     assert rates(1, 0) == [2.0]
 
@@ -376,14 +506,15 @@ def test_learning_rate_is_positive_at_every_step():
             assert all(0 < rate <= 2.0 for rate in rates(steps, warmup))
 
 
-def test_update_clips_the_gradient_and_reports_its_norm_before():
+def test_clip_reports_the_norm_before_and_a_step_clears_the_gradient():
     holder = torch.nn.ParameterList([torch.zeros(2)])
     optimizer = torch.optim.SGD(holder.parameters(), lr=0.1)
     for gradient, moved in (([3.0, 4.0], [-0.6, -0.8]), ([0.3, 0.4], [-0.3, -0.4])):
         with torch.no_grad():
             holder[0].zero_()
         holder[0].grad = torch.tensor(gradient)
-        _, norm = run.update(optimizer, holder, 0, 1, lr=1.0, max_norm=1.0)
+        norm = run.clip(holder, max_norm=1.0)
+        run.step(optimizer, run.linear(1.0, 0, 1))
         assert float(norm) == pytest.approx(math.hypot(*gradient))
         assert holder[0].tolist() == pytest.approx(moved, abs=1e-5)
         assert holder[0].grad is None  # fresh gradients for the next step
@@ -394,21 +525,21 @@ def test_weight_decay_touches_matrices_only():
     with torch.no_grad():
         model.weight.fill_(1.0)
         model.bias.fill_(1.0)
-    optimizer = run.optimizer(model, lr=1.0, weight_decay=0.5)
+    optimizer = run.adamw(model, lr=1.0, weight_decay=0.5)
     model.weight.grad, model.bias.grad = torch.zeros(2, 2), torch.zeros(2)
-    run.update(optimizer, model, 0, 1, lr=0.1)
-    assert torch.allclose(model.weight, torch.full((2, 2), 0.95)) and torch.equal(
-        model.bias, torch.ones(2)
-    )
+    run.step(optimizer, lr=0.1)
+    assert torch.allclose(model.weight, torch.full((2, 2), 0.95))
+    assert torch.equal(model.bias, torch.ones(2))
 
 
 def test_frozen_parameters_are_left_out():
     model = torch.nn.Linear(2, 2)
     model.bias.requires_grad_(False)
-    assert sum(len(group["params"]) for group in run.optimizer(model, lr=1.0).param_groups) == 1
+    groups = run.adamw(model, lr=1.0).param_groups
+    assert sum(len(group["params"]) for group in groups) == 1
 
 
-# --------------------------------------------------------------------------------------------------------------- stages
+# ------------------------------------------------------------------------------------------ stages
 
 
 def stage(name, *argv):
@@ -418,7 +549,7 @@ def stage(name, *argv):
     script.main(run.parse(script.Config, [*common, *map(str, argv)]))
 
 
-PPO = ["--batch-size", "8", "--minibatches", "2", "--critic-warmup", "1", "--max-new-tokens", "12"]
+PPO = "--batch-size 8 --minibatches 2 --critic-warmup 1 --max-new-tokens 12".split()
 PAIRS = ["--batch-size", "8", "--prompts", "24"]
 
 
@@ -437,26 +568,41 @@ def chain(tmp_path_factory):
     return home / "out"
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """They take half of a tiny run's time."""
+    monkeypatch.setattr(run.pictures, "curves", lambda metrics, path: None)
+
+
 @pytest.mark.parametrize("name", ["base", "sft", "reward", "dpo", "ppo"])
 def test_run_directory_is_complete(name, chain):
     assert set(contents(chain / name)) >= FILES
     assert [row["step"] for row in metrics(chain / name)] == [0, 1]
-    facts, script = json.loads((chain / name / "run.json").read_text()), SCRIPTS.get(name, sft)
+    facts, script = facts_of(chain / name), SCRIPTS.get(name, sft)
     assert facts["stage"] == name and facts["seed"] == 0 and facts["seconds"] > 0
-    assert (
-        set(facts["flags"]) == {one.name for one in fields(script.Config)}
-        and facts["flags"]["steps"] == 2
-    )
-    wanted = {"base", "sft", "reward", "dpo", "ppo", "pairs.jsonl"}
-    assert {path.name for path in chain.iterdir()} == wanted  # no partial directory, no scraps
+    assert set(facts["flags"]) == {item.name for item in fields(script.Config)}
+    assert facts["flags"]["steps"] == 2
+    # no partial directory, no scraps
+    assert set(names(chain)) == {"base", "sft", "reward", "dpo", "ppo", "pairs.jsonl"}
+
+
+@pytest.mark.parametrize("name", ["base", "sft", "reward", "dpo", "ppo"])
+def test_run_directory_says_what_its_models_took(name, chain):
+    facts = facts_of(chain / name)
+    models = ["policy", "ref", "reward_model", "critic"] if name == "ppo" else ["model"]
+    if name == "dpo":
+        models = ["policy"]  # its own reference before the first step
+    assert list(facts["memory_mib"]) == models
+    trained = [size["gradients"] > 0 for size in facts["memory_mib"].values()]
+    assert trained == [model in ("model", "policy", "critic") for model in models]
+    assert 0 < facts["peak_memory_mib_after_first_step"] <= facts["peak_memory_mib"]
 
 
 @pytest.mark.parametrize("name", ["base", "sft", "reward", "dpo", "ppo"])
 def test_run_directory_opens_as_a_checkpoint(name, chain, world_encoding):
-    model, encoding = GPT.from_pretrained(chain / name), tokenizer.load(chain / name)
-    assert (
-        model.config.head == ("score" if name == "reward" else "lm") and model.config.context == 64
-    )
+    model, encoding = checkpoints.load(chain / name), tokenizer.load(chain / name)
+    assert model.config.head == ("score" if name == "reward" else "lm")
+    assert model.config.context == 64
     assert encoding._mergeable_ranks == world_encoding._mergeable_ranks
     assert model.config.vocab_size == encoding.n_vocab  # nothing grows a second time
     assert (chain / name / "chat_template.jinja").exists() == (name != "base")
@@ -464,21 +610,17 @@ def test_run_directory_opens_as_a_checkpoint(name, chain, world_encoding):
 
 @pytest.mark.parametrize("name", ["base", "sft", "dpo", "ppo"])
 @pytest.mark.parametrize("then", ["sft", "reward", "dpo", "ppo"])
-def test_every_policy_opens_as_the_next_init(name, then, chain, tmp_path):
-    more = {"sft": ["--batch-size", "4"], "ppo": [*PPO, "--reward", chain / "reward"]}.get(
-        then, PAIRS
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "curves", lambda metrics, path: None)
-        stage(then, *more, "--init", chain / name, "--out", tmp_path / "next", "--steps", "1")
-    assert GPT.from_pretrained(tmp_path / "next").config.head == (
-        "score" if then == "reward" else "lm"
-    )
+def test_every_policy_opens_as_the_next_init(name, then, chain, tmp_path, no_pictures):
+    options = {"sft": ["--batch-size", "4"], "ppo": [*PPO, "--reward", chain / "reward"]}
+    given = [*options.get(then, PAIRS), "--init", chain / name, "--out", tmp_path / "next"]
+    stage(then, *given, "--steps", "1")
+    head = checkpoints.load(tmp_path / "next").config.head
+    assert head == ("score" if then == "reward" else "lm")
 
 
 def test_stages_train(chain):
     def weights(name):
-        return GPT.from_pretrained(chain / name).state_dict()["embed.weight"]
+        return checkpoints.load(chain / name).state_dict()["embed.weight"]
 
     for name, before in (("sft", "base"), ("reward", "sft"), ("dpo", "sft"), ("ppo", "sft")):
         assert not torch.equal(weights(name), weights(before))
@@ -488,30 +630,26 @@ SAME = {"sft": ["--batch-size", "4"], "reward": PAIRS, "dpo": PAIRS, "ppo": PPO}
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_same_seed_gives_the_same_weights_bit_for_bit(name, chain, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "curves", lambda metrics, path: None)
-    init = ["--init", chain / ("base" if name == "sft" else "sft")] + [
-        "--reward",
-        chain / "reward",
-    ] * (name == "ppo")
+def test_same_seed_gives_the_same_weights_bit_for_bit(name, chain, tmp_path, no_pictures):
+    given = ["--init", chain / ("base" if name == "sft" else "sft"), *SAME[name]]
+    if name == "ppo":
+        given += ["--reward", chain / "reward"]
     for out, seed in (("a", 1), ("b", 1), ("c", 2)):
         torch.rand(7)  # whatever happened before in this process
-        stage(name, *init, *SAME[name], "--out", tmp_path / out, "--seed", seed)
+        stage(name, *given, "--out", tmp_path / out, "--seed", seed)
     a, b, c = ((tmp_path / out / "model.safetensors").read_bytes() for out in "abc")
     assert a == b and a != c
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b") != metrics(tmp_path / "c")
 
 
-def test_annotators_write_a_file_that_stages_read(chain, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "curves", lambda metrics, path: None)
+def test_annotators_write_a_file_that_stages_read(chain, tmp_path, no_pictures):
     for name in ("reward", "dpo"):
         given = ["--init", chain / "sft", "--data", chain / "pairs.jsonl", "--batch-size", "8"]
         stage(name, *given, "--out", tmp_path / name)
         assert (tmp_path / name / "model.safetensors").exists()
 
 
-def test_micro_batches_take_the_same_step(chain, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "curves", lambda metrics, path: None)
+def test_micro_batches_take_the_same_step(chain, tmp_path, no_pictures):
     for out, size in (("whole", 0), ("parts", 3)):
         given = ["--init", chain / "base", "--batch-size", "8", "--micro-batch-size", size]
         stage("sft", *given, "--out", tmp_path / out)

@@ -1,7 +1,8 @@
 """The claims of test_kernels.py about the Triton path, and those about its own kernels.
 
 pytest -m gpu tests/test_triton.py                        compiled, on a GPU
-TRITON_INTERPRET=1 pytest -m gpu tests/test_triton.py     the same source as Python on the CPU: test_interpreter.py
+TRITON_INTERPRET=1 pytest -m gpu tests/test_triton.py     the same source as Python on the CPU
+                                                          (test_interpreter.py runs this)
 """
 
 import os
@@ -74,7 +75,8 @@ def on_triton(monkeypatch):
 @pytest.mark.parametrize("N, V, D", [(1, 1, 1), (5, 23, 7), (130, 300, 40), (17, 1003, 130)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_fused_forward_matches_its_twin_in_fp64(dtype, N, V, D, entropy, monkeypatch):
-    """Off the tile in every direction, several parts of the vocabulary, transposed operands, logits of +-100 and more."""
+    """Off the tile in every direction, several parts of the vocabulary, transposed operands, logits
+    of +-100 and more."""
     hidden, weight = (torch.randn(D, N) * 3).to(dtype).T, torch.randn(V, 2 * D).to(dtype)[:, ::2]
     targets = torch.randint(V, (N,))
     exact = reference.linear_logprob(
@@ -94,7 +96,7 @@ def test_fused_forward_matches_its_twin_in_fp64(dtype, N, V, D, entropy, monkeyp
 
 
 def test_running_statistics_do_not_depend_on_where_the_maximum_stands():
-    """The largest logit in the first or the last of many blocks, everything before it negligible or -inf."""
+    """The largest logit in the first or the last of many blocks, the rest negligible or -inf."""
     for place in (0, 7, 40):
         z = torch.randn(3, 41, dtype=torch.float64)
         z[:, place] += torch.tensor([0.0, 50.0, 1e4], dtype=torch.float64)
@@ -103,9 +105,9 @@ def test_running_statistics_do_not_depend_on_where_the_maximum_stands():
         exact = reference.logprob_rows(z, targets, entropy=True)
         stats = z.new_empty(4, 3)
         scale = z.new_ones(1)
-        rows_triton.statistics_kernel[(3,)](
-            z, None, None, targets, stats, None, scale, 3, 41, 41, 0, 3, 0, ENTROPY=True, REVERSE=True, R=1, B=8
-        )  # fmt: skip
+        rows_triton.logprob_kernel[(3,)](
+            z, None, targets, stats, None, scale, 3, 41, 41, 3, 0, ENTROPY=True, R=1, B=8
+        )
         for row, expected in (
             (stats[0], exact[0]),
             (stats[3], exact[1]),
@@ -115,7 +117,7 @@ def test_running_statistics_do_not_depend_on_where_the_maximum_stands():
 
 
 def test_unit_gradient_in_many_blocks_matches_the_twin_in_place_and_beside():
-    """The second pass of the statistics kernel, for the log-prob and both KLs, rows of six blocks."""
+    """The second pass of the statistics kernels: log-prob and both KLs, rows of six blocks."""
     N, V = 3, 41
     policy, ref = torch.randn(2, N, V, dtype=torch.float64)
     targets, scale, n = torch.tensor([0, 17, 40]), torch.ones(1, dtype=torch.float64), 3
@@ -130,9 +132,15 @@ def test_unit_gradient_in_many_blocks_matches_the_twin_in_place_and_beside():
         for in_place in (False, True):
             z, other = policy.clone(), None if kind == "logprob" else ref.clone()
             unit = z if in_place else torch.full((N, V), torch.nan, dtype=z.dtype)
-            first, second = (other, z) if kind == "forward" else (z, other)
-            rows_triton.statistics_kernel[(N,)](
-                first, second, None, targets, z.new_empty(5, N), unit, scale, n, V, V, V, N, V,
-                ENTROPY=False, REVERSE=kind != "forward", R=1, B=8,
-            )  # fmt: skip
+            if kind == "logprob":
+                rows_triton.logprob_kernel[(N,)](
+                    z, None, targets, z.new_empty(4, N), unit, scale, n, V, V, N, V,
+                    ENTROPY=False, R=1, B=8,
+                )  # fmt: skip
+            else:
+                first, second = (other, z) if kind == "forward" else (z, other)
+                rows_triton.kl_kernel[(N,)](
+                    first, second, None, z.new_empty(5, N), unit, scale, n, V, V, V, N, V,
+                    REVERSE=kind == "reverse", R=1, B=8,
+                )  # fmt: skip
             torch.testing.assert_close(unit, expected, rtol=1e-12, atol=1e-12)

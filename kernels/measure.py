@@ -1,0 +1,117 @@
+"""How `kernels.bench` measures: inputs, one run, its time and memory, and the yardstick.
+
+Logits are peaked as a trained model's are: a target's probability is anything between 0 and 1. On
+plain random weights an implementation that drops small gradients would look fast and exact.
+"""
+
+import contextlib
+import ctypes
+import itertools
+import time
+
+import torch
+
+from . import BUDGET
+from .chunks import padded
+from .linear_kl import plan_forward as kl_plan
+from .linear_logprob import plan_forward as logprob_plan
+
+
+def keep_memory():
+    """What run.keep_memory does: glibc keeps freed memory, up to 1 GiB, for the next allocation."""
+    with contextlib.suppress(OSError, TypeError, AttributeError):
+        for parameter in (-1, -3):  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(parameter, 1 << 30)
+
+
+class Clock:
+    """Milliseconds of one run. On a GPU: CUDA events after the L2 was emptied. On a CPU: wall time,
+    or this process's own time if it has one thread, so that other processes do not count."""
+
+    def __init__(self, device):
+        self.cuda = device == "cuda"
+        self.flush = torch.empty(256 << 20, dtype=torch.int8, device=device) if self.cuda else None
+        single = torch.get_num_threads() == 1
+        self.host = time.process_time if single else time.perf_counter
+        self.name = "own CPU time" if single else "wall time"
+        if self.cuda:
+            self.name = "CUDA events, cold L2"
+
+    def __call__(self, work):
+        if not self.cuda:
+            start = self.host()
+            work()
+            return (self.host() - start) * 1e3
+        self.flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+
+def peak_bytes(work, device):
+    """The most that torch had allocated at once during work() beyond what was allocated before."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        work()
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+    changes = (e.nbytes() for e in events if e.name() == "[memory]")
+    return max(itertools.accumulate(changes, initial=0))
+
+
+def inputs(N, V, D, valid, dtype, device):
+    """hidden (N, D), weight (V, D), targets (N,), ref_hidden (N, D), ref_weight (V, D). Logits have
+    standard deviation 3, the target's is raised by up to 24; the reference is the policy with a
+    tenth of noise."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        weight = torch.randn(V, D) * 3 / D**0.5
+        targets = torch.randint(V, (N,))
+        hidden = torch.randn(N, D) + torch.rand(N, 1) * (24 / 9) * weight[targets]  # |w|^2 is 9
+        ref = [x + 0.1 * x.std() * torch.randn_like(x) for x in (hidden, weight)]
+        targets = targets.where(torch.rand(N) < valid, torch.tensor(-100))
+    return hidden.to(dtype), weight.to(dtype), targets, *(x.to(dtype) for x in ref)
+
+
+def run_once(function, leaves, others, upstream):
+    """One forward and, given an upstream gradient, one backward -> losses and gradients."""
+    if upstream is None:
+        with torch.no_grad():  # and detached: some peers look at requires_grad alone
+            return [function(*(x.detach() for x in leaves), *others)]
+    losses = function(*leaves, *others)
+    trainable = [x for x in leaves if x.requires_grad]
+    grads = torch.autograd.grad(losses, trainable, upstream if losses.dim() else None)
+    return [losses.detach(), *grads]
+
+
+def units_needed(case, n, hidden):
+    """How many units of the yardstick (products, copies) the op cannot do without."""
+    backward, frozen = case["backward"], case["frozen"]
+    if case["op"] == "rows":  # a copy is one read and one write
+        return 1.5 if backward else 0.5
+    if case["op"] == "KL":
+        if not backward or frozen:
+            return 3 if backward else 2
+        return 4 if kl_plan(hidden[:n], case["V"], True, BUDGET).save else 6
+    if not backward or frozen:
+        return 2 if backward else 1
+    saved = case["op"] == "mean" or logprob_plan(hidden[:n], case["V"], BUDGET).save
+    return 3 if saved else 4
+
+
+def multiplied(n, hidden, weight, *_):
+    """Logits in rows that start at multiples of 64 elements, as the ops allocate them."""
+    out = hidden.new_empty(n, padded(len(weight)))[:, : len(weight)]
+    return torch.mm(hidden[:n].detach(), weight.detach().T, out=out)
+
+
+def copied(logits, _):
+    N, V = logits.shape
+    return logits.new_empty(N, padded(V))[:, :V].copy_(logits.detach())

@@ -1,0 +1,66 @@
+"""What `kernels.bench` prints, and the table of kernels/README.md: forward + backward, trainable
+head, from every file in kernels/results."""
+
+import json
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent / "README.md"
+START, END = "<!-- kernels.bench: table -->", "<!-- end of table -->"
+HEADER = """
+| op | dtype | V x D | N | supervised | implementation | ms | peak GB | of yardstick | times ours |
+|---|---|---|---|---|---|---|---|---|---|""".splitlines()
+
+
+def report(rows):
+    """Print the rows of one case."""
+    peers = [row["ms"] for row in rows if not row["implementation"].startswith("ours")]
+    best = min(peers, default=rows[0]["ms"])
+    for row in rows:
+        line = f"  {row['dtype']:8} {row['implementation']:30} {row['ms']:10.2f} ms "
+        line += f"{row['peak_gb']:7.3f} GB  {best / row['ms']:5.2f}x the best peer's speed  "
+        line += f"of yardstick {row['of_yardstick']:4.0%}  "
+        if "of_floor" in row:
+            line += f"of floor {row['of_floor']:4.0%}  "
+        if "errors" in row:
+            line += "errors " + " ".join(f"{error:.1e}" for error in row["errors"])
+        print(line, flush=True)
+
+
+def table():
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    lines = []
+    for result in results:
+        about = [result["device"], result["date"]]
+        about += [f"{name} {version}" for name, version in result["versions"].items()]
+        about += [f"threads: {result['threads']}", result["clock"]]
+        lines += [", ".join(about) + ":", *HEADER]
+        ours = {}  # case: ms
+        for row in result["rows"]:
+            if row["implementation"] == "ours":
+                ours[case_of(row)] = row["ms"]
+        for row in result["rows"]:
+            if row["backward"] and not row["frozen"]:
+                lines.append(line_of(row, ours[case_of(row)]))
+        lines.append("")
+    if not any(result["cuda"] for result in results):
+        lines += ["CUDA: not measured yet.", ""]
+    return "\n".join(lines)
+
+
+def case_of(row):
+    return tuple(row[key] for key in "op V D N valid frozen backward dtype".split())
+
+
+def line_of(row, ours_ms):
+    cells = [row["op"], row["dtype"], f"{row['V']} x {row['D']}", row["N"], f"{row['valid']:.0%}"]
+    cells += [row["implementation"], f"{row['ms']:.4g}", f"{row['peak_gb']:.2f}"]
+    cells += [f"{row['of_yardstick']:.0%}", f"{row['ms'] / ours_ms:.2f}"]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def write_table():
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(START)
+    after = rest.split(END)[1]
+    README.write_text(f"{before}{START}\n{table()}{END}{after}", encoding="utf-8")
