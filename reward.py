@@ -4,10 +4,10 @@
                                           (Bradley and Terry 1952; Ouyang et al. 2022, eq. 1)
 
 y_w is the reply that an annotator chose, y_l the one rejected. r is the SFT model with its
-vocabulary head replaced by one scalar, read at the reply's last token: the only position that has
-seen everything. The loss depends on differences only, so afterwards r is shifted and scaled to mean
-0 and standard deviation 1 over reference replies. Later stages then have a unit for their KL
-strength beta.
+vocabulary head replaced by one scalar, read at the reply's end-of-turn token: the only position
+that has seen everything. The loss leaves the mean of r free, so afterwards r is shifted to mean 0
+over reference replies, and scaled to standard deviation 1: a unit for the KL strength beta of later
+stages.
 
     python reward.py                               comparisons of out/sft's replies -> out/reward
     python reward.py --init DIR --data pairs.jsonl any checkpoint, any file of preferences
@@ -15,24 +15,25 @@ strength beta.
     python reward.py --data rated.jsonl --heads helpful harmless honest   a head per dimension
 
 With --heads the score is a sum: r = sum_k w_k r_k, where r_k learns the ratings of dimension k. The
-weights w_k are given (--mixing) or learned from the overall choices. All heads are linear in the
-same hidden state, so their sum is one head again: the checkpoint holds that one, and
-heads.safetensors beside it the K single ones.
+weights w_k are given (--mixing), or learned: then the loss of the overall choices is added to the
+mean loss of the dimensions. All heads are linear in the same hidden state, so their sum is one head
+again. The checkpoint holds that one; heads.safetensors holds the K heads before normalisation.
 
 A *process* reward model judges every step of a solution (Lightman et al. 2023; Uesato et al. 2022):
-one label at the last token of each step, and the loss nowhere else. A solution's score is then the
-minimum, the product or the last of its steps' probabilities (evaluate/best_of_n.py).
+one label at the last token of each step, and only those tokens enter the loss. The log-odds say
+that all is right so far; they are not normalised. A solution's score is the minimum, the product or
+the last of its steps' probabilities (evaluate/best_of_n.py). data/step_labels.py makes labels.
 
     python reward.py --process --init out/sums     the world's long sums, answered by out/sums
     python reward.py --process --data prm800k.jsonl          PRM800K, Math-Shepherd, GSM8K
 
-Watch: loss (from ln 2 = .693 down; not below the annotators' own noise, .55 to .6 at 75 %
-agreement), held_out_accuracy (a gap to accuracy means that noise is being memorised), margin
-(grows, then rests).
+Watch: loss (from ln 2 = .693 down), held_out_loss (not below the annotators' own noise, about .56
+at 75 % agreement), held_out_accuracy (a gap to accuracy means that noise is being memorised),
+margin (the mean difference of scores: grows, then levels off).
 
-What everybody gets wrong: reading the score at a padding position, or one past the end. Here it is
-read at `lengths - 1` of right-padded rows. A test asserts that neither padding nor the other rows
-of a batch change a score.
+What everybody gets wrong: reading the score at a padding position, or one past the end.
+data/scores.py reads it at `lengths - 1` of right-padded rows. A test asserts that neither padding
+nor the other rows of a batch change a score.
 """
 
 import math
@@ -56,11 +57,9 @@ class Config(run.Flags):
     weight_decay: float = 0.05  # AdamW's, on matrices
     prompts: int = 20000  # without --data: how many of the world's questions get two replies
     agreement: float = 0.75  # without --data: how often annotators agree with the judge
-    centring: float = 0.0  # strength of a pull of both scores to 0 (Eisenstein et al. 2023: .01)
-    heads: list = field(default_factory=list)  # rated dimensions with a head each; none: one head
-    mixing: list = field(
-        default_factory=list
-    )  # weight of each head; none: learned from the choices
+    centring: float = 0.0  # pull of a pair's mean score to 0 (Eisenstein et al. 2023: .01)
+    heads: list = field(default_factory=list)  # rated dimensions, a head each; none: one head
+    mixing: list = field(default_factory=list)  # weight of each head; none: learned
     process: bool = False  # a process reward model, from rated steps or the world's long sums
     step_labels: str = "exact"  # --process on the world: exact, monte-carlo or outcome
     completions: int = 8  # monte-carlo: samples that continue each prefix
@@ -113,8 +112,8 @@ def centring_loss(chosen_scores, rejected_scores):
 
 
 def step_loss(scores, labels):
-    """Negative log-likelihood of each step's label, (M,) in nats. scores (M,): the log-odds that
-    all is right so far; labels (M,) in [0, 1]."""
+    """Binary cross-entropy of each step, (M,) in nats. scores (M,): the log-odds that the solution
+    is right up to this step; labels (M,) in [0, 1]."""
     return -labels * F.logsigmoid(scores) - (1 - labels) * F.logsigmoid(-scores)
 
 
@@ -129,8 +128,7 @@ class Heads(torch.nn.Module):
         self.names, self.learned = names, not mixing
         self.weight = torch.nn.Parameter(torch.randn(len(names), width) / math.sqrt(width + 1))
         self.bias = torch.nn.Parameter(torch.zeros(len(names)))  # (K,); weight is (K, D)
-        # Learned weights start at 1. softplus keeps them positive: no dimension may count against
-        # itself.
+        # Learned weights start at 1; softplus keeps them positive: a higher rating never costs.
         raw = torch.full((len(names),), math.log(math.e - 1))
         if mixing:
             raw = torch.tensor([float(weight) for weight in mixing])
@@ -146,14 +144,15 @@ class Heads(torch.nn.Module):
 
     @torch.no_grad()
     def fold(self, model):
-        """Makes the mixture the model's one head: sum_k w_k (W_k h + b_k) = (w W) h + w b."""
+        """Copies the mixture into the model's head: sum_k w_k (W_k h + b_k) = (w W) h + w b."""
         model.score_head.weight.copy_(self.mixing()[None] @ self.weight)
         model.score_head.bias.copy_(self.mixing()[None] @ self.bias)
 
 
 def head_scores(model, pairs, heads):
     """Pairs of examples -> the scores of both sides by every head (B, 2, K)."""
-    return heads(last_hidden(model, pairs)).unflatten(0, (-1, 2))
+    hidden = last_hidden(model, pairs)  # (2 B, D): chosen, rejected, chosen, ...
+    return heads(hidden).unflatten(0, (-1, 2))
 
 
 # ------------------------------------------------------------------------------------- training
@@ -170,10 +169,12 @@ def comparison_loss(config, job, model, heads, data, rows):
     chosen_scores, rejected_scores = scores.unbind(1)  # (B,) each
     loss = bradley_terry_loss(chosen_scores, rejected_scores, margin, label).mean()
     if heads is not None:
-        ratings = torch.tensor([data.ratings[i] for i in rows], device=job.device)  # (B, K)
-        rated = bradley_terry_loss(*by_head.unbind(1), label=ratings).mean()
-        # With given weights the overall choices teach nothing.
-        loss = rated + loss if heads.learned else rated
+        ratings = torch.tensor(
+            [data.ratings[i] for i in rows], device=job.device
+        )  # (B, K) P(chosen)
+        chosen_by_head, rejected_by_head = by_head.unbind(1)  # (B, K) each
+        heads_loss = bradley_terry_loss(chosen_by_head, rejected_by_head, label=ratings).mean()
+        loss = heads_loss + loss if heads.learned else heads_loss
     if config.centring:
         loss = loss + config.centring * centring_loss(chosen_scores, rejected_scores).mean()
     difference = (chosen_scores - rejected_scores).detach()  # (B,)
@@ -183,23 +184,23 @@ def comparison_loss(config, job, model, heads, data, rows):
 def rated_steps_loss(job, model, data, rows):
     """The loss of a batch of solutions with rated steps, and its metrics."""
     counts = [len(data.labels[i]) for i in rows]  # rated steps of each solution, M in all
-    labels = data.step_labels(rows, job.device)  # (M,)
     scores = job.forward(step_scores, model, data.batch(rows), counts=counts)  # (M,)
-    loss = step_loss(scores, labels).mean()
-    return loss, {"accuracy": ((scores > 0) == (labels > 0.5)).float().mean()}
+    return loss_of_steps(scores, data.step_labels(rows, job.device))
 
 
-def held_out_metrics(config, job, model, heads, data, rows, encoding):
-    """Loss and accuracy on examples that training never sees."""
+def loss_of_steps(scores, labels):
+    """scores, labels (M,) -> the mean loss, and metrics."""
+    accuracy = ((scores > 0) == (labels > 0.5)).float().mean()
+    return step_loss(scores, labels).mean(), {"accuracy": accuracy}
+
+
+def held_out_metrics(config, job, model, data, rows, encoding):
+    """Loss and accuracy on examples that training never sees; the first pair is shown."""
     examples = data.batch(rows)
     if config.process:
-        labels = data.step_labels(rows, job.device)  # (M,)
         scores = all_step_scores(model, examples)  # (M,)
-        accuracy = ((scores > 0) == (labels > 0.5)).float().mean()
-        loss = step_loss(scores, labels).mean()
-        return {"held_out_loss": loss, "held_out_accuracy": accuracy}
-    if heads is not None:
-        heads.fold(model)
+        loss, metrics = loss_of_steps(scores, data.step_labels(rows, job.device))
+        return {"held_out_loss": loss, "held_out_accuracy": metrics["accuracy"]}
     label, margin = data.pair_labels(rows, job.device)  # (N,) each
     chosen_scores, rejected_scores = all_pair_scores(model, examples).unbind(1)  # (N,) each
     for side, score in zip(examples[0], (chosen_scores[0], rejected_scores[0]), strict=True):
@@ -217,7 +218,7 @@ def normalise(model, pairs):
     scores = torch.cat(all_pair_scores(model, pairs).unbind(1))  # (2 N,)
     gain = 1 / scores.std().clamp(min=1e-6)
     model.score_head.weight.mul_(gain)
-    model.score_head.bias.sub_(scores.mean()).mul_(gain)
+    model.score_head.bias.sub_(scores.mean()).mul_(gain)  # gain * (r - mean)
     model.config.score_gain *= float(gain)
 
 
@@ -225,17 +226,16 @@ def main(config):
     check(config)
     job = run.start(config, "process" if config.process else "reward")
     encoding = checkpoints.open_vocabulary(config)
-    # Before the model: the world's replies come from --init with its vocabulary head still on.
+    # before the model: the world's replies are sampled from --init with its vocabulary head
     records, facts = load_records(config, encoding, job.device, job.say)
     model = checkpoints.open_model(config, encoding, job.device, head="score")
-    # A difference of scores is log-odds again, also where an earlier run had scaled it.
-    model.config.score_gain = 1.0
+    model.config.score_gain = 1.0  # a record: score / score_gain is log-odds, as training sees them
     data = encode(config, records, encoding, model.config.context, job.say)
     held_out, training = hold_out_rated(len(data.examples), config.batch_size, config.seed)
     heads = None
     if config.heads:
         heads = Heads(model.config.width, config.heads, config.mixing).to(job.device)
-        # Read only once the mixture is in it; DDP waits for a gradient of all that learns.
+        # not in the loss until fold(), and DDP would wait for its gradient
         model.score_head.requires_grad_(False)
 
     steps = config.steps or math.ceil(1.5 * len(training) / config.batch_size)  # 1.5 epochs
@@ -253,13 +253,15 @@ def main(config):
         loss.backward()
         grad_norm = run.clip(trained, max_norm=1.0)
         lr = run.linear(config.lr, step, steps, warmup=steps // 20)
-        run.step(optimizer, lr)
+        run.step(optimizer, lr)  # and clears the gradients
         metrics = {"loss": loss.detach(), **metrics, "lr": lr, "grad_norm": grad_norm}
         if heads:
             weights = zip(heads.names, heads.mixing().detach(), strict=True)
             metrics |= {f"weight_{name}": weight for name, weight in weights}
         if held_out and run.due(step, steps):
-            metrics |= held_out_metrics(config, job, model, heads, data, held_out, encoding)
+            if heads:
+                heads.fold(model)
+            metrics |= held_out_metrics(config, job, model, data, held_out, encoding)
         job.log(step, **metrics)
 
     if heads:
