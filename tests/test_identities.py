@@ -243,13 +243,14 @@ def test_an_epoch_shows_every_example_once_in_an_order_of_its_own():
 
 
 def slow_sft_loss(model, examples):
-    """Token by token, row by row: the mean negative log-likelihood of what is supervised."""
-    total, count = 0.0, 0
-    for ids, mask in examples:
-        logprobs = F.log_softmax(model.logits(model(torch.tensor([ids[:-1]]))[0]), -1)
+    """Token by token, row by row: the mean negative log-likelihood of what is supervised, each
+    token by its weight (1 under a mask)."""
+    total, count = 0.0, 0.0
+    for ids, weights in examples:
+        rows = F.log_softmax(model.logits(model(torch.tensor([ids[:-1]]))[0]), -1)
         for t in range(1, len(ids)):
-            if mask[t]:
-                total, count = total - logprobs[t - 1, ids[t]], count + 1
+            total = total - weights[t] * rows[t - 1, ids[t]]
+            count += weights[t]
     return total / count
 
 
@@ -279,6 +280,32 @@ def test_the_sft_loss_is_the_slow_loop_and_1_x_8_is_8_x_1(world_model, world_enc
             torch.testing.assert_close(grads[name], grad, **tolerance, msg=where)
         slow = float(slow_sft_loss(model, examples).detach())
         assert float(sum(losses).detach()) == pytest.approx(slow, rel=1e-6)
+
+
+def test_a_cut_example_s_last_token_is_still_a_target(jsonl, world_encoding):
+    """context + 1 tokens: the model reads the first `context` of them."""
+    config = sft.Config(data=[jsonl([{"messages": TALK}])])
+    examples, cut, empty = sft.load_examples(config, world_encoding, 30)
+    ids, mask = chat.render(TALK, world_encoding)
+    assert examples == [(ids[:31], mask[:31])] and (cut, empty) == (1, 0)
+    assert sft.load_examples(config, world_encoding, len(ids) - 1)[1] == 0
+
+
+def test_a_token_of_weight_a_tenth_counts_a_tenth(world_model, world_encoding, chats):
+    """As a question does in pretraining."""
+    model, examples = world_model().double(), []
+    for messages in chats[-4:]:
+        ids, mask = chat.render(messages, world_encoding)
+        examples.append((ids, [1.0 if counts else 0.1 for counts in mask]))
+    slow = slow_sft_loss(model, examples)
+    slow.backward()
+    expected = gradients(model)
+    loss = sft.token_losses(model, examples).sum() / sft.supervised_tokens(examples)
+    assert float(loss.detach()) == pytest.approx(float(slow.detach()), rel=1e-6)
+    loss.backward()
+    for name, grad in gradients(model).items():
+        scale = float(expected[name].abs().max())
+        torch.testing.assert_close(grad, expected[name], rtol=1e-6, atol=1e-6 * scale, msg=name)
 
 
 def test_three_steps_of_sft_end_in_the_same_weights_whatever_the_micro_batch(
@@ -427,6 +454,38 @@ def test_reference_and_policy_are_read_at_the_same_precision(
     assert ppo_metrics["ratio_first"] == pytest.approx(1, abs=1e-5 if exact else 0.1)
 
 
+def closer(values, near, far):
+    """Whether values are those of `near`, by the distance of `near` from `far`."""
+    return float((values - near).abs().mean()) < 0.1 * float((near - far).abs().mean())
+
+
+@torch.no_grad()
+def test_dpo_s_reference_is_read_at_the_precision_of_training(
+    checkpoint, world_model, world_encoding, preferences, tmp_path
+):
+    config = dpo.Config(init=checkpoint(), device="cpu", dtype="bfloat16", out=str(tmp_path / "o"))
+    job, ref = run.start(config, "dpo"), world_model()
+    data, _ = dpo.prepare(config, preferences, ref, world_encoding, job, wanted=0)
+    full = logprobs.pair_logps(ref, data.pairs)
+    with job.autocast():
+        half = logprobs.pair_logps(ref, data.pairs)
+    assert closer(data.ref_logps, half, full)
+
+
+@torch.no_grad()
+def test_ppo_s_old_log_probs_and_its_kl_are_read_at_the_precision_of_training(
+    rolled, checkpoint, tmp_path
+):
+    flags = dict(init=checkpoint(), reward=checkpoint("score"), dtype="bfloat16", device="cpu")
+    job = run.start(ppo.Config(**flags, out=str(tmp_path / "o")), "ppo")
+    r = rolled(job=job)
+    full, full_ref = (logprobs.token_logprobs(model, r.batch) for model in (r.policy, r.ref))
+    with job.autocast():
+        half, half_ref = (logprobs.token_logprobs(model, r.batch) for model in (r.policy, r.ref))
+    assert closer(r.old_logprobs, half, full)
+    assert closer(r.kl, half - half_ref, full - full_ref)
+
+
 @pytest.mark.parametrize("loss", dpo.LOSSES)
 def test_every_preference_loss_is_lowered_by_its_own_run(
     run_stage, jsonl, checkpoint, preferences, loss
@@ -488,6 +547,20 @@ def test_kto_s_mismatched_replies_belong_to_other_prompts(jsonl, preferences, wo
     assert equal <= 2  # by chance
 
 
+def test_kto_s_mismatched_reply_never_answers_the_same_question(world_encoding):
+    questions = ["blue", "green", "red"]  # a third of all draws would
+    singles = [
+        Unpaired([turn("user", questions[i % 3])], [turn("assistant", f"reply {i}")], True, "")
+        for i in range(30)
+    ]
+    pairs, _, usable = encode_unpaired(singles, world_encoding, 128)
+    assert usable == singles
+    for i, pair in enumerate(pairs):
+        text = world_encoding.decode(pair[1][0])
+        drawn = int(text.split("reply ")[1].split("<")[0])
+        assert questions[i % 3] in text and drawn % 3 != i % 3
+
+
 def test_kto_refuses_replies_of_one_kind_and_the_others_refuse_replies_without_a_partner(
     jsonl, preferences, world_encoding
 ):
@@ -532,7 +605,7 @@ def rolled(world_model, world_encoding):
     """rolled(**flags): a rollout of tiny random models on world prompts, with all that it was made
     of."""
 
-    def roll(arch="llama", n=24, **flags):
+    def roll(arch="llama", n=24, job=None, **flags):
         config = dict(max_new_tokens=12, beta=0.2, no_end_score=-2.0, group_size=4)
         config = SimpleNamespace(**vars(ppo.Config(**(config | flags))))
         policy, ref = world_model(seed=0, arch=arch), world_model(seed=1, arch=arch)
@@ -544,7 +617,7 @@ def rolled(world_model, world_encoding):
         # of every length do
         stops = list(range(0, world_encoding.n_vocab, 8))
         generator = torch.Generator().manual_seed(0)
-        job = SimpleNamespace(dtype=torch.float32, forward=forward)
+        job = job or SimpleNamespace(dtype=torch.float32, forward=forward)
         out = ppo.rollout(config, job, models, prompts, stops, generator, config.beta)
         inputs = dict(config=config, prompts=prompts, stops=stops)
         return SimpleNamespace(**inputs, **models._asdict(), **out._asdict())

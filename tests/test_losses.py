@@ -7,7 +7,11 @@ import math
 import pytest
 import torch
 
+from data.comparisons import Comparisons
 from dpo import (
+    Config,
+    batch_losses,
+    batch_metrics,
     dpo_loss,
     hinge_loss,
     ipo_loss,
@@ -17,10 +21,12 @@ from dpo import (
     robust_dpo_loss,
     simpo_loss,
 )
+from ppo import Config as PPOConfig
 from ppo import (
     adaptive_beta,
     gae,
     grpo_advantages,
+    loss_divisor,
     policy_loss,
     rloo_advantages,
     value_loss,
@@ -261,6 +267,52 @@ def test_relatives_pass_gradcheck(randn):
     assert torch.autograd.gradcheck(lambda h: kto_loss(h, desirable, 0.2, 0.5, 1.2, 0.8), four[:1])
 
 
+def test_each_loss_of_a_batch_reads_what_its_equation_reads(randn):
+    """Sums or averages, with or without the reference and soft labels."""
+    logps, ref = -5 * randn(6, 2).abs(), -5 * randn(6, 2).abs()
+    sizes = torch.tensor([[3, 7], [2, 2], [5, 1], [4, 6], [1, 9], [8, 3]])
+    labels = numbers(1.0, 0.7, 1.0, 0.9, 0.6, 1.0)
+    batch = Comparisons([], labels, sizes, ref, 0)
+    four = *logps.unbind(1), *ref.unbind(1)
+    a, ref_a = logps / sizes, ref / sizes
+    smoothing = numbers(0.25, 0.3, 0.25, 0.1, 0.4, 0.25)  # cdpo: its own where labels are hard
+    averaged = a[:, 0], a[:, 1]
+    expected = {
+        "dpo": dpo_loss(*four, 0.3, 1 - labels),
+        "cdpo": dpo_loss(*four, 0.3, smoothing),
+        "robust": robust_dpo_loss(*four, 0.3, 0.25),
+        "ipo": ipo_loss(*averaged, ref_a[:, 0], ref_a[:, 1], 0.3),
+        "hinge": hinge_loss(*four, 0.3),
+        "simpo": simpo_loss(*averaged, 0.3, 0.5),
+        "orpo": orpo_loss(*averaged, -a[:, 0], 0.03, 0.25),
+    }
+    for name, losses in expected.items():
+        config = Config(loss=name, beta=0.3, label_smoothing=0.25)
+        torch.testing.assert_close(batch_losses(config, logps, batch), losses, msg=name)
+    config = Config(loss="ipo", beta=0.3, summed=True)
+    torch.testing.assert_close(batch_losses(config, logps, batch), ipo_loss(*four, 0.3))
+    good = torch.tensor([True, False, True, True, False, False])
+    batch.labels = good.double()
+    config = Config(loss="kto", beta=0.3, desirable_weight=1.5, undesirable_weight=0.5)
+    h, mismatched = (logps - ref).unbind(1)
+    kto = kto_loss(h, good, mismatched_kl(mismatched), 0.3, 1.5, 0.5)
+    torch.testing.assert_close(batch_losses(config, logps, batch), kto)
+
+
+def test_kto_counts_a_good_reply_as_right_when_it_is_above_z0():
+    # h = 1, 3, 1, 3 against z0 = 2: two good replies, then two bad ones
+    logps = torch.tensor([[1.0, 2.0], [3.0, 2.0], [1.0, 2.0], [3.0, 2.0]])
+    labels, sizes = torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.ones(4, 2)
+    batch = Comparisons([], labels, sizes, torch.zeros(4, 2), 0)
+    for rows, accuracy in (([0], 0), ([1], 1), ([2], 1), ([3], 0), ([0, 1, 2, 3], 0.5)):
+        part = Comparisons([], labels[rows], sizes[rows], torch.zeros(len(rows), 2), 0)
+        metrics = batch_metrics(Config(loss="kto", beta=0.5), logps[rows], part)
+        assert float(metrics["accuracy"]) == accuracy
+    metrics = batch_metrics(Config(loss="kto", beta=0.5), logps, batch)
+    assert float(metrics["chosen_rewards"]) == float(metrics["rejected_rewards"]) == 1.0
+    assert float(metrics["chosen_logps"]) == 2.0 and float(metrics["margin"]) == 0
+
+
 @pytest.mark.parametrize("size", [1e4, -1e4, 0.0])
 def test_relatives_stay_finite_at_log_ratios_of_ten_thousand_and_log_probs_of_zero(size):
     zero, good = torch.zeros(1), torch.tensor([True])
@@ -477,6 +529,13 @@ def test_group_advantages_by_hand():
     torch.testing.assert_close(grpo_advantages(scores), scaled)
     equal = torch.full((2, 4), 3.0)
     assert (rloo_advantages(equal) == 0).all() and (grpo_advantages(equal) == 0).all()
+
+
+@pytest.mark.parametrize(
+    "advantage, divisor", [("gae", None), ("rloo", 6), ("grpo", 6), ("dr-grpo", 6 * 9)]
+)
+def test_each_advantage_divides_its_loss_as_its_table_says(advantage, divisor):
+    assert loss_divisor(PPOConfig(advantage=advantage, max_new_tokens=9), 6) == divisor
 
 
 def test_the_kl_coefficient_moves_by_at_most_a_fifth_per_ten_thousand_replies():

@@ -333,7 +333,7 @@ def test_the_ceiling_is_reached_by_the_judge_himself(world_encoding):
     usable = rewards.fitting_pairs(records, world_encoding, 128)
     golds = rewards.pair_golds([record for record, _, _ in usable])
     margins = [a - b or 1e-9 * rng.choice([1, -1]) for a, b in golds]
-    row, kinds, _ = rewards.reward_row(margins, golds, usable, 1.0)
+    row, kinds, _ = rewards.reward_row(margins, usable, golds, 1.0)
     assert row["accuracy"] == 1 and set(kinds.values()) == {1.0}
     assert row["of_ceiling"] == pytest.approx(1, abs=0.05)
 
