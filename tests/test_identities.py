@@ -300,7 +300,7 @@ def test_a_token_of_weight_a_tenth_counts_a_tenth(world_model, world_encoding, c
     slow = slow_sft_loss(model, examples)
     slow.backward()
     expected = gradients(model)
-    loss = sft.token_losses(model, examples).sum() / sft.supervised_tokens(examples)
+    loss = sft.sequence_losses(model, examples).sum() / sft.total_weight(examples)
     assert float(loss.detach()) == pytest.approx(float(slow.detach()), rel=1e-6)
     loss.backward()
     for name, grad in gradients(model).items():
