@@ -45,10 +45,11 @@ import torch
 import torch.nn.functional as F
 
 import run
-from data import annotators, chat, checkpoints, world
+from data import annotators, checkpoints, world
 from data.collate import batch_order, longest_side
 from data.comparisons import Source, encode
-from data.logprobs import all_logps, pair_logps, reply_kl
+from data.logprobs import all_logps, pair_logps
+from evaluate.measures import own_replies
 
 LOSSES = ["dpo", "cdpo", "robust", "ipo", "hinge", "simpo", "orpo", "kto"]
 # The embedded world's defaults. Robust assumes fewer flips than its 25 %: it has no lower bound.
@@ -292,8 +293,8 @@ def batch_metrics(config, logps, batch):
 
 
 def starting_policy(config, policy):
-    """The policy as it was before its first step. Under adapters its weights are still there.
-    Otherwise --init is read again, which saves the memory of a second model during training."""
+    """The policy before its first step: the weights under its adapters, or --init, read again. That
+    saves the memory of a second model during training."""
     return policy.reference() if policy.rank else checkpoints.open_policy(config, policy.device)[0]
 
 
@@ -308,22 +309,8 @@ def prepare(config, records, ref, encoding, job, wanted):
     return data, questions
 
 
-def look(config, policy, encoding, questions, job):
-    """Samples replies of the policy: KL to the starting policy (nats per reply), and gold, the
-    exact judge's score, where the questions are the embedded world's. The first reply is shown."""
-    replies = annotators.sample(policy, encoding, questions, config.max_new_tokens)
-    prompts = [chat.prompt(messages, encoding) for messages in questions]
-    job.say(chat.painted_reply(prompts[0], replies[0][0], encoding, job.colour))
-    ref = starting_policy(config, policy)
-    metrics = {"kl": reply_kl(policy, ref, prompts, [ids for ids, _, _ in replies]).mean()}
-    if all(map(world.solve, questions)):
-        verdicts = annotators.world_judge(zip(questions, replies, strict=True))
-        metrics["gold"] = sum(verdict["gold"] for verdict in verdicts) / len(verdicts)
-    return metrics
-
-
 def round_start(round, rounds, steps):
-    """The first step of a round (from 0): steps are divided evenly."""
+    """The first step of a round (from 0)."""
     return math.ceil(round * steps / rounds)
 
 
@@ -344,8 +331,7 @@ def main(config):
     optimizer = run.adamw(policy, config.lr)
     # A later round's replies cannot be sampled again after a kill: their policy is gone.
     saved = data if config.fresh else None
-    order = None
-    kto = config.loss == "kto"  # a reply and a mismatched one, instead of chosen and rejected
+    order, kto = None, config.loss == "kto"
     for step in job.steps(steps, policy=policy, optimizer=optimizer, comparisons=saved):
         round = step * rounds // steps
         start = round_start(round, rounds, steps)
@@ -358,7 +344,7 @@ def main(config):
             ref = policy if today else starting_policy(config, policy)
             fresh, _ = prepare(config, records, ref, encoding, job, source.wanted)
             vars(data).update(vars(fresh))  # in place: job.steps saves this object
-            ref = None  # its log-probs are all that is needed
+            del ref  # only its log-probs are needed
         if step == start or order is None:  # None: --resume in the middle of a round
             lengths = [longest_side(pair) for pair in data.pairs[data.held_out :]]
             round_steps = round_start(round + 1, rounds, steps) - start
@@ -378,7 +364,9 @@ def main(config):
             logps = job.forward(all_logps, policy, held_out.pairs, kto=kto)  # (N, 2)
             metrics["held_out_loss"] = batch_losses(config, logps, held_out).mean()
         if questions and run.due(step, steps):
-            metrics |= look(config, policy, encoding, questions, job)
+            ref = starting_policy(config, policy)
+            replies = (questions, config.max_new_tokens)
+            metrics |= own_replies(policy, ref, encoding, *replies, job)
         job.log(step, **metrics)
 
     job.finish(lambda directory: checkpoints.save(policy, directory, encoding))

@@ -1,13 +1,11 @@
-"""Stage 3a: reinforcement learning from human feedback. Sample, score, make what scored well
-likelier.
+"""Stage 3a: reinforcement learning from human feedback. Sample, score, reinforce.
 
     maximise   E[ r(x, y) ] - beta KL(pi || pi_ref)
                                       (Ziegler et al. 2019, eq. 2; Ouyang et al. 2022, eq. 2)
 
 Four models: the policy pi and its critic V are trained; the reference pi_ref (the SFT model) and
 the reward model r are not. Each iteration samples a reply to every prompt of a batch and turns it
-into a small Markov decision process, one step per token. "Old" is what the models said when
-sampling:
+into a small Markov decision process, one step per token ("old": when it was sampled):
 
     reward      r_t = -beta (log pi(y_t) - log pi_ref(y_t)),  plus the score at the last token
     advantage   A_t = sum_k (gamma lam)^k delta_{t+k},  delta_t = r_t + gamma V_{t+1} - V_t
@@ -17,8 +15,7 @@ sampling:
     critic      minimise  1/2 max((V - R)^2, (clip(V, V_old-eps, V_old+eps) - R)^2),  R = A + V_old
 
 The critic predicts the return from every prefix. The other three values of --advantage have none:
-they sample each prompt K times and compare G = score - beta KL, one number for all tokens of a
-reply.
+they sample each prompt K times and compare G = score - beta KL, one number per reply.
 
                 advantage                      loss of a minibatch
     gae         A_t, whitened                  mean over all its tokens
@@ -48,7 +45,6 @@ fixed low score instead.
 """
 
 from dataclasses import dataclass, field
-from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -56,10 +52,10 @@ import torch
 
 import kernels
 import run
-from data import annotators, chat, checkpoints, world
+from data import chat, checkpoints, world
 from data.collate import Batch, collate, reply_examples
 from data.logprobs import token_logprobs
-from data.prompts import load_prompts, prompt_batches
+from data.reinforcement import load_prompts, open_models, prompt_batches
 from data.scores import score
 from evaluate.hacking import Detector, observe
 
@@ -101,10 +97,10 @@ def check(config):
     requires = {name: {"advantage": ["gae"]} for name in critic_flags}
     run.check_requires(config, requires | {"group_size": {"advantage": ADVANTAGES[1:]}})
     K = group_size(config)
-    alone = f"--group-size must be at least 2, to compare, not {K}"
-    run.require(K > 1 or config.advantage == "gae", alone)
-    multiple = f"--batch-size {config.batch_size} is no multiple of --group-size {K}"
-    run.require(config.batch_size % K == 0, multiple)
+    if config.advantage != "gae":
+        run.require(K > 1, f"--group-size must be at least 2, to compare, not {K}")
+    size = f"--batch-size {config.batch_size}"
+    run.require(config.batch_size % K == 0, f"{size} is no multiple of --group-size {K}")
 
 
 def group_size(config):
@@ -116,11 +112,10 @@ def group_size(config):
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
-    """Generalised advantage estimation. rewards, values, mask (B, T) -> advantages, returns (B, T),
-    raw.
+    """Generalised advantage estimation. rewards, values, mask (B, T) -> advantages, returns (B, T).
 
-    Only positions under the mask are steps. Whatever stands elsewhere is ignored, and the value
-    after the last step is 0.
+    Both are raw: not whitened. Only positions under the mask are steps; whatever stands elsewhere
+    is ignored, and the value after the last step is 0.
     """
     rewards = rewards.masked_fill(~mask, 0.0)
     values = values.masked_fill(~mask, 0.0)
@@ -146,25 +141,21 @@ def rloo_advantages(scores):
     """REINFORCE leave-one-out. scores (N prompts, K samples) -> each minus the mean of the K - 1
     others, same shape. Raises ValueError for K < 2: one sample has no others."""
     K = scores.shape[1]
-    shape = f"scores: shape {tuple(scores.shape)}, expected (N, K) with K at least 2"
-    run.require(K > 1, f"{shape}: one sample has no others")
+    run.require(K > 1, f"scores: shape {tuple(scores.shape)}, expected (N, K) with K at least 2")
     return (scores - scores.mean(1, keepdim=True)) * K / (K - 1)  # R_i - (sum of others) / (K - 1)
 
 
 def grpo_advantages(scores, scale=True):
-    """scores (N prompts, K samples) -> each minus its group's mean, same shape; with `scale` over
-    the group's standard deviation (K - 1) + 1e-4."""
+    """scores (N prompts, K samples) -> each minus its group's mean, same shape; `scale` also
+    divides by the group's sample standard deviation + 1e-4."""
     centred = scores - scores.mean(1, keepdim=True)
     return centred / (scores.std(1, keepdim=True) + 1e-4) if scale else centred
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps, divisor=None):
     """PPO's clipped surrogate, a scalar: sum over the tokens under mask (B, T) / divisor (None:
-    their number). clip_eps: a number, or (lower, upper).
-
-    min(ratio A, clip(ratio) A) is pessimistic: moving away from the old policy gains nothing beyond
-    the clip, while moving back always counts.
-    """
+    their number). clip_eps: a number, or (lower, upper). min(ratio A, clip(ratio) A) is
+    pessimistic: moving away gains nothing beyond the clip, while moving back always counts."""
     lower, upper = clip_eps if isinstance(clip_eps, tuple) else (clip_eps, clip_eps)
     log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0)  # (B, T)
     ratio = torch.exp(log_ratio.clamp(max=20.0))
@@ -174,8 +165,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps, divisor=None
 
 
 def value_loss(values, old_values, returns, mask, clip_eps):
-    """Half the mean, over mask (B, T), of the larger squared error: the value's, or that of the
-    value clipped around the old one."""
+    """Half the mean over mask (B, T) of the larger squared error: of the value, or of the value
+    clipped around the old one."""
     values, old_values, returns = (x.masked_fill(~mask, 0.0) for x in (values, old_values, returns))
     clipped = old_values + (values - old_values).clamp(-clip_eps, clip_eps)  # (B, T)
     errors = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
@@ -223,13 +214,6 @@ def loss_divisor(config, replies):
 # --------------------------------------------------------------------------------------- rollout
 
 
-class Models(NamedTuple):
-    policy: torch.nn.Module
-    ref: torch.nn.Module  # the policy before its first step, frozen
-    reward_model: torch.nn.Module
-    critic: torch.nn.Module | None
-
-
 class Rollout(NamedTuple):
     """An iteration's replies, and all that the update needs."""
 
@@ -257,8 +241,7 @@ def row_values(critic, rows, batch):
 
 @torch.no_grad()
 def rollout(config, job, models, prompts, stops, generator, beta):
-    """Samples replies to the prompts (lists of ids) and computes, once, all that the update
-    needs."""
+    """Samples replies to the prompts (lists of ids); computes, once, all that the update needs."""
     K, device = group_size(config), models.policy.device
     options = dict(stop_id=stops, generator=generator, return_logprobs=True, samples=K)
     lengths = config.max_new_tokens, config.temperature
@@ -323,28 +306,6 @@ def update(config, job, models, parts, old, step):
         metrics["ratio_first"] = first_ratio[farthest]
         metrics["clipped"] = ((ratio - 1).abs() > config.clip_eps).float().mean()
     return metrics
-
-
-# -------------------------------------------------------------------------------------- training
-
-
-def open_models(config, policy, encoding):
-    """The four models, and the ensemble's reward models. With adapters all share one frozen trunk,
-    if the reward model was adapted from the same --init."""
-    trunk = policy if policy.rank else None
-    options = dict(encoding=encoding, device=policy.device, trunk=trunk)
-    reward_model = annotators.open_reward_model(config.reward, flag="--reward", **options)
-    open_one = partial(annotators.open_reward_model, flag="--ensemble", **options)
-    ensemble = [open_one(directory) for directory in config.ensemble]
-    ref = policy.reference()
-    critic = None
-    if config.advantage == "gae":
-        # share() copies trainable weights only: a critic of adapters uses the reward model's trunk
-        reward_model.requires_grad_(not policy.rank)
-        critic = reward_model.share()
-        critic.adapt(config.lora_rank, config.lora_alpha, config.lora_targets)
-    reward_model.requires_grad_(False)
-    return Models(policy, ref, reward_model, critic), ensemble
 
 
 def main(config):

@@ -93,20 +93,16 @@ def held_out_loss(model, examples, size):
     return total / total_weight(examples)
 
 
-def load_records(config):
-    """Records of --data or of the embedded world: documents to pretrain on, else conversations."""
-    if config.data:
-        return formats.read_all(config.data, "document" if config.pretrain else "conversation")
-    make = world.documents if config.pretrain else world.demonstrations
-    return make(config.steps * config.batch_size + 500, config.seed)  # one epoch, and held-out ones
-
-
 def load_examples(config, encoding, context):
     """-> (ids, weights) examples, how many were cut to the context, and how many were dropped."""
     end_of_text = chat.end_of_text_id(encoding)
     end = [] if end_of_text is None else [end_of_text]
+    if config.data:
+        records = formats.read_all(config.data, "document" if config.pretrain else "conversation")
+    else:
+        make = world.documents if config.pretrain else world.demonstrations
+        records = make(config.steps * config.batch_size + 500, config.seed)  # one epoch, held-out
     examples, cut = [], 0
-    records = load_records(config)
     for record in records:
         if config.pretrain:  # record.prompt: characters of the question, 0 without one
             prompt = encoding.encode_ordinary(record.text[: record.prompt])
@@ -137,8 +133,8 @@ def main(config):
     stage = "base" if config.pretrain else "sft"
     job = run.start(config, stage)
     encoding = checkpoints.open_vocabulary(config, template=config.template)
-    # a base model gets no chat tokens
-    model = checkpoints.open_model(config, encoding, job.device, chats=not config.pretrain)
+    chats = not config.pretrain  # a base model gets no chat tokens
+    model = checkpoints.open_model(config, encoding, job.device, chats=chats)
 
     context = model.config.context
     examples, cut, dropped = load_examples(config, encoding, context)
@@ -174,8 +170,8 @@ def main(config):
             metrics["held_out_loss"] = held_out_loss(model, held_out, held_out_size)
             job.say(greedy_reply(model, held_out[0], encoding, job.colour))
         job.log(step, **metrics)
-    chats = not config.pretrain
-    job.finish(lambda directory: checkpoints.save(model, directory, encoding, chat=chats))
+
+    job.finish(lambda directory: checkpoints.save(model, directory, encoding, chats))
 
 
 if __name__ == "__main__":

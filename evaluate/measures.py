@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from data import annotators, chat, checkpoints, tokenizer, world
+from data.logprobs import reply_kl
 from data.scores import score_rows
 
 # 97.5 % quantiles of Student's t distribution for 0, 1, 2, ... degrees of freedom
@@ -61,6 +62,19 @@ def answer(model, encoding, conversations, chats, max_new_tokens=world.MAX_NEW_T
         ended = reply[-1] in stops
         replies.append((reply, ended, encoding.decode(reply[:-1] if ended else reply)))
     return replies
+
+
+def own_replies(policy, ref, encoding, questions, max_new_tokens, job):
+    """What a policy in training says -> metrics: KL to the reference (nats per reply) and, of the
+    embedded world's questions, gold, the exact judge's score. The first reply is shown."""
+    replies = annotators.sample(policy, encoding, questions, max_new_tokens)
+    prompts = [chat.prompt(messages, encoding) for messages in questions]
+    job.say(chat.painted_reply(prompts[0], replies[0][0], encoding, job.colour))
+    metrics = {"kl": reply_kl(policy, ref, prompts, [ids for ids, _, _ in replies]).mean()}
+    if all(map(world.solve, questions)):
+        verdicts = annotators.world_judge(zip(questions, replies, strict=True))
+        metrics["gold"] = mean([verdict["gold"] for verdict in verdicts])
+    return metrics
 
 
 def reward_scores(model, encoding, conversations, texts):

@@ -18,7 +18,15 @@ import ppo
 import reward
 import run
 import sft
-from data import chat, checkpoints, comparisons, formats, logprobs, world
+from data import (
+    chat,
+    checkpoints,
+    comparisons,
+    formats,
+    logprobs,
+    reinforcement,
+    world,
+)
 from data.collate import IGNORE, collate, encode_pairs, encode_unpaired, epochs, hold_out, pad
 from data.forks import fork
 from data.records import Preference, Unpaired
@@ -611,7 +619,7 @@ def rolled(world_model, world_encoding):
         policy, ref = world_model(seed=0, arch=arch), world_model(seed=1, arch=arch)
         reward_model = world_model("score", 2)
         critic = world_model("score", 3) if config.advantage == "gae" else None
-        models = ppo.Models(policy, ref, reward_model, critic)
+        models = reinforcement.Models(policy, ref, reward_model, critic)
         prompts = [chat.prompt(record.messages, world_encoding) for record in world.prompts(n)]
         # random models seldom say <|im_end|>: every eighth token ends a reply here, so that replies
         # of every length do
