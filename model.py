@@ -2,38 +2,35 @@
 
                     GPT-2 (Radford et al. 2019)       Llama (Touvron et al. 2023)
     positions       learned table, added once         rotary (RoPE), inside every attention
-    norm            LayerNorm, with bias              RMSNorm, no bias
+    norm            LayerNorm                         RMSNorm
     feed-forward    down(GELU(up x))                  down(SiLU(gate x) * up x)      (SwiGLU)
-    biases          in every matrix                   none
+    biases          everywhere                        nowhere
     heads           one key/value head per query      several queries may share one (grouped)
 
 Qwen2 is Llama with a bias on queries, keys and values; Qwen3 has a norm on each query and key
 instead.
 
-The forward pass returns *hidden states*, not logits: model(ids) (B, T) -> (B, T, D). The head is
-applied separately, since each caller uses it differently. Training asks `kernels` for log-probs
-without ever holding all (B, T, V) logits, generation needs the logits of the last position only,
-and a reward model has a scalar head instead of a vocabulary.
+The forward pass returns *hidden states*, not logits; the head is applied separately. Training asks
+`kernels` for log-probs without ever holding all (B, T, V) logits, generation needs the logits of
+the last position only, and a reward model has a scalar head instead of a vocabulary.
 
 Sequences are right-padded everywhere, even in generation. With causal attention a real token never
-sees the padding to its right. So training needs no attention mask, positions are always 0, 1, 2,
-..., and a reply's log-probs when sampled match its log-probs when trained on. What everybody gets
-wrong is left-padding: positions then shift from row to row, and every pass needs a mask.
+sees the padding to its right: training needs no mask, positions are always 0, 1, 2, ..., and a
+reply has the same log-probs when sampled and when trained on. What everybody gets wrong is
+left-padding: positions then shift from row to row, and every pass needs a mask.
 
     model = GPT.from_scratch("llama:4x96x128", vocab_size=512)
     hidden = model(ids)                                  # ids (B, T) int64, right-padded
     logits = model.logits(hidden)                        # (B, T, V)
     replies = model.generate([[5, 8, 2], [7]], max_new_tokens=20, stop_id=3)
 
-After model.adapt(rank) only low-rank adapters learn (LoRA), and several models can share the frozen
-weights (`share`). data/checkpoints.py reads and writes models.
+After model.adapt(rank) only low-rank adapters learn (LoRA). data/checkpoints.py reads and writes.
 """
 
 import copy
 import math
 import re
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -72,9 +69,8 @@ class Config:
 def rope_frequencies(config):
     """The angle (d/2,) by which each coordinate pair turns per position, theta^(-2i/d).
 
-    Llama 3.1 stretches a context of `original` tokens by `factor`: a pair that turns fewer than
-    `low` times within it is slowed down by that factor, one that turns more than `high` times is
-    left alone, and in between the two are mixed.
+    Llama 3.1 stretches a context of `original` tokens by `factor`: pairs that turn fewer than `low`
+    times within it are slowed down by that factor, beyond `high` not at all, in between partly.
     """
     frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
     if config.rope_scaling is None:
@@ -86,8 +82,8 @@ def rope_frequencies(config):
 
 
 def rotate(x, cos, sin):
-    """RoPE (Su et al. 2021, eq. 34) on x (B, H, T, d): the pair (x_i, x_{i+d/2}) turns by its
-    angle; the paper pairs neighbours. cos, sin: (1, T, d/2) or (B, 1, T, d/2)."""
+    """RoPE (Su et al. 2021, eq. 34) on x (B, H, T, d): (x_i, x_{i+d/2}) turns by its angle; the
+    paper pairs neighbours. cos, sin: (1, T, d/2) or (B, 1, T, d/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -105,8 +101,8 @@ class Cache:
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)  # (B,) tokens per row
 
     def begin(self, T, longest):
-        """Announces T new tokens per row; no row will be longer than `longest`. Sets their
-        positions (B, T) and the mask: which positions each may see."""
+        """Announces T new tokens per row, none beyond `longest`: sets their positions (B, T) and
+        the mask of what each may see."""
         self.positions = self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
         self.longest = longest
         self.mask = None  # an empty cache: plain causal attention
@@ -140,10 +136,10 @@ class Linear(nn.Linear):
         self.parts, self.A, self.B = parts, None, None
 
     def attach(self, rank, scale):
-        """Adds an adapter of zeros, for `adapt` or a file to fill in. scale: alpha / r."""
-        zeros = partial(torch.zeros, device=self.weight.device)
-        self.A = nn.Parameter(zeros(len(self.parts) * rank, self.in_features))  # (parts r, in)
-        self.B = nn.Parameter(zeros(self.out_features, rank))  # (out, r)
+        """Adds an adapter of zeros, A (parts r, in) and B (out, r), to be filled in by `adapt` or
+        from a file. scale: alpha / r."""
+        self.A = nn.Parameter(self.weight.new_zeros(len(self.parts) * rank, self.in_features))
+        self.B = nn.Parameter(self.weight.new_zeros(self.out_features, rank))
         self.scale = scale
 
     def pairs(self):
@@ -157,8 +153,8 @@ class Linear(nn.Linear):
         if self.A is None:
             return y
         low = (F.linear(x, self.A) * self.scale).chunk(len(self.parts), dim=-1)  # (..., r) per part
-        up = self.B.split(self.parts)
-        return y + torch.cat([F.linear(z, B) for z, B in zip(low, up, strict=True)], dim=-1)
+        pairs = zip(low, self.pairs(), strict=True)
+        return y + torch.cat([F.linear(z, B) for z, (_, B) in pairs], dim=-1)
 
     def merged(self):
         """W with its adapter added, (out, in); W itself without one."""
@@ -296,8 +292,7 @@ class GPT(nn.Module):
             forms = "gpt2:LAYERSxWIDTHxCONTEXT or llama:LAYERSxWIDTHxCONTEXT, width a multiple of"
             raise ValueError(f"--shape {shape!r} should read {forms} {head_dim}")
         heads = width // head_dim
-        # SwiGLU has three matrices where GELU has two: a width of 8/3 D instead of 4 D costs the
-        # same (Shazeer 2020); here to a multiple of 32
+        # SwiGLU has 3 matrices, GELU 2: a width of 8/3 D costs what 4 D does (Shazeer 2020)
         mlp_width = 4 * width if match[1] == "gpt2" else 32 * round(8 * width / 96)
         rope_theta = 100.0 if context <= 256 else 10000.0  # short wavelengths for short contexts
         init_std = 0.02 if width >= 512 else 1 / math.sqrt(width)
@@ -313,17 +308,14 @@ class GPT(nn.Module):
     def head_weight(self):
         """The LM head (V, D), tied or not, that `kernels` multiplies hidden states with."""
         if self.config.head != "lm":
-            raise ValueError(
-                "this checkpoint has no vocabulary head: it scores text, it cannot write"
-            )
+            raise ValueError("this checkpoint has no vocabulary head: it cannot write text")
         return self.embed.weight if self.config.tied else self.lm_head.weight
 
     def forward(self, ids, cache=None):
         """ids (B, T) int64, right-padded -> hidden states (B, T, D) after the final norm.
 
         cache: a Cache after begin(), or any object with positions, mask and append (data/forks.py).
-        Without one, raises ValueError if T exceeds the context.
-        """
+        Without one, raises ValueError if T exceeds the context."""
         T, context = ids.shape[1], self.config.context
         if cache is None and context < T:
             raise ValueError(f"a sequence of {T} tokens does not fit the context of {context}")
@@ -377,10 +369,10 @@ class GPT(nn.Module):
         """Continues each prompt -> the new tokens only, the stop token included: K lists for the
         first prompt, then K for the second, ...
 
-        return_logprobs=True adds a second list: the log-prob (nats, fp32) of each new token under
-        the model's distribution at this temperature (at 1 when greedy), before top-k and top-p. In
-        RL both stay off: tokens must come from the distribution that these log-probs describe.
-        Raises ValueError for a prompt that is empty or leaves no room for a reply.
+        return_logprobs=True adds a second list: the log-prob (nats, fp32) of each new token at this
+        temperature (at 1 when greedy), before top-k and top-p. In RL both stay off: tokens must
+        come from the distribution that these log-probs describe. Raises ValueError for a prompt
+        that is empty or leaves no room for a reply.
         """
         context = self.config.context
         for row, prompt in enumerate(prompts):
@@ -392,7 +384,6 @@ class GPT(nn.Module):
         result = (replies, logprobs) if return_logprobs else replies
         if not prompts or max_new_tokens < 1:
             return result
-
         stop_ids = [] if stop_id is None else stop_id
         stops = torch.tensor(stop_ids, dtype=torch.long, device=self.device).reshape(-1)
         longest = max(map(len, prompts))  # no row of the cache is longer
@@ -424,7 +415,6 @@ class GPT(nn.Module):
             cache.begin(1, longest)
             hidden = self(token[:, None], cache)[:, 0]  # (B, D)
             cache.lengths = cache.lengths + 1
-
         for reply, token, logprob in steps:
             values = logprob.tolist() if return_logprobs else [None] * len(reply)
             for i, t, value in zip(reply.tolist(), token.tolist(), values, strict=True):
@@ -433,8 +423,7 @@ class GPT(nn.Module):
         return result
 
     def prefill(self, prompts, longest, capacity, samples):
-        """-> a Cache of the prompts, each `samples` times, and each row's last hidden state (B,
-        D)."""
+        """-> a Cache of the prompts, `samples` times each, and the last hidden states (B, D)."""
         lengths = torch.tensor(list(map(len, prompts)), device=self.device)  # (prompts,)
         padded = [prompt + [0] * (longest - len(prompt)) for prompt in map(list, prompts)]
         ids = torch.tensor(padded, device=self.device)  # (prompts, T)
@@ -453,8 +442,7 @@ class GPT(nn.Module):
 
         targets: names out of TARGETS, separated by commas. An adapter is scaled by alpha / rank;
         alpha is 2 * rank unless given. B starts at 0, so at first nothing changes. Existing
-        adapters continue to train, as they are; rows that `grow` added stay frozen. Rank 0 changes
-        nothing. Raises ValueError for unknown targets and for a model from scratch.
+        adapters train on as they are. Raises ValueError for unknown targets or random weights.
         """
         if not rank:
             return self
@@ -471,8 +459,7 @@ class GPT(nn.Module):
                 module.B = nn.Parameter(module.B.detach().clone())
             elif not adapted and name.rpartition(".")[2] in chosen:
                 module.attach(rank, (alpha or 2 * rank) / rank)
-                bound = module.in_features**-0.5
-                nn.init.uniform_(module.A, -bound, bound)
+                nn.init.uniform_(module.A, -(module.in_features**-0.5), module.in_features**-0.5)
         return self
 
     def freeze(self):
