@@ -303,8 +303,7 @@ def prepare(config, records, ref, encoding, job, wanted):
     the questions of the held-out ones, which come first."""
     context = ref.config.context
     data, questions = encode(config, records, encoding, context, wanted, job.device, job.say)
-    if config.loss not in ("simpo", "orpo"):  # the two without a reference
-        # at the precision of training: otherwise the first loss is not ln 2
+    if config.loss not in ("simpo", "orpo"):  # at training's precision, or loss 0 is not ln 2
         data.ref_logps = job.forward(all_logps, ref, data.pairs, kto=config.loss == "kto")
     return data, questions
 
@@ -344,7 +343,6 @@ def main(config):
             ref = policy if today else starting_policy(config, policy)
             fresh, _ = prepare(config, records, ref, encoding, job, source.wanted)
             vars(data).update(vars(fresh))  # in place: job.steps saves this object
-            del ref  # only its log-probs are needed
         if step == start or order is None:  # None: --resume in the middle of a round
             lengths = [longest_side(pair) for pair in data.pairs[data.held_out :]]
             round_steps = round_start(round + 1, rounds, steps) - start
@@ -365,8 +363,8 @@ def main(config):
             metrics["held_out_loss"] = batch_losses(config, logps, held_out).mean()
         if questions and run.due(step, steps):
             ref = starting_policy(config, policy)
-            replies = (questions, config.max_new_tokens)
-            metrics |= own_replies(policy, ref, encoding, *replies, job)
+            options = (encoding, questions, config.max_new_tokens, job)
+            metrics |= own_replies(policy, ref, *options)
         job.log(step, **metrics)
 
     job.finish(lambda directory: checkpoints.save(policy, directory, encoding))

@@ -7,8 +7,7 @@
     biases          everywhere                        nowhere
     heads           one key/value head per query      several queries may share one (grouped)
 
-Qwen2 is Llama with a bias on queries, keys and values; Qwen3 has a norm on each query and key
-instead.
+Qwen2 is Llama with a bias on queries, keys and values; Qwen3 instead norms each query and key.
 
 The forward pass returns *hidden states*, not logits; the head is applied separately. Training asks
 `kernels` for log-probs without ever holding all (B, T, V) logits, generation needs the logits of
@@ -70,8 +69,7 @@ def rope_frequencies(config):
     """The angle (d/2,) by which each coordinate pair turns per position, theta^(-2i/d).
 
     Llama 3.1 stretches a context of `original` tokens by `factor`: pairs that turn fewer than `low`
-    times within it are slowed down by that factor, beyond `high` not at all, in between partly.
-    """
+    times within it are slowed down by that factor, beyond `high` not at all, in between partly."""
     frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
     if config.rope_scaling is None:
         return frequencies  # (d/2,)
@@ -273,8 +271,7 @@ class GPT(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         for name, parameter in self.named_parameters():
-            # The residual stream adds 2 * layers outputs; its final variance should not depend on
-            # their number (Radford et al. 2019, sec. 2.3).
+            # the sum of 2 * layers outputs keeps its variance (Radford et al. 2019, sec. 2.3)
             if name.endswith(("attn.out.weight", "mlp.down.weight")):
                 nn.init.normal_(parameter, std=config.init_std / math.sqrt(2 * config.layers))
         if config.head == "score":  # scores of variance 1 (Stiennon et al. 2020)
@@ -320,8 +317,7 @@ class GPT(nn.Module):
         if cache is None and context < T:
             raise ValueError(f"a sequence of {T} tokens does not fit the context of {context}")
         positions = torch.arange(T, device=ids.device) if cache is None else cache.positions
-        x = self.embed(ids)  # (B, T, D)
-        rope = None
+        x, rope = self.embed(ids), None  # x (B, T, D)
         if self.config.arch == "gpt2":
             x = x + self.positions(positions)
         else:  # (1, T, d/2) or (B, 1, T, d/2): the same for all heads
@@ -372,8 +368,7 @@ class GPT(nn.Module):
         return_logprobs=True adds a second list: the log-prob (nats, fp32) of each new token at this
         temperature (at 1 when greedy), before top-k and top-p. In RL both stay off: tokens must
         come from the distribution that these log-probs describe. Raises ValueError for a prompt
-        that is empty or leaves no room for a reply.
-        """
+        that is empty or leaves no room for a reply."""
         context = self.config.context
         for row, prompt in enumerate(prompts):
             if not 0 < len(prompt) < context:
@@ -442,8 +437,7 @@ class GPT(nn.Module):
 
         targets: names out of TARGETS, separated by commas. An adapter is scaled by alpha / rank;
         alpha is 2 * rank unless given. B starts at 0, so at first nothing changes. Existing
-        adapters train on as they are. Raises ValueError for unknown targets or random weights.
-        """
+        adapters train on as they are. Raises ValueError for unknown targets or random weights."""
         if not rank:
             return self
         chosen = targets.split(",")

@@ -1,5 +1,4 @@
-"""Stage 1, supervised fine-tuning: show the model good replies and make each of their tokens
-likely.
+"""Stage 1, supervised fine-tuning: show the model good replies, and make their tokens likely.
 
     minimise   - sum_t m_t log pi(y_t | y_<t) / sum_t m_t
 
@@ -14,8 +13,7 @@ predict a question, and it mostly adds noise.
 
 Watch: loss (falls fast, then slowly, and levels off above 0: many replies fit a prompt, and 40 % of
 the world's demonstrations contain mistakes), held_out_loss (follows the loss; when it rises while
-the loss falls, the model memorises), grad_norm (below about 1 after the warm-up; spikes: lr is too
-high).
+the loss falls, the model memorises), grad_norm (below 1 after the warm-up; spikes: lr too high).
 
 What everybody gets wrong: the divisor. It is sum_t m_t over the *whole* optimiser step. A mean of
 micro-batch means counts a token more in a short micro-batch.
