@@ -16,8 +16,7 @@ Four dials, all 0 by default, in units of gold:
     python -m data.annotators --init out/sft --out out/pairs.jsonl    two samples a prompt, compared
     python -m data.annotators --data a.jsonl b.jsonl --annotators 3   two files of answers, compared
 
-With several annotators the majority chooses, and its share of the votes becomes the pair's soft
-label. Training learns of the judge only through these noisy choices.
+With several annotators the majority chooses, and its share of the votes is the pair's soft label.
 """
 
 import math
@@ -74,7 +73,7 @@ def sample(
     """Samples replies to conversations -> a list of (ids, ended, text): `samples` for the first
     conversation, then as many for the second, ... Deterministic in `seed`.
 
-    ended: whether the model stopped by itself; the last of the ids is then its stop token.
+    ended: the model stopped by itself, and the last of the ids is its stop token.
     encode(messages, encoding): the ids that a reply continues.
     """
     ids = [encode(messages, encoding) for messages in prompts]
@@ -153,10 +152,8 @@ def open_writer(directory, flag, device):
 
 def open_reward_model(directory, encoding, device, flag, trunk=None):
     """The frozen reward model of a directory. It reads a policy's ids: ValueError, with the flag,
-    unless it has the policy's vocabulary.
-
-    trunk: a model whose frozen weights it may share, if it was adapted from the same checkpoint.
-    """
+    unless it has the policy's vocabulary. trunk: a model adapted from the same checkpoint, whose
+    frozen weights it may share."""
     model = tokenizer.fit(checkpoints.load(directory, trunk=trunk), encoding).to(device)
     scalar = model.config.head == "score"
     run.require(scalar, f"{flag} {directory} has no scalar head: train one with reward.py")
@@ -216,10 +213,10 @@ def strength(differences, agreement):
 def votes(
     gaps, differences, agreement, annotators=1, position_bias=0.0, abstain=0.0, seed=0, scale=None
 ):
-    """Each annotator's choice on each pair -> a tuple per pair: 1 first reply, 0 second, None none.
+    """The annotators' choices, a tuple per pair: 1 first reply, 0 second, None no opinion.
 
-    gaps: gold(a) - gold(b), which set the strength unless `scale` does. differences: u(a) - u(b)
-    but for the position.
+    gaps: gold(a) - gold(b), which give the strength unless `scale` does. differences: u(a) - u(b)
+    without the position's part.
     """
     scale = strength(gaps, agreement) if scale is None else scale
     columns = []  # one per annotator
@@ -289,15 +286,14 @@ def compare(
     records = []
     for i, ((prompt, *replies), row) in enumerate(zip(pairs, choices, strict=True)):
         rated = [rate(scores, names, len(row), rng) for scores in verdicts[2 * i : 2 * i + 2]]
-        opinions = [choice for choice in row if choice is not None]
-        for_first = sum(opinions)
-        for_second = len(opinions) - for_first
+        for_first = row.count(1)
+        for_second = row.count(0)
         if for_first == for_second:
             continue
         if for_first < for_second:
             replies.reverse()
             rated.reverse()
-        label = max(for_first, for_second) / len(opinions)
+        label = max(for_first, for_second) / (for_first + for_second)
         both = {name: (rated[0][name], rated[1][name]) for name in names}
         records.append(preference(prompt, *replies, f"annotated pair {len(records)}", label, both))
     return records, choices, gaps
@@ -382,8 +378,7 @@ def check_free(path):
         free = not path.exists() or world.solve(formats.read(path, "preference")[0].prompt)
     except ValueError:
         free = False
-    sentence = "is there already and holds no comparisons of the embedded world: name another file"
-    run.require(free, f"--out {path} {sentence}")
+    run.require(free, f"--out {path} is there already and holds other data: name another file")
 
 
 def main(config):

@@ -55,9 +55,7 @@ COLOURS |= {"chosen": 32, "rejected": 31}
 
 
 @dataclass
-class Flags:
-    """The flags of both commands."""
-
+class Flags:  # of both commands
     data: list = field(default_factory=list)  # files of prompts (none: the embedded world's)
     constitution: str = "world"  # world, general, or a file of principles
     prompts: int = 5000  # how many to ask at most
@@ -191,9 +189,24 @@ def prepare(config, kind, *fields):
     return constitution, usable, speaker, examples, Counter()
 
 
-def finish(config, rows, lines_of, left_out, failure):
-    """Says what was left out, writes the rows and prints the first ones. failure: the sentence if
-    there are none. lines_of(row): its texts to print, with names."""
+def texts_of(row):
+    """The texts of a demonstration with its chain or of a preference, with names from COLOURS."""
+    prompt = row["prompt"] if "prompt" in row else row["messages"][:-1]
+    yield from (("prompt", message["content"]) for message in prompt)
+    if "chain" in row:
+        yield "response", row["response"]
+        for step in row["chain"]:
+            yield "critique", f"{step['critique'].strip()}  [{step['principle']}]"
+            yield "revision", step["revision"]
+    else:
+        chance = f"P(chosen better) = {row['label']:.2f}"
+        yield "chosen", row["chosen"][0]["content"]
+        yield "rejected", f"{row['rejected'][0]['content']}  [{chance}]"
+
+
+def finish(config, rows, left_out, failure):
+    """Says what was left out, writes the rows and prints the first ones. failure: the error if
+    there are none."""
     for reason, count in left_out.items():
         if count:
             print(f"{count:6} {reason}", file=sys.stderr)
@@ -202,7 +215,7 @@ def finish(config, rows, lines_of, left_out, failure):
     run.write_lines(Path(config.out), rows)
     form = "{text}" if os.environ.get("NO_COLOR") else "\033[{colour}m{text}\033[0m"
     for row in rows[: config.show]:
-        for name, text in lines_of(row):
+        for name, text in texts_of(row):
             print(f"{name:8}  {form.format(colour=COLOURS[name], text=text.strip())}")
         print()
 
@@ -217,10 +230,8 @@ def say_if_it_fits(speaker, dialogues, stream):
 
 def revise(speaker, prompts, responses, drawn_from, revisions, seed, left_out):
     """Criticises and revises each response -> its chain, a list of {principle, critique, revision}.
-
     Each critique is of the latest revision, under a principle drawn from `drawn_from`. A critique
-    or revision without an end, or without room, is left out.
-    """
+    or revision without an end, or without room, is left out."""
     rng = random.Random(f"principles {seed}")
     chains = [[] for _ in prompts]
     latest = list(responses)
@@ -236,14 +247,6 @@ def revise(speaker, prompts, responses, drawn_from, revisions, seed, left_out):
             chains[k].append(step)
             latest[k] = text
     return chains
-
-
-def critique_lines(row):
-    yield from (("prompt", message["content"]) for message in row["messages"][:-1])
-    yield "response", row["response"]
-    for step in row["chain"]:
-        yield "critique", f"{step['critique'].strip()}  [{step['principle']}]"
-        yield "revision", step["revision"]
 
 
 def critique_main(config):
@@ -264,18 +267,16 @@ def critique_main(config):
         final = {"role": "assistant", "content": chain[-1]["revision"] if chain else response}
         rows.append({"messages": [*messages, final], "response": response, "chain": chain})
     failure = "no response was revised: raise --max-new-tokens, or name a longer context's model"
-    finish(config, rows, critique_lines, left_out, failure)
+    finish(config, rows, left_out, failure)
     changed = sum(row["messages"][-1]["content"] != row["response"] for row in rows)
     counts = f"{len(rows)} responses revised up to {config.revisions} times, {changed} of them"
     print(f"{counts} changed, written to {config.out}")
 
 
 def preferences(speaker, pairs, constitution, drawn, left_out, think=False):
-    """A model compares pairs of (messages, reply, reply) -> the votes on each pair.
-
-    drawn: the principles that vote on each pair. A vote is [name of the principle, P(first reply
-    better) if it is shown first, the same if it is shown second].
-    """
+    """A model compares pairs of (messages, reply, reply), each under its `drawn` principles -> the
+    votes on each pair: [name of the principle, P(first reply better) if it is shown first, the same
+    if it is shown second]."""
     request = constitution.comparison_request
     ballots = []  # (number of the pair, name of the principle, the request in both orders)
     for i, (messages, a, b) in enumerate(pairs):
@@ -312,17 +313,10 @@ def label(votes, limits=(1e-4, 1 - 1e-4)):
     return round(sum(means) / len(votes), 4)
 
 
-def comparison_lines(row):
-    yield from (("prompt", message["content"]) for message in row["prompt"])
-    yield "chosen", row["chosen"][0]["content"]
-    yield "rejected", f"{row['rejected'][0]['content']}  [P(chosen better) = {row['label']:.2f}]"
-
-
 def compare_main(config):
     constitution, usable, writer, examples, left_out = prepare(config, "compare", "comparison")
-    judge = writer
-    if config.judge_model not in ("", config.init):
-        judge = Speaker(config.judge_model, "--judge-model", config)
+    other = config.judge_model not in ("", config.init)
+    judge = Speaker(config.judge_model, "--judge-model", config) if other else writer
     judge = judge.after(examples, left_out)
     prompts = questions(config, writer, left_out)
     texts = writer.say(prompts, "replies", samples=2)
@@ -349,14 +343,10 @@ def compare_main(config):
         row = {"prompt": messages, "chosen": chosen, "rejected": rejected}
         rows.append(row | {"label": p, "votes": ballot})
     failure = "no comparison fits the context, or no thought ended: name another --judge-model"
-    finish(config, rows, comparison_lines, left_out, failure)
+    finish(config, rows, left_out, failure)
     print(f"{len(rows)} pairs under up to {count} principles each, written to {config.out}")
 
 
-def main():
+if __name__ == "__main__":
     commands = {"critique": (critique_main, Critique), "compare": (compare_main, Compare)}
     run.commands(commands, __doc__)
-
-
-if __name__ == "__main__":
-    main()

@@ -554,5 +554,5 @@ def test_votes_that_are_none_are_refused(tmp_path):
 def test_labels_of_other_prompts_are_refused(tmp_path):
     row = {"prompt": "hello", "chosen": "hi", "rejected": "go away"}
     run.write_lines(tmp_path / "ai.jsonl", [row])
-    with pytest.raises(ValueError, match="only the embedded world's prompts"):
+    with pytest.raises(ValueError, match="only the prompts of the embedded world"):
         call("labels", "--data", tmp_path / "ai.jsonl")
