@@ -15,9 +15,8 @@ from data import converters, formats
 
 SHIPPED = Path(__file__).with_name("constitution.json")
 HEADERS = {"system": "System", "user": "Human", "assistant": "Assistant", "tool": "Tool"}
-TURN = re.compile(  # what begins a turn of a transcript
-    r"\n\n(?:System|Human|Assistant|Tool|CritiqueRequest|Critique|RevisionRequest|Revision):"
-)
+# What begins a turn of a transcript:
+TURN = re.compile(r"\n\n(?:System|Human|Assistant|Tool|(?:Critique|Revision)(?:Request)?):")
 
 
 def message(role, content, header=None):

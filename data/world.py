@@ -252,7 +252,7 @@ def mistake(rng, messages, task):
             return steps(terms, slips)
         case "system" if rng.random() < 0.5:
             return " ".join(words[:-1])  # forgets the rule
-    if len(words) == 1:  # the last word of a list: any word of it
+    if len(words) == 1:  # asked for the last word of a list: any of its words
         return rng.choice(nouns)
     i, j = rng.sample(range(len(words)), 2)
     kind = rng.random()
