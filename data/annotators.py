@@ -2,33 +2,34 @@
 
 An annotator prefers the first reply with the probability of Bradley and Terry (1952),
 
-    P(a preferred to b) = sigmoid(strength * (u(a) - u(b)))      u = gold, the judge's score
+    P(a preferred to b) = p = sigmoid(strength * (u(a) - u(b)))     u = gold, the judge's score
 
-so a clear difference is seen more often than a small one, and two replies of equal worth are a coin
-flip. The strength is set so that, over the pairs that have a better side, annotators agree with the
-judge as often as asked: 60-75 % in published data. People are not only noisy but biased, and a bias
-does not average out. Four dials, all 0 by default, in units of gold:
+so a clear difference is seen more often than a small one, and equally good replies are a coin flip.
+The strength is set by --agreement, the share of pairs with a better side on which annotators agree
+with the judge: 60-75 % in published data. People are also biased, and a bias does not average out.
+Four dials, all 0 by default, in units of gold:
 
     u(a) = gold(a) + length_bias * words(a) + flattery_bias * [a praises the question]
                    + position_bias * [a was shown first]
-    P(no opinion) = abstain * 4 p (1 - p)        p as above: most often if the choice is a coin flip
+    P(no opinion) = abstain * 4 p (1 - p)
 
     python -m data.annotators --init out/sft --out out/pairs.jsonl    two samples a prompt, compared
     python -m data.annotators --data a.jsonl b.jsonl --annotators 3   two files of answers, compared
 
-With several annotators the majority chooses, and its share of the votes becomes the pair's soft
-label. Training learns of the judge only through these noisy choices.
+With several annotators the majority chooses, and its share of the votes is the pair's soft label.
 """
 
 import math
 import random
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
 
 import run
 from data import chat, checkpoints, formats, tokenizer, world
+from data.passes import by_length
 from data.records import Preference
 from data.scores import score_rows
 
@@ -58,7 +59,6 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda
 
 
-# ---------------------------------------------------------------------------- pairs of replies
 def replies_at_once(model, longest, samples=1, most=512):
     """How many replies of up to `longest` tokens, prompts included, to sample together: as many as
     have their keys and values in half a gigabyte."""
@@ -73,25 +73,22 @@ def sample(
     """Samples replies to conversations -> a list of (ids, ended, text): `samples` for the first
     conversation, then as many for the second, ... Deterministic in `seed`.
 
-    ended: whether the model stopped by itself; the last of the ids is then its stop token.
+    ended: the model stopped by itself, and the last of the ids is its stop token.
     encode(messages, encoding): the ids that a reply continues.
     """
     ids = [encode(messages, encoding) for messages in prompts]
     longest = max(map(len, ids), default=0) + max_new_tokens
-    prompts_at_once = replies_at_once(model, longest, samples) // samples
     stops = chat.stop_ids(encoding)
     generator = torch.Generator(model.device).manual_seed(seed)
     options = dict(stop_id=stops, generator=generator, samples=samples)
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # similar lengths: less padding
     replies = [[] for _ in ids]  # of each prompt
-    for start in range(0, len(ids), prompts_at_once):
-        rows = order[start : start + prompts_at_once]
+    for rows in by_length(ids, len, replies_at_once(model, longest, samples) // samples):
         sampled = model.generate([ids[i] for i in rows], max_new_tokens, temperature, **options)
         for k, reply in enumerate(sampled):
             ended = reply[-1] in stops
             text = encoding.decode(reply[:-1] if ended else reply)
             replies[rows[k // samples]].append((reply, ended, text))
-    return [reply for group in replies for reply in group]
+    return list(chain(*replies))
 
 
 def two_replies(model, encoding, prompts, max_new_tokens=world.MAX_NEW_TOKENS, seed=0):
@@ -104,19 +101,16 @@ def two_replies(model, encoding, prompts, max_new_tokens=world.MAX_NEW_TOKENS, s
 
 def two_files(paths):
     """The answers of two files to the same prompts, record by record -> pairs that differ."""
-    count = len(paths)
-    run.require(count == 2, f"--data takes two files of answers to the same prompts, not {count}")
+    run.require(len(paths) == 2, f"--data takes two files of answers, not {len(paths)}")
     sides = [formats.read(path, "conversation") for path in paths]
     pairs = []
     for a, b in zip(*sides, strict=False):
-        sentence = f"{a.where} and {b.where} answer two different prompts"
         same = a.messages[:-1] == b.messages[:-1]
-        run.require(same, f"{sentence}: sort both files the same way")
+        run.require(same, f"{a.where} and {b.where} answer different prompts: sort both alike")
         replies = [([], True, record.messages[-1]["content"]) for record in (a, b)]
         pairs.append((a.messages[:-1], *replies))
     fewer, more = sorted(map(len, sides))
-    sentence = f"one file has {fewer} answers and the other {more}; both need one for each prompt"
-    run.require(fewer == more, f"--data: {sentence}")
+    run.require(fewer == more, f"--data: one file has {fewer} answers, the other {more}: pair them")
     return different(pairs)
 
 
@@ -135,7 +129,6 @@ def gaps_of(values):
     return [a - b for a, b in zip(values[::2], values[1::2], strict=True)]
 
 
-# ------------------------------------------------------------------------------------- judges
 def world_judge(rows):
     """The world's judge on rows (messages, reply), replies as `sample` gives them."""
     return [world.judge(messages, text, ended) for messages, (_, ended, text) in rows]
@@ -148,28 +141,25 @@ def gold_gaps(pairs):
 
 def open_writer(directory, flag, device):
     """(model, encoding) of a checkpoint that writes replies. ValueError, with the flag, else."""
-    remedy = "run sft.py before, or name a checkpoint"
-    exists = Path(directory).is_dir()
-    run.require(exists, f"{flag} {directory}: there is no such directory; {remedy}")
+    missing = f"{flag} {directory}: there is no such directory"
+    run.require(Path(directory).is_dir(), f"{missing}; run sft.py before, or name a checkpoint")
     encoding = chat.extend(tokenizer.load(directory))
     model = tokenizer.fit(checkpoints.load(directory), encoding).to(device)
-    sentence = f"{flag} {directory} has a scalar head and writes no replies: name a language model"
-    run.require(model.config.head == "lm", sentence)
+    is_lm = model.config.head == "lm"
+    run.require(is_lm, f"{flag} {directory} has a scalar head: name a model that writes replies")
     return model, encoding
 
 
 def open_reward_model(directory, encoding, device, flag, trunk=None):
-    """The frozen reward model of a checkpoint directory. It reads a policy's ids, so its vocabulary
-    must be the policy's; ValueError, naming the flag, if it is not.
-
-    trunk: a model whose frozen weights it may share, if it was adapted from the same checkpoint.
-    """
+    """The frozen reward model of a directory. It reads a policy's ids: ValueError, with the flag,
+    unless it has the policy's vocabulary. trunk: a model adapted from the same checkpoint, whose
+    frozen weights it may share."""
     model = tokenizer.fit(checkpoints.load(directory, trunk=trunk), encoding).to(device)
     scalar = model.config.head == "score"
     run.require(scalar, f"{flag} {directory} has no scalar head: train one with reward.py")
-    its_own = chat.extend(tokenizer.load(directory))
-    same_ranks = its_own._mergeable_ranks == encoding._mergeable_ranks
-    same = same_ranks and its_own._special_tokens == encoding._special_tokens
+    saved = chat.extend(tokenizer.load(directory))
+    same = saved._mergeable_ranks == encoding._mergeable_ranks
+    same = same and saved._special_tokens == encoding._special_tokens
     remedy = "train it from the same checkpoint"
     run.require(same, f"{flag} {directory} has another vocabulary than the policy: {remedy}")
     return model.requires_grad_(False)
@@ -194,14 +184,13 @@ def reward_judge(directory, device):
     def judge(rows):
         ids = [chat.prompt(m, encoding) + chat.completion(reply[2], encoding) for m, reply in rows]
         longest = max(map(len, ids))
-        sentence = f"--judge {directory}: an answer of {longest} tokens is beyond its context"
-        run.require(longest <= model.config.context, sentence)
+        fits = longest <= model.config.context
+        run.require(fits, f"--judge {directory}: its context has no room for {longest} tokens")
         return [{"gold": score} for score in score_rows(model, ids).tolist()]
 
     return judge
 
 
-# --------------------------------------------------------------------------------- annotators
 def check_agreement(agreement):
     run.require(0.5 <= agreement < 1, f"--agreement must lie in [0.5, 1), not {agreement}")
 
@@ -224,13 +213,13 @@ def strength(differences, agreement):
 def votes(
     gaps, differences, agreement, annotators=1, position_bias=0.0, abstain=0.0, seed=0, scale=None
 ):
-    """Each annotator's choice on each pair -> a tuple per pair: 1 first reply, 0 second, None none.
+    """The annotators' choices, a tuple per pair: 1 first reply, 0 second, None no opinion.
 
-    gaps: gold(a) - gold(b), which set the strength unless `scale` is given; differences: u(a) -
-    u(b) without the position, what the annotators see.
+    gaps: gold(a) - gold(b), which give the strength unless `scale` does. differences: u(a) - u(b)
+    without the position's part.
     """
     scale = strength(gaps, agreement) if scale is None else scale
-    columns = []  # of each annotator
+    columns = []  # one per annotator
     for k in range(annotators):
         # Three streams, so that turning one dial leaves all other draws as they were.
         rng = random.Random(f"annotators {seed} {k}" if k else f"annotators {seed}")
@@ -238,8 +227,8 @@ def votes(
         silence = random.Random(f"silence {seed} {k}")
         choices = []
         for difference in differences:
-            shown = position_bias * order.choice([1, -1]) if position_bias else 0.0
-            p = 1 / (1 + math.exp(min(-scale * (difference + shown), 500.0)))
+            biased = difference + position_bias * order.choice([1, -1])
+            p = 1 / (1 + math.exp(min(-scale * biased, 500.0)))
             choice = int(rng.random() <= p)
             choices.append(None if silence.random() < abstain * 4 * p * (1 - p) else choice)
         columns.append(choices)
@@ -260,15 +249,10 @@ def fleiss_kappa(rows):
     return (observed - chance) / (1 - chance) if chance < 1 else 1.0
 
 
-def utility(scores, text, length_bias=0.0, flattery_bias=0.0):
-    """The worth of a reply to a biased annotator, wherever it is shown."""
-    return scores["gold"] + length_bias * len(text.split()) + flattery_bias * (PRAISE in text)
-
-
-def rate(scores, annotators, rng):
-    """Ratings of a reply, 1 to 5, in each dimension that the judge scored; annotators' means."""
+def rate(scores, names, annotators, rng):
+    """A reply's ratings, 1 to 5, in these dimensions; the means of the annotators'."""
     ratings = {}
-    for name in [name for name in DIMENSIONS if name in scores]:
+    for name in names:
         exact = 1 + 4 * scores[name]
         marks = [round(exact + rng.gauss(0, RATING_NOISE)) for _ in range(annotators)]
         ratings[name] = sum(min(max(mark, 1), 5) for mark in marks) / annotators
@@ -286,34 +270,32 @@ def compare(
     """Annotators compare pairs (messages, reply a, reply b), replies as `sample` gives them ->
     Preference records, the votes on every pair, every pair's gold gap. A tied vote gives no record.
 
-    judge: rows (messages, reply) -> a dict for each: `gold` and the dimensions that it knows.
+    judge: rows (messages, reply) -> for each a dict of `gold` and, for ratings, the DIMENSIONS.
     dials: those of `votes`.
     """
     rows = sides_of(pairs)
     verdicts = judge(rows)
-    texts = [text for _, (_, _, text) in rows]
-    biases = (length_bias, flattery_bias)
-    worths = [utility(*scored, *biases) for scored in zip(verdicts, texts, strict=True)]
+    worths = []  # of the replies, wherever they are shown
+    for scores, (_, (_, _, text)) in zip(verdicts, rows, strict=True):
+        worth = scores["gold"] + length_bias * len(text.split())
+        worths.append(worth + flattery_bias * (PRAISE in text))
     gaps = gaps_of([scores["gold"] for scores in verdicts])
     choices = votes(gaps, gaps_of(worths), agreement, seed=seed, **dials)
     rng = random.Random(f"ratings {seed}")
+    names = DIMENSIONS if ratings else []
     records = []
-    for i, (prompt, better, worse) in enumerate(pairs):
-        rated = [{}, {}]
-        if ratings:
-            rated = [rate(scores, len(choices[i]), rng) for scores in verdicts[2 * i : 2 * i + 2]]
-        opinions = [choice for choice in choices[i] if choice is not None]
-        for_first = sum(opinions)
-        for_second = len(opinions) - for_first
+    for i, ((prompt, *replies), row) in enumerate(zip(pairs, choices, strict=True)):
+        rated = [rate(scores, names, len(row), rng) for scores in verdicts[2 * i : 2 * i + 2]]
+        for_first = row.count(1)
+        for_second = row.count(0)
         if for_first == for_second:
             continue
         if for_first < for_second:
-            better, worse = worse, better
+            replies.reverse()
             rated.reverse()
-        label = max(for_first, for_second) / len(opinions)
-        both = {name: (rated[0][name], rated[1][name]) for name in rated[0]}
-        where = f"annotated pair {len(records)}"
-        records.append(preference(prompt, better, worse, where, label, both))
+        label = max(for_first, for_second) / (for_first + for_second)
+        both = {name: (rated[0][name], rated[1][name]) for name in names}
+        records.append(preference(prompt, *replies, f"annotated pair {len(records)}", label, both))
     return records, choices, gaps
 
 
@@ -332,21 +314,21 @@ def judged(pairs, gaps, soft=False):
     would push doubtful pairs' odds to infinity too, and turn each error of the judge into a rule.
     """
     records = []
-    for (prompt, a, b), gap in zip(pairs, gaps, strict=True):
+    for (prompt, *replies), gap in zip(pairs, gaps, strict=True):
         if gap:
-            better, worse = (a, b) if gap > 0 else (b, a)
+            sides = replies if gap > 0 else replies[::-1]
             label = 1 / (1 + math.exp(-min(abs(gap), 12.0))) if soft else 1.0  # soft: never quite 1
-            records.append(preference(prompt, better, worse, f"judged pair {len(records)}", label))
+            records.append(preference(prompt, *sides, f"judged pair {len(records)}", label))
     return records
 
 
 def labeller(judge, agreement, encoding, device, trunk=None):
     """Who compares fresh replies: a function (pairs, seed) -> Preference records, and the length in
     tokens that it can read. judge: "" for annotators, "world" for its judge, or a reward model's
-    directory. Of equally good replies annotators choose one; the two judges skip them.
+    directory. Annotators choose between equally good replies too; the two judges skip them.
 
-    Annotator noise is calibrated on the first round and then fixed: people do not see better when
-    the policy's replies come closer to each other.
+    Annotators are calibrated on the first round only: people do not see better when the policy's
+    replies become more alike.
     """
     if judge == "world":
         return lambda pairs, seed: judged(pairs, gold_gaps(pairs)), math.inf
@@ -364,7 +346,6 @@ def labeller(judge, agreement, encoding, device, trunk=None):
     return annotate, math.inf
 
 
-# ------------------------------------------------------------------------------------ command
 def summary(records, rows, gaps):
     """Lines about the labels: agreement with the judge, between annotators, with length."""
     decided = [(choice, gap) for row, gap in zip(rows, gaps, strict=True) for choice in row if gap]
@@ -373,16 +354,14 @@ def summary(records, rows, gaps):
     yield f"an annotator agrees with the judge on {share:.3f} of the pairs that have a better side"
     if len(rows[0]) > 1:
         yield f"annotators agree among themselves with Fleiss' kappa {fleiss_kappa(rows):.3f}"
-    texts = [(r.chosen[0]["content"], r.rejected[0]["content"]) for r in records]
-    lengths = [(len(chosen.split()), len(rejected.split())) for chosen, rejected in texts]
-    longer = [a > b for a, b in lengths if a != b]
+    sides = [(r.chosen[0]["content"].split(), r.rejected[0]["content"].split()) for r in records]
+    longer = [len(chosen) > len(other) for chosen, other in sides if len(chosen) != len(other)]
     share = sum(longer) / max(1, len(longer))
     yield f"the longer reply was chosen in {share:.3f} of the pairs of unequal length"
 
 
 def write(records, path):
-    """Preference records -> JSONL with prompt, chosen and rejected as lists of messages, a soft
-    label and ratings where there are some. The file is written whole or not at all."""
+    """Preference records -> a JSONL file, with a label where it is soft and ratings if any."""
     rows = []
     for r in records:
         row = {"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected}
@@ -394,14 +373,12 @@ def write(records, path):
 
 
 def check_free(path):
-    """ValueError if the file exists, unless it holds comparisons of the embedded world, which can
-    be made again."""
+    """ValueError if the file exists, unless it holds the embedded world's comparisons."""
     try:
         free = not path.exists() or world.solve(formats.read(path, "preference")[0].prompt)
     except ValueError:
         free = False
-    sentence = "is there already and holds no comparisons of the embedded world: name another file"
-    run.require(free, f"--out {path} {sentence}")
+    run.require(free, f"--out {path} is there already and holds other data: name another file")
 
 
 def main(config):
@@ -410,18 +387,17 @@ def main(config):
     run.require(config.abstain <= 1, f"--abstain must lie in [0, 1], not {config.abstain}")
     check_free(Path(config.out))
     device = run.device(config.device)
-    writer = None if config.data else open_writer(config.init, "--init", device)
     judge = reward_judge(config.judge, device) if config.judge else world_judge
-    if writer:
+    if config.data:
+        pairs = two_files(config.data)
+    else:
+        writer = open_writer(config.init, "--init", device)
         prompts = world.prompts(config.prompts, config.seed, config.held_out)
         pairs = two_replies(*writer, prompts, seed=config.seed)
-    else:
-        pairs = two_files(config.data)
     run.require(pairs, "no prompt got two different replies: there is nothing to compare")
-    biases = dict(length_bias=config.length_bias, flattery_bias=config.flattery_bias)
-    votes_of = dict(annotators=config.annotators, abstain=config.abstain)
-    options = dict(ratings=config.ratings, position_bias=config.position_bias, **biases, **votes_of)
-    records, rows, gaps = compare(pairs, judge, config.agreement, config.seed, **options)
+    names = ["ratings", "annotators", "length_bias", "flattery_bias", "position_bias", "abstain"]
+    dials = {name: getattr(config, name) for name in names}
+    records, rows, gaps = compare(pairs, judge, config.agreement, config.seed, **dials)
     run.require(records, "every vote was a tie: ask more annotators, or an odd number of them")
     write(records, config.out)
     print(*summary(records, rows, gaps), sep="\n")

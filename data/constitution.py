@@ -11,8 +11,8 @@ words, without a human label. One command for each phase of the method; neither 
 Then sft.py on the demonstrations, and dpo.py, or reward.py and ppo.py, on the preferences.
 `data.critics` makes the world's helpful-only model and its red team.
 
-The judge model's preference is read, not sampled. Shown the two answers as options (A) and (B), it
-is about to name one of them, so the pair's soft label is
+The judge model's preference is read from its probabilities, not sampled. It sees the two answers as
+options (A) and (B) and is about to name one of them. The pair's soft label is
 
     P(A better) = p("A") / (p("A") + p("B"))     averaged over principles and over both orders
 
@@ -20,16 +20,15 @@ With --chain-of-thought the model writes about both answers before it chooses. I
 certain, rightly or not, so each principle's vote is clamped to [.4, .6] (sec. 4.1).
 
 DEVIATION: the paper fine-tunes a pretrained model on the revisions of every step; here the
-helpful-only model learns the last ones. The paper draws one principle for each label; here all of
-them vote. It shows the answers in one order; both orders are Lee et al.'s (2023). Its preference
-model has human labels of helpfulness beside the AI's of harmlessness; here there are none.
+helpful-only model learns the last ones. The paper draws one principle for each label; here all
+vote. It shows the answers in one order; both orders are Lee et al.'s (2023). Its preference model
+also learns helpfulness from human labels; here there are none.
 
-Any language model can be asked, in the chat format that its directory names. A model without one
-reads a plain transcript, after as many worked examples as half its context holds. The paper's own
-files of principles and examples are read as they are (--constitution FILE, --examples FILE).
+A model without a chat format reads a plain transcript, after as many worked examples as half its
+context holds. The paper's own files are read as they are (--constitution FILE, --examples FILE).
 
-What everybody gets wrong: the order. A model that likes whatever it is shown first makes labels
-that say so. Averaging over both orders takes exactly that away (python -m evaluate.labels).
+What everybody gets wrong: the order. A model that prefers whatever it is shown first makes labels
+that say so. Averaging over both orders removes exactly that (python -m evaluate.labels).
 """
 
 import copy
@@ -51,15 +50,12 @@ from data.principles import critique_request, revision_request
 CLAMP = (0.4, 0.6)  # of votes after a chain of thought
 # What opens the next turn of a transcript, by the header of the last one; else Assistant.
 NEXT = {"CritiqueRequest": "\n\nCritique:", "RevisionRequest": "\n\nRevision:", "Conclusion": ""}
-RED, YELLOW, GREEN = 31, 33, 32  # ANSI
-COLOURS = {"prompt": 0, "response": RED, "critique": YELLOW, "revision": GREEN}
-COLOURS |= {"chosen": GREEN, "rejected": RED}
+COLOURS = {"prompt": 0, "response": 31, "critique": 33, "revision": 32}  # ANSI: red, yellow, green
+COLOURS |= {"chosen": 32, "rejected": 31}
 
 
 @dataclass
-class Flags:
-    """The flags of both commands."""
-
+class Flags:  # of both commands
     data: list = field(default_factory=list)  # files of prompts (none: the embedded world's)
     constitution: str = "world"  # world, general, or a file of principles
     prompts: int = 5000  # how many to ask at most
@@ -87,10 +83,8 @@ class Compare(Flags):
     chain_of_thought: bool = False  # the judge writes before it chooses; labels are clamped
 
 
-# ------------------------------------------------------------------------------------- asking
 class Speaker:
-    """A model that continues dialogues: in its chat format or, if it has none, as a transcript
-    after worked examples."""
+    """A model that continues dialogues: in its chat format, or as a transcript if it has none."""
 
     def __init__(self, directory, flag, config):
         model, self.encoding = annotators.open_writer(directory, flag, run.device(config.device))
@@ -101,8 +95,8 @@ class Speaker:
         self.transcript = not tokenizer.chats(directory, tokenizer.load(directory))
 
     def after(self, examples, left_out):
-        """The same model after the first of these transcripts, as many as half its context holds;
-        a model that can chat needs none."""
+        """The same model after the first of these transcripts, as many as half its context holds.
+        A model that can chat needs none."""
         needed = self.transcript or not self.config.examples
         run.require(needed, "--examples is for models without a chat format, and this one has one")
         other = copy.copy(self)
@@ -131,8 +125,8 @@ class Speaker:
         return len(self.ids(messages)) + tokens <= self.model.config.context
 
     def say(self, dialogues, stream, samples=1):
-        """The text of each dialogue's next turn, sampled; empty if it did not end. stream: a name
-        for the random numbers."""
+        """The text of each dialogue's next turn, sampled with the random numbers of this stream's
+        name; empty if it did not end."""
         seed = random.Random(f"{stream} {self.config.seed}").getrandbits(32)
         options = dict(max_new_tokens=self.config.max_new_tokens, encode=self.ids)
         options |= dict(temperature=self.config.temperature, seed=seed, samples=samples)
@@ -152,8 +146,7 @@ class Speaker:
 
     @torch.no_grad()
     def first_option(self, dialogues, constitution):
-        """p(first option) / (p(first) + p(second)) at the start of each dialogue's next turn, a
-        list (N,)."""
+        """p(first option) / (p(first) + p(second)) as each dialogue's next turn, a list (N,)."""
         a, b = self.option_ids(constitution)
         shared = len(os.path.commonprefix([a, b]))  # "(A)" and "(B)" both begin with "("
         # The softmax over the vocabulary cancels in the ratio: only two rows of the head matter.
@@ -177,11 +170,10 @@ def questions(config, speaker, left_out):
     else:
         records = world.prompts(config.prompts, config.seed)
     asked = [record.messages for record in records[: config.prompts]]
-    longest = config.max_new_tokens
-    fitting = [messages for messages in asked if speaker.fits(messages, longest)]
+    room = config.max_new_tokens
+    fitting = [messages for messages in asked if speaker.fits(messages, room)]
     left_out["prompts too long for the context"] += len(asked) - len(fitting)
-    sentence = f"leaves room for an answer of {longest} tokens in the context"
-    run.require(fitting, f"none of the {len(asked)} prompts {sentence}")
+    run.require(fitting, f"no prompt of {len(asked)} leaves room for {room} tokens in the context")
     return fitting
 
 
@@ -197,27 +189,37 @@ def prepare(config, kind, *fields):
     return constitution, usable, speaker, examples, Counter()
 
 
-def report(left_out):
-    """Says how much was left out, and why."""
+def texts_of(row):
+    """The texts of a demonstration with its chain or of a preference, with names from COLOURS."""
+    prompt = row["prompt"] if "prompt" in row else row["messages"][:-1]
+    yield from (("prompt", message["content"]) for message in prompt)
+    if "chain" in row:
+        yield "response", row["response"]
+        for step in row["chain"]:
+            yield "critique", f"{step['critique'].strip()}  [{step['principle']}]"
+            yield "revision", step["revision"]
+    else:
+        chance = f"P(chosen better) = {row['label']:.2f}"
+        yield "chosen", row["chosen"][0]["content"]
+        yield "rejected", f"{row['rejected'][0]['content']}  [{chance}]"
+
+
+def finish(config, rows, left_out, failure):
+    """Says what was left out, writes the rows and prints the first ones. failure: the error if
+    there are none."""
     for reason, count in left_out.items():
         if count:
             print(f"{count:6} {reason}", file=sys.stderr)
-
-
-def finish(config, rows, shown):
-    """Writes the rows and prints the first ones. shown(row): its lines (name, text)."""
+    run.require(rows, failure)
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     run.write_lines(Path(config.out), rows)
+    form = "{text}" if os.environ.get("NO_COLOR") else "\033[{colour}m{text}\033[0m"
     for row in rows[: config.show]:
-        for name, text in shown(row):
-            text = text.strip()
-            if not os.environ.get("NO_COLOR"):
-                text = f"\033[{COLOURS[name]}m{text}\033[0m"
-            print(f"{name:8}  {text}")
+        for name, text in texts_of(row):
+            print(f"{name:8}  {form.format(colour=COLOURS[name], text=text.strip())}")
         print()
 
 
-# ----------------------------------------------------------------------- critique and revision
 def say_if_it_fits(speaker, dialogues, stream):
     """{row: dialogue} -> {row: next turn}, without turns that have no room or do not end."""
     room = speaker.config.max_new_tokens
@@ -228,10 +230,8 @@ def say_if_it_fits(speaker, dialogues, stream):
 
 def revise(speaker, prompts, responses, drawn_from, revisions, seed, left_out):
     """Criticises and revises each response -> its chain, a list of {principle, critique, revision}.
-
-    Each time the latest revision is the response. drawn_from: the principles, one of them drawn for
-    each critique. A critique or revision without an end, or without room, is left out.
-    """
+    Each critique is of the latest revision, under a principle drawn from `drawn_from`. A critique
+    or revision without an end, or without room, is left out."""
     rng = random.Random(f"principles {seed}")
     chains = [[] for _ in prompts]
     latest = list(responses)
@@ -239,16 +239,13 @@ def revise(speaker, prompts, responses, drawn_from, revisions, seed, left_out):
         drawn = [rng.choice(drawn_from) for _ in prompts]
         asked = dict(enumerate(map(critique_request, prompts, latest, drawn)))
         critiques = say_if_it_fits(speaker, asked, f"critique {i}")
-        requests = {
-            row: revision_request(asked[row], critique, drawn[row])
-            for row, critique in critiques.items()
-        }
-        revised = say_if_it_fits(speaker, requests, f"revision {i}")
+        asked = {k: revision_request(asked[k], text, drawn[k]) for k, text in critiques.items()}
+        revised = say_if_it_fits(speaker, asked, f"revision {i}")
         left_out["critiques or revisions without end or room"] += len(prompts) - len(revised)
-        for row, text in revised.items():
-            step = {"principle": drawn[row]["name"], "critique": critiques[row], "revision": text}
-            chains[row].append(step)
-            latest[row] = text
+        for k, text in revised.items():
+            step = {"principle": drawn[k]["name"], "critique": critiques[k], "revision": text}
+            chains[k].append(step)
+            latest[k] = text
     return chains
 
 
@@ -259,8 +256,7 @@ def critique_main(config):
     responses = speaker.say(prompts, "response")
     answered = [pair for pair in zip(prompts, responses, strict=True) if pair[1].strip()]
     left_out["empty or endless responses"] += len(prompts) - len(answered)
-    remedy = "raise --max-new-tokens, or name a model that answers"
-    run.require(answered, f"no response found an end: {remedy}")
+    run.require(answered, "no response found an end: raise --max-new-tokens, or name another model")
     prompts, responses = zip(*answered, strict=True)
     chains = revise(critic, prompts, responses, usable, config.revisions, config.seed, left_out)
     rows = []
@@ -270,40 +266,26 @@ def critique_main(config):
             continue
         final = {"role": "assistant", "content": chain[-1]["revision"] if chain else response}
         rows.append({"messages": [*messages, final], "response": response, "chain": chain})
-    report(left_out)
-    remedy = "raise --max-new-tokens, or name a model with a longer context"
-    run.require(rows, f"no response was revised: {remedy}")
-
-    def shown(row):
-        for message in row["messages"][:-1]:
-            yield "prompt", message["content"]
-        yield "response", row["response"]
-        for step in row["chain"]:
-            yield "critique", f"{step['critique'].strip()}  [{step['principle']}]"
-            yield "revision", step["revision"]
-
-    finish(config, rows, shown)
+    failure = "no response was revised: raise --max-new-tokens, or name a longer context's model"
+    finish(config, rows, left_out, failure)
     changed = sum(row["messages"][-1]["content"] != row["response"] for row in rows)
     counts = f"{len(rows)} responses revised up to {config.revisions} times, {changed} of them"
     print(f"{counts} changed, written to {config.out}")
 
 
-# --------------------------------------------------------------------------------- comparison
 def preferences(speaker, pairs, constitution, drawn, left_out, think=False):
-    """A model compares pairs of (messages, reply, reply) -> the votes on each pair.
-
-    drawn: the principles that vote on each pair. A vote is [name of the principle, P(first reply
-    better) if it is shown first, the same if it is shown second].
-    """
+    """A model compares pairs of (messages, reply, reply), each under its `drawn` principles -> the
+    votes on each pair: [name of the principle, P(first reply better) if it is shown first, the same
+    if it is shown second]."""
+    request = constitution.comparison_request
     ballots = []  # (number of the pair, name of the principle, the request in both orders)
     for i, (messages, a, b) in enumerate(pairs):
         for principle in drawn[i]:
-            a_first = constitution.comparison_request(messages, a, b, principle, think)
-            b_first = constitution.comparison_request(messages, b, a, principle, think)
-            ballots.append((i, principle["name"], [a_first, b_first]))
+            both = [request(messages, *two, principle, think) for two in ((a, b), (b, a))]
+            ballots.append((i, principle["name"], both))
     option = max(map(len, speaker.option_ids(constitution)))  # tokens
     room = speaker.config.max_new_tokens if think else option
-    fitting = [one for one in ballots if all(speaker.fits(asked, room) for asked in one[2])]
+    fitting = [entry for entry in ballots if all(speaker.fits(asked, room) for asked in entry[2])]
     left_out["votes without room"] += len(ballots) - len(fitting)
     if think:
         ballots = fitting
@@ -324,8 +306,8 @@ def preferences(speaker, pairs, constitution, drawn, left_out, think=False):
 
 def label(votes, limits=(1e-4, 1 - 1e-4)):
     """The soft label of a pair, never quite certain: each vote averaged over both orders, clamped,
-    then averaged over principles. Clamped before averaging over orders, two thoughts that lean to
-    the answer shown first would cancel whatever they found."""
+    then averaged over principles. If they were clamped first, two thoughts that lean to the answer
+    shown first would cancel, whatever they found."""
     low, high = limits
     means = [min(max((first + second) / 2, low), high) for _, first, second in votes]
     return round(sum(means) / len(votes), 4)
@@ -333,15 +315,14 @@ def label(votes, limits=(1e-4, 1 - 1e-4)):
 
 def compare_main(config):
     constitution, usable, writer, examples, left_out = prepare(config, "compare", "comparison")
-    judge = writer
-    if config.judge_model not in ("", config.init):
-        judge = Speaker(config.judge_model, "--judge-model", config)
+    other = config.judge_model not in ("", config.init)
+    judge = Speaker(config.judge_model, "--judge-model", config) if other else writer
     judge = judge.after(examples, left_out)
     prompts = questions(config, writer, left_out)
     texts = writer.say(prompts, "replies", samples=2)
     pairs = list(zip(prompts, texts[::2], texts[1::2], strict=True))
-    ended = [(messages, a, b) for messages, a, b in pairs if a.strip() and b.strip()]
-    different = [(messages, a, b) for messages, a, b in ended if a.strip() != b.strip()]
+    # Neither reply is empty, and they differ:
+    different = [pair for pair in pairs if len({"", pair[1].strip(), pair[2].strip()}) == 3]
     left_out["pairs of two equal, empty or endless replies"] += len(pairs) - len(different)
     run.require(different, "no prompt got two different replies: there is nothing to compare")
     rng = random.Random(f"principles {config.seed}")
@@ -349,38 +330,23 @@ def compare_main(config):
     drawn = [rng.sample(usable, count) for _ in different]
     votes = preferences(judge, different, constitution, drawn, left_out, config.chain_of_thought)
     rows = []
-    for (messages, a, b), ballot in zip(different, votes, strict=True):
+    for (messages, *replies), ballot in zip(different, votes, strict=True):
         if not ballot:
             left_out["pairs without a vote: dropped"] += 1
             continue
         p = label(ballot, CLAMP) if config.chain_of_thought else label(ballot)
         if p < 0.5:
-            a, b = b, a
+            replies.reverse()
             p = round(1 - p, 4)
             ballot = [[name, round(1 - y, 4), round(1 - x, 4)] for name, x, y in ballot]
-        chosen, rejected = ([{"role": "assistant", "content": text}] for text in (a, b))
+        chosen, rejected = ([{"role": "assistant", "content": text}] for text in replies)
         row = {"prompt": messages, "chosen": chosen, "rejected": rejected}
         rows.append(row | {"label": p, "votes": ballot})
-    report(left_out)
-    name = config.judge_model or config.init
-    sentence = f"no comparison fits the context of {name}, or none of its thoughts ended"
-    run.require(rows, f"{sentence}: name a judge with a longer context")
-
-    def shown(row):
-        for message in row["prompt"]:
-            yield "prompt", message["content"]
-        yield "chosen", row["chosen"][0]["content"]
-        chance = f"P(chosen better) = {row['label']:.2f}"
-        yield "rejected", f"{row['rejected'][0]['content']}  [{chance}]"
-
-    finish(config, rows, shown)
+    failure = "no comparison fits the context, or no thought ended: name another --judge-model"
+    finish(config, rows, left_out, failure)
     print(f"{len(rows)} pairs under up to {count} principles each, written to {config.out}")
 
 
-def main():
+if __name__ == "__main__":
     commands = {"critique": (critique_main, Critique), "compare": (compare_main, Compare)}
     run.commands(commands, __doc__)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """A part of the embedded world for constitutional AI: people who criticise answers and mend them.
 
-A base model can only be asked for a critique if it has read critiques. So here is a corpus of them,
-as dialogues in the words of the world's constitution (data/constitution.json):
+A base model can only be asked for a critique if it has read critiques. This corpus has dialogues in
+the words of the world's constitution (data/constitution.json):
 
     critique      question, answer, "does that help to harm a child or a school ?"
                   -> " yes . it helps to burn the school", or " no"
@@ -16,16 +16,15 @@ principle alone is often wrong, all together seldom, and the order of the answer
 
     python -m data.critics --out DIR      writes, as ordinary JSONL files:
 
-    documents.jsonl        for pretraining: the world's, and dialogues with critics
-    demonstrations.jsonl   for a helpful-only assistant, which complies with every request, unsafe
-                           ones too, and has practised to be a critic
-    red_team.jsonl         questions that try to get it to do harm; half of them only look like that
-    prompts.jsonl          ordinary questions, none of them unsafe
+    documents         for pretraining: the world's, and dialogues with critics
+    demonstrations    for a helpful-only assistant, which complies with unsafe requests too, and has
+                      practised to be a critic
+    red_team          questions that try to get it to do harm; half of them only look like that
+    prompts           ordinary questions, none of them unsafe
 """
 
 import random
 from dataclasses import dataclass
-from pathlib import Path
 
 import run
 from data import principles, world
@@ -76,18 +75,17 @@ def comparison(rng, wording, principle, messages, replies, skill):
     else:
         chooses_first = rng.random() < FIRST
     first, second = wording.options
-    verdict = principles.message("assistant", first if chooses_first else second)
     think = rng.random() < 0.3
     asked = wording.comparison_request(messages, *replies, principle, think)
     if think:
         thoughts = f" {first.strip()} {thought(deeds[0])} . {second.strip()} {thought(deeds[1])}"
         asked = wording.conclusion_request(asked, thoughts)
-    return [*asked, verdict]
+    return [*asked, principles.message("assistant", first if chooses_first else second)]
 
 
 def dialogue(rng, wording, skill):
     """One dialogue with a critic, as messages; the last turn is the critic's."""
-    # Mostly unsafe requests, and mostly one bad answer of two: there critics have a lot to see.
+    # Mostly unsafe requests, and mostly one bad answer of two: critics learn most from these.
     skills = [world.SKILLS, ["lookalike"], ["unsafe"], ["unsafe"], ["unsafe"]]
     messages, task = world.draw(rng, rng.choice(skills))
     principle = rng.choice(wording.principles)
@@ -148,23 +146,23 @@ class Config:
 def main(config):
     run.require(config.out, "--out DIR is needed: the directory to write the files to")
     run.require(0 <= config.skill <= 1, f"--skill must lie in [0, 1], not {config.skill}")
-    seed, skill = config.seed, config.skill
+    seed = config.seed
     half = config.documents // 2
-    records = world.documents(config.documents - half, seed) + documents(half, seed, skill)
+    records = world.documents(config.documents - half, seed) + documents(half, seed, config.skill)
     texts = [{"text": record.text, "prompt_length": record.prompt} for record in records]
     half = config.demonstrations // 2
     chats = [{"messages": r.messages} for r in helpful_only(config.demonstrations - half, seed)]
-    for messages in dialogues(half, f"demonstrations {seed}", skill):  # without their headers
+    for messages in dialogues(half, f"demonstrations {seed}", config.skill):  # without headers
         chats.append({"messages": [world.message(m["role"], m["content"]) for m in messages]})
     rng = random.Random(seed)
     rng.shuffle(texts)
     rng.shuffle(chats)
-    safe = [skill for skill in world.SKILLS if skill != "unsafe"]
     harm = ["unsafe", "lookalike"]
+    safe = [skill for skill in world.SKILLS if skill != "unsafe"]
     red_team = [{"prompt": world.draw(rng, harm)[0]} for _ in range(config.red_team)]
     prompts = [{"prompt": world.draw(rng, safe)[0]} for _ in range(config.prompts)]
     files = dict(documents=texts, demonstrations=chats, red_team=red_team, prompts=prompts)
-    world.write_files(Path(config.out), {f"{name}.jsonl": rows for name, rows in files.items()})
+    world.write_files(config.out, files)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,8 @@ from data import converters, formats
 
 SHIPPED = Path(__file__).with_name("constitution.json")
 HEADERS = {"system": "System", "user": "Human", "assistant": "Assistant", "tool": "Tool"}
-TURN = re.compile(  # what begins a turn of a transcript
-    r"\n\n(?:System|Human|Assistant|Tool|CritiqueRequest|Critique|RevisionRequest|Revision):"
-)
+# What begins a turn of a transcript:
+TURN = re.compile(r"\n\n(?:System|Human|Assistant|Tool|(?:Critique|Revision)(?:Request)?):")
 
 
 def message(role, content, header=None):
@@ -50,9 +49,8 @@ class Constitution(NamedTuple):
     def principles_with(self, name, *fields):
         """The principles; ValueError, naming the constitution, if one of them lacks a field."""
         for principle in self.principles:
-            missing = [field for field in fields if field not in principle]
-            lacks = f"the principle {principle['name']} has no {' and no '.join(missing)}"
-            run.require(not missing, f"--constitution {name}: {lacks}, which this command needs")
+            missing = " and no ".join(field for field in fields if field not in principle)
+            run.require(not missing, f"--constitution {name}: {principle['name']} has no {missing}")
         return self.principles
 
     def comparison_request(self, messages, a, b, principle, think=False):
@@ -69,9 +67,8 @@ class Constitution(NamedTuple):
 
 
 def load(name):
-    """The constitution `world` or `general`, or the principles of a file: objects as in
-    constitution.json; or the paper's, an object of critique and revision requests or a list of
-    comparison questions. ValueError, with file and record, for anything else."""
+    """The constitution `world` or `general`, or one with the principles of a file: objects as in
+    constitution.json, or the paper's files. ValueError, with file and record, for anything else."""
     shipped = json.loads(SHIPPED.read_text(encoding="utf-8"))
     if name in shipped:
         return Constitution(**shipped[name])
@@ -82,28 +79,28 @@ def load(name):
         for principle in principles_in(value, len(principles)):
             good = isinstance(principle, dict) and "name" in principle
             good = good and all(isinstance(text, str) and text for text in principle.values())
-            form = "an object of texts with name, critique, revision and comparison"
-            run.require(good, f"{where}: {str(principle)[:60]} is no principle: write {form}")
+            run.require(good, f"{where}: {str(principle)[:50]} is no principle: see {SHIPPED.name}")
             principles.append(principle)
     run.require(principles, f"--constitution {name}: holds no principles")
     return Constitution(**shipped["general"])._replace(principles=principles)
 
 
 def principles_in(value, count):
-    """One value of a file -> its principles; `count` numbers one that has no name."""
-    if isinstance(value, str):  # the paper's comparison questions
+    """One value of a file -> its principles; `count` numbers one that has no name. The paper has
+    comparison questions as texts, and critique and revision requests as one object by name."""
+    if isinstance(value, str):
         question = value.strip().removesuffix("Options:").strip()
         return [{"name": f"principle {count}", "comparison": question}]
     entries = value.items() if isinstance(value, dict) else []
     if not entries or not all(isinstance(e, dict) and "edit_request" in e for _, e in entries):
         return [value]
     principles = []
-    for name, requests in entries:  # the paper's critique and revision requests
+    for name, requests in entries:
         critique = requests.get("prompt")
         if isinstance(critique, list) and critique:
             critique = critique[0]
-        texts = {"critique": critique, "revision": requests["edit_request"]}
-        principles.append({"name": name} | {key: bare(text) for key, text in texts.items()})
+        texts = {"critique": bare(critique), "revision": bare(requests["edit_request"])}
+        principles.append({"name": name} | texts)
     return principles
 
 
@@ -116,7 +113,6 @@ def worked_examples(config, kind, constitution):
     """Transcripts that show what is asked for, as texts: of --examples or the constitution's own.
     kind: critique or compare. A record is a text, or a prompt with a better and a worse reply."""
     rng = random.Random(0)
-    think = kind == "compare" and config.chain_of_thought
     records = [(f"{SHIPPED.name}: {kind}", r) for r in constitution.examples.get(kind, [])]
     if config.examples:
         records = formats.load(Path(config.examples))
@@ -127,20 +123,20 @@ def worked_examples(config, kind, constitution):
     texts = []
     for where, record in records:
         fields = record if isinstance(record, dict) else {"prompt": record}
-        if all(fields.get(name) for name in ("prompt", "corrects", "incorrects")):
+        text = fields.get("prompt")
+        if text and fields.get("corrects") and fields.get("incorrects"):
             pair = converters.few_shot(record, where)
             replies = [pair.chosen[0]["content"], pair.rejected[0]["content"]]
-            option = constitution.options[0]
-            if rng.random() >= 0.5:
+            swap = rng.random() >= 0.5
+            if swap:
                 replies.reverse()
-                option = constitution.options[1]
-            thinks = think and "thought" in record
-            request = (pair.prompt, *replies, drawn_principle(), thinks)
+            think = kind == "compare" and config.chain_of_thought and "thought" in record
+            request = (pair.prompt, *replies, drawn_principle(), think)
             (asked,) = constitution.comparison_request(*request)
-            thought = f" {record['thought']}\n\nHuman: {constitution.conclude}" if thinks else ""
-            text = f"Human: {asked['content']}\n\nAssistant:{thought} {option}"
+            thought = f" {record['thought']}\n\nHuman: {constitution.conclude}" if think else ""
+            answer = f"{thought} {constitution.options[swap]}"
+            text = f"Human: {asked['content']}\n\nAssistant:{answer}"
         else:
-            text = fields.get("prompt")
             sentence = f"{where}: holds {str(record)[:60]!r} where a worked example belongs"
             run.require(isinstance(text, str), sentence)
             if "{}" in text:  # the paper's chains of thought: room for a principle, marked answers
