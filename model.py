@@ -48,8 +48,8 @@ class Config:
     width: int = 768  # D, the size of a hidden state
     layers: int = 12
     heads: int = 12  # H, query heads
-    kv_heads: int = 12  # key/value heads; H / kv_heads query heads share one
-    head_dim: int = 64
+    kv_heads: int = 12  # Hkv; H / Hkv query heads share a key and value
+    head_dim: int = 64  # d
     mlp_width: int = 3072
     context: int = 1024  # longest sequence, in tokens
     arch: str = "gpt2"  # "gpt2" | "llama" | "qwen2" | "qwen3"
@@ -58,8 +58,8 @@ class Config:
     rope_scaling: tuple | None = None  # Llama 3.1: (factor, low, high, original context)
     tied: bool = True  # the LM head is the embedding matrix
     head: str = "lm"  # "lm": a vocabulary | "score": a scalar per position (reward models, critics)
-    score_bias: float = 0.0  # score head: its bias, which config.json holds beside the weights
-    score_gain: float = 1.0  # reward.py has scaled scores by this: score / score_gain is log-odds
+    score_bias: float = 0.0  # score head: its bias, in config.json and not with the weights
+    score_gain: float = 1.0  # reward.py's scale: score differences / score_gain are log-odds
     eos_token_id: int | list | None = None  # the ids that end a turn, recorded for other tools
     pad_token_id: int | None = None  # for other tools; here the id of padding does not matter
     init_std: float = 0.02
@@ -68,8 +68,8 @@ class Config:
 def rope_frequencies(config):
     """The angle (d/2,) by which each coordinate pair turns per position, theta^(-2i/d).
 
-    Llama 3.1 stretches a context of `original` tokens by `factor`: pairs that turn fewer than `low`
-    times within it are slowed down by that factor, beyond `high` not at all, in between partly."""
+    Llama 3.1 reaches past a context of `original` tokens: pairs that turn fewer than `low` times
+    within it are slowed down by `factor`, more than `high` not at all, in between partly."""
     frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
     if config.rope_scaling is None:
         return frequencies  # (d/2,)
@@ -89,8 +89,8 @@ def rotate(x, cos, sin):
 class Cache:
     """Keys and values of every layer. Each row has its own length (right-padded, as everywhere).
 
-    Use: begin(), model(ids, cache), then add the new tokens to `lengths`. A row's new tokens
-    overwrite its padding before any query can see it."""
+    Use: begin(), model(ids, cache), then add the real tokens to `lengths`. A row's next tokens
+    overwrite its padding before any query sees it."""
 
     def __init__(self, config, batch, capacity, device, dtype):
         shape = (config.layers, batch, config.kv_heads, capacity, config.head_dim)
@@ -99,8 +99,8 @@ class Cache:
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)  # (B,) tokens per row
 
     def begin(self, T, longest):
-        """Announces T new tokens per row, none beyond `longest`: sets their positions (B, T) and
-        the mask of what each may see."""
+        """Announces T new tokens per row, at positions below `longest`: sets these (B, T) and the
+        mask of what each may see."""
         self.positions = self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
         self.longest = longest
         self.mask = None  # an empty cache: plain causal attention
@@ -168,8 +168,8 @@ class Attention(nn.Module):
         if config.arch == "gpt2":
             parts = [sum(parts)]  # GPT-2's files store the three as one matrix
         self.qkv = Linear(config.width, *parts, bias=config.arch in ("gpt2", "qwen2"))
-        width = config.heads * config.head_dim
-        self.out = Linear(width, config.width, bias=config.arch == "gpt2")
+        inner = config.heads * config.head_dim
+        self.out = Linear(inner, config.width, bias=config.arch == "gpt2")
         if config.arch == "qwen3":
             self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
@@ -187,11 +187,7 @@ class Attention(nn.Module):
         mask = None
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, Hkv, longest, d)
-            k, v, mask = (
-                k.to(q.dtype),
-                v.to(q.dtype),
-                cache.mask,
-            )  # the cache has the weights' dtype
+            k, v, mask = k.to(q.dtype), v.to(q.dtype), cache.mask  # autocast may make q bf16
         options = dict(is_causal=mask is None, enable_gqa=self.heads != self.kv_heads)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)  # (B, H, T, d)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
@@ -384,7 +380,7 @@ class GPT(nn.Module):
         longest = max(map(len, prompts))  # no row of the cache is longer
         capacity = min(longest + max_new_tokens, context)
         cache, hidden = self.prefill(prompts, longest, capacity, samples)  # hidden (B, D)
-        reply = torch.arange(len(replies), device=self.device)  # (B,) whose row of the cache it is
+        reply = torch.arange(len(replies), device=self.device)  # (B,) each cache row's reply
         most = (context - cache.lengths).clamp(max=max_new_tokens)  # (B,) new tokens per reply
         steps = []  # (reply, token, log-prob) of every step, moved to lists once, at the end
         for step in range(max_new_tokens):
@@ -418,7 +414,7 @@ class GPT(nn.Module):
         return result
 
     def prefill(self, prompts, longest, capacity, samples):
-        """-> a Cache of the prompts, `samples` times each, and the last hidden states (B, D)."""
+        """-> a Cache of each prompt `samples` times, and hidden states of last tokens (B, D)."""
         lengths = torch.tensor(list(map(len, prompts)), device=self.device)  # (prompts,)
         padded = [prompt + [0] * (longest - len(prompt)) for prompt in map(list, prompts)]
         ids = torch.tensor(padded, device=self.device)  # (prompts, T)
@@ -435,9 +431,9 @@ class GPT(nn.Module):
     def adapt(self, rank, alpha=0.0, targets=TARGETS):
         """From now on only adapters of this rank learn, and a scalar head (Hu et al. 2021, sec. 4).
 
-        targets: names out of TARGETS, separated by commas. An adapter is scaled by alpha / rank;
-        alpha is 2 * rank unless given. B starts at 0, so at first nothing changes. Existing
-        adapters train on as they are. Raises ValueError for unknown targets or random weights."""
+        targets: names out of TARGETS, separated by commas. The scale is alpha / rank, 2 if alpha
+        is 0. B starts at 0, so at first nothing changes. Existing adapters train on as they are.
+        Rank 0 does nothing. Raises ValueError for unknown targets or random weights."""
         if not rank:
             return self
         chosen = targets.split(",")
@@ -473,7 +469,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def merge(self):
-        """Adds the adapters to the weights and removes them; all weights learn again."""
+        """Adds the adapters to the weights and drops them; all weights learn, even shared ones."""
         if self.rank:
             for _, module in self.linears():
                 module.weight = nn.Parameter(module.merged())
