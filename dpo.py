@@ -4,21 +4,21 @@
                                                                      (Rafailov et al. 2023, eq. 7)
 
 y_w is the chosen reply, y_l the rejected one, pi_ref the SFT model, log pi(y|x) the *sum* over the
-reply's tokens, its end-of-turn token included. The policy that maximises reward - beta KL(pi ||
-pi_ref) is pi_ref exp(r / beta) / Z. So beta h is that policy's own reward, up to a constant that
-cancels in the difference: fitting comparisons with it is reward modelling and policy optimisation
-in one step. `--loss` names a relative; `batch_losses` shows which function each calls:
+reply's tokens, its end-of-turn token included. The policy that maximises reward r - beta KL(pi ||
+pi_ref) is pi_ref exp(r / beta) / Z(x). So its beta h is r - beta log Z(x), and Z cancels in the
+difference: fitting comparisons with beta h is reward modelling and policy optimisation in one
+step. `--loss` names a relative (`batch_losses` shows which function each calls):
 
     cdpo    noisy labels: smoothed, so the odds stay finite      robust  noisy labels: unbiased
     ipo     regress the gap h_w - h_l to a fixed value           hinge   no loss beyond a margin
     simpo   no reference: average log-probs and a margin         orpo    SFT and DPO-like in one
     kto     thumbs up or down for single replies
 
-The replies need not come from a file. `--online` draws two fresh ones from the policy in every
-round and has them compared (Guo et al. 2024). With --refresh-ref the reference is the policy at the
-round's start (Yuan et al. 2024); the KL to --init is then unbounded, while Xiong et al. 2024 keep
-the reference. `--spin` needs no judge: a demonstration is chosen, the policy's own reply rejected,
-the reference refreshed. It rests where the two cannot be told apart (Chen et al. 2024, eq. 4.7).
+The replies need not be fixed before. `--online` draws two fresh ones from the policy in every
+round and has them compared (Guo et al. 2024). The reference stays --init (Xiong et al. 2024), or
+with --refresh-ref is the policy at the round's start (Yuan et al. 2024); the KL to --init is then
+unbounded. `--spin` needs no judge: a demonstration is chosen, the policy's own reply rejected, the
+reference refreshed (Chen et al. 2024, eq. 4.7). It rests where the two cannot be told apart.
 
     python dpo.py                               noisy comparisons of out/sft's replies -> out/dpo
     python dpo.py --loss kto --out out/kto      another member of the family
@@ -27,7 +27,7 @@ the reference refreshed. It rests where the two cannot be told apart (Chen et al
     python dpo.py --spin --data chats.jsonl --out out/spin
     python dpo.py --init DIR --data pairs.jsonl any checkpoint, any file of preferences
 
-Watch: loss (dpo, cdpo, robust: ln 2 = .693 at step 0, where policy and reference are the same; down
+Watch: loss (dpo, cdpo, robust: ln 2 = .693 at step 0, where policy and reference are the same; dpo
 to .6), accuracy (of h_w > h_l; means nothing at step 0, where all h are equal), kl (nats per reply
 on own samples: a few tenths buy most of the gain here), chosen_logps and rejected_logps. Both
 usually *fall*, the rejected faster: the loss asks for a difference, and lowering both gives one.
@@ -52,10 +52,10 @@ from data.logprobs import all_logps, pair_logps
 from evaluate.measures import own_replies
 
 LOSSES = ["dpo", "cdpo", "robust", "ipo", "hinge", "simpo", "orpo", "kto"]
-# The embedded world's defaults. Robust assumes fewer flips than its 25 %: it has no lower bound.
+# For the embedded world. Robust assumes fewer flips than the 25 % there: it has no lower bound.
 BETA = {"ipo": 0.5, "simpo": 1.0}  # other losses: .2
 SMOOTHING = {"cdpo": 0.25, "robust": 0.1}  # other losses: 0
-LR = {"orpo": 1e-3}  # other losses: 1e-4; a base model has more to learn
+LR = {"orpo": 1e-3}  # a base model has more to learn; other losses: 1e-4
 
 
 @dataclass
@@ -132,8 +132,8 @@ def dpo_loss(
     """DPO per pair, (B,). All log-probs (B,) in nats, summed over the reply's tokens.
 
     label_smoothing e, a number or (B,): conservative DPO (Mitchell 2023), (1-e) l(+) + e l(-),
-    where l(-) is the loss of the flipped label. The best log-odds are then finite, log((1-e) / e):
-    right when a share e of the labels is wrong, or for a soft label of a close choice.
+    where l(-) is the loss of the flipped label. A pair then aims at finite log-odds, log((1-e) /
+    e): its worth if a share e of the labels is wrong, or if e is a soft label.
     """
     chosen_ratio = chosen_logps - ref_chosen_logps  # (B,) h_w
     rejected_ratio = rejected_logps - ref_rejected_logps  # (B,) h_l
@@ -232,7 +232,7 @@ def averages(config):
 def batch_losses(config, logps, batch):
     """--loss of each pair of a batch of Comparisons, (B,).
 
-    logps (B, 2): the policy's summed log-probs of chosen and rejected; of KTO of the reply and of a
+    logps (B, 2): the policy's summed log-probs of chosen and rejected; for KTO of a reply and of a
     mismatched one. batch.ref_logps and batch.sizes (B, 2): the reference's (0 for simpo and orpo),
     and the replies' tokens. batch.labels (B,): P(chosen is the better one), which only dpo and cdpo
     read as a probability; of KTO 1 for a good reply, 0 for a bad one.
@@ -267,8 +267,8 @@ def batch_losses(config, logps, batch):
 
 
 def batch_metrics(config, logps, batch):
-    """What to watch, from (B, 2) log-probs without gradient. Rewards are the implicit ones, beta h,
-    up to a constant per prompt; accuracy is how often they rank chosen higher."""
+    """What to watch, from (B, 2) log-probs without gradient. Rewards are beta h; accuracy is how
+    often chosen has more, for KTO how often good is above beta z0 and bad below."""
     rewards = config.beta * (logps - batch.ref_logps)  # (B, 2)
     if averages(config):
         rewards = rewards / batch.sizes
@@ -303,7 +303,7 @@ def prepare(config, records, ref, encoding, job, wanted):
     the questions of the held-out ones, which come first."""
     context = ref.config.context
     data, questions = encode(config, records, encoding, context, wanted, job.device, job.say)
-    if config.loss not in ("simpo", "orpo"):  # at training's precision, or loss 0 is not ln 2
+    if config.loss not in ("simpo", "orpo"):  # at training's precision: first loss ln 2
         data.ref_logps = job.forward(all_logps, ref, data.pairs, kto=config.loss == "kto")
     return data, questions
 
@@ -317,12 +317,12 @@ def main(config):
     check(config)
     job = run.start(config, "dpo")
     policy, encoding = checkpoints.open_policy(config, job.device)
-    source = Source(config, policy, encoding, job.device, job.say)  # a file: one round, all of it
+    source = Source(config, policy, encoding, job.device, job.say)  # not config.fresh: one round
     records = source.draw(policy, round=0)
     run.require(records, "no two replies could be told apart: there is nothing to learn")
     ref = policy  # before its first step the policy is its own reference
     data, questions = prepare(config, records, ref, encoding, job, source.wanted)
-    questions = source.questions or questions[: config.watch]
+    questions = source.questions or questions[: config.watch]  # what KL is measured on
     job.memory(policy=policy)
 
     rounds, count = source.rounds, len(data.pairs) - data.held_out
@@ -334,14 +334,14 @@ def main(config):
     for step in job.steps(steps, policy=policy, optimizer=optimizer, comparisons=saved):
         round = step * rounds // steps
         start = round_start(round, rounds, steps)
-        if step == start and round > 0:  # fresh replies of today's policy, and their reference
+        if step == start and round > 0:  # fresh replies of today's policy
             records = source.draw(policy, round)
             if not records:
                 job.say("dpo: no two replies could be told apart any more: training ends here")
                 break
-            today = config.spin or config.refresh_ref
-            ref = policy if today else starting_policy(config, policy)
+            ref = policy if config.spin or config.refresh_ref else starting_policy(config, policy)
             fresh, _ = prepare(config, records, ref, encoding, job, source.wanted)
+            del ref  # frees the second model
             vars(data).update(vars(fresh))  # in place: job.steps saves this object
         if step == start or order is None:  # None: --resume in the middle of a round
             lengths = [longest_side(pair) for pair in data.pairs[data.held_out :]]
@@ -359,12 +359,11 @@ def main(config):
         metrics |= {"grad_norm": grad_norm, "lr": lr}
         if data.held_out and run.due(step, steps):
             held_out = data.select(list(range(data.held_out)))
-            logps = job.forward(all_logps, policy, held_out.pairs, kto=kto)  # (N, 2)
+            logps = job.forward(all_logps, policy, held_out.pairs, kto=kto)  # (N, 2), no grad
             metrics["held_out_loss"] = batch_losses(config, logps, held_out).mean()
         if questions and run.due(step, steps):
-            ref = starting_policy(config, policy)
             options = (encoding, questions, config.max_new_tokens, job)
-            metrics |= own_replies(policy, ref, *options)
+            metrics |= own_replies(policy, starting_policy(config, policy), *options)
         job.log(step, **metrics)
 
     job.finish(lambda directory: checkpoints.save(policy, directory, encoding))

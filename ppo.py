@@ -5,7 +5,7 @@
 
 Four models: the policy pi and its critic V are trained; the reference pi_ref (the SFT model) and
 the reward model r are not. Each iteration samples a reply to every prompt of a batch and turns it
-into a small Markov decision process, one step per token ("old": when it was sampled):
+into a Markov decision process, one step per token (r, A, R and "old": at sampling):
 
     reward      r_t = -beta (log pi(y_t) - log pi_ref(y_t)),  plus the score at the last token
     advantage   A_t = sum_k (gamma lam)^k delta_{t+k},  delta_t = r_t + gamma V_{t+1} - V_t
@@ -14,8 +14,8 @@ into a small Markov decision process, one step per token ("old": when it was sam
                                                                   (Schulman et al. 2017, eq. 7)
     critic      minimise  1/2 max((V - R)^2, (clip(V, V_old-eps, V_old+eps) - R)^2),  R = A + V_old
 
-The critic predicts the return from every prefix. The other three values of --advantage have none:
-they sample each prompt K times and compare G = score - beta KL, one number per reply.
+The critic predicts the return from every prefix (--advantage gae). The other three have no critic:
+they sample each prompt K times and compare G = sum_t r_t, one number per reply.
 
                 advantage                      loss of a minibatch
     gae         A_t, whitened                  mean over all its tokens
@@ -34,8 +34,8 @@ gradient of k3 is not that of KL(pi || pi_ref) (tests/test_optimum.py).
     python ppo.py --init DIR --reward DIR --data prompts.jsonl
 
 Watch: score (the reward model's opinion: rises), kl (nats per reply to the reference: rises slowly;
-if it runs away, raise beta), ratio_first (1 on the first minibatch, in float32 to 1e-5: sampling
-and training agree on every log-prob). On the embedded world `gold` is the truth, logged and never
+if it runs away, raise beta), ratio_first (1 on the first minibatch; in float32, where it compares
+sampling with training, to 1e-5). On the embedded world `gold` is the truth, logged and never
 trained on: score up and gold down is reward hacking. Real runs have no gold, only a detector's
 warnings of what hacking leaves behind (evaluate/hacking.py).
 
@@ -50,7 +50,6 @@ from typing import NamedTuple
 
 import torch
 
-import kernels
 import run
 from data import chat, checkpoints, world
 from data.collate import Batch, collate, reply_examples
@@ -142,7 +141,7 @@ def rloo_advantages(scores):
     others, same shape. Raises ValueError for K < 2: one sample has no others."""
     K = scores.shape[1]
     run.require(K > 1, f"scores: shape {tuple(scores.shape)}, expected (N, K) with K at least 2")
-    return (scores - scores.mean(1, keepdim=True)) * K / (K - 1)  # R_i - (sum of others) / (K - 1)
+    return (scores - scores.mean(1, keepdim=True)) * K / (K - 1)  # G_i - (sum of others) / (K - 1)
 
 
 def grpo_advantages(scores, scale=True):
@@ -175,14 +174,14 @@ def value_loss(values, old_values, returns, mask, clip_eps):
 
 def adaptive_beta(beta, kl, target, replies):
     """The KL coefficient after a batch of `replies` with a mean KL of `kl` nats (Ziegler et al.
-    2019, sec. 2.2, with the gain of their code): at most .2 of itself in 10,000 replies."""
+    2019, sec. 2.2, with the gain of their code): moved by at most 20 % per 10,000 replies."""
     error = min(max(kl / target - 1, -0.2), 0.2)
     return beta * (1 + error * replies / 10000)
 
 
 def token_advantages(config, scores, kl, values, batch, beta):
     """scores (B,), kl, values (B, T) -> advantages (B, T), and the critic's returns or None."""
-    mask = batch.mask  # (B, T) the reply tokens
+    mask = batch.mask  # (B, T) targets in the reply
     if config.advantage == "gae":
         rewards = -beta * kl  # (B, T)
         last = batch.lengths - 1  # (B,) a row's last target: end-of-turn, unless the reply was cut
@@ -201,14 +200,14 @@ def token_advantages(config, scores, kl, values, batch, beta):
 
 
 def loss_divisor(config, replies):
-    """What policy_loss divides its sum over all tokens of a minibatch by (None: their number)."""
+    """What policy_loss divides a minibatch's sum by (None: the number of its tokens)."""
     match config.advantage:
         case "gae":
-            return None  # the token mean: a long reply counts more
+            return None  # the mean over tokens
         case "rloo" | "grpo":
-            return replies  # the mean over replies
+            return replies  # the mean over replies, of sums or (grpo) means
         case "dr-grpo":
-            return replies * config.max_new_tokens  # a constant: length has no influence
+            return replies * config.max_new_tokens  # a constant, not the reply's length
 
 
 # --------------------------------------------------------------------------------------- rollout
@@ -219,7 +218,7 @@ class Rollout(NamedTuple):
 
     replies: list  # ids of each
     sequences: list  # ids of prompt and reply
-    batch: Batch
+    batch: Batch  # inputs (B, T); the target in column t is token t + 1
     old_logprobs: torch.Tensor  # (B, T) the sampling policy's
     values: torch.Tensor | None  # (B, T) the critic's, of the state before each token
     returns: torch.Tensor | None  # (B, T)
@@ -244,8 +243,8 @@ def rollout(config, job, models, prompts, stops, generator, beta):
     """Samples replies to the prompts (lists of ids); computes, once, all that the update needs."""
     K, device = group_size(config), models.policy.device
     options = dict(stop_id=stops, generator=generator, return_logprobs=True, samples=K)
-    lengths = config.max_new_tokens, config.temperature
-    replies, sampled_logprobs = models.policy.generate(prompts, *lengths, **options)
+    setting = config.max_new_tokens, config.temperature
+    replies, sampled_logprobs = models.policy.generate(prompts, *setting, **options)
     prompts = [prompt for prompt in prompts for _ in range(K)]  # K adjacent replies to each
     batch = collate(reply_examples(prompts, replies)).to(device)
     rows = torch.arange(len(replies), device=device)
@@ -253,8 +252,8 @@ def rollout(config, job, models, prompts, stops, generator, beta):
     if job.dtype == torch.float32:
         flat = [logprob for reply in sampled_logprobs for logprob in reply]
         old_logprobs = torch.zeros(batch.mask.shape, device=device)  # (B, T)
-        old_logprobs[batch.mask] = torch.tensor(flat, device=device)  # both run row by row
-    else:  # sampled in float32: read again at the precision of training
+        old_logprobs[batch.mask] = torch.tensor(flat, device=device)  # both in row order
+    else:  # the sampler used float32: read again at training's precision
         old_logprobs = job.forward(row_logprobs, models.policy, rows, **reading)
     ref_logprobs = job.forward(row_logprobs, models.ref, rows, **reading)  # (B, T)
     kl = (old_logprobs - ref_logprobs).masked_fill(~batch.mask, 0.0)  # (B, T)
@@ -272,8 +271,7 @@ def rollout(config, job, models, prompts, stops, generator, beta):
 
 
 def update(config, job, models, parts, old, step):
-    """Learns from a rollout in minibatches -> metrics of the last one, and the first one's
-    ratio."""
+    """Learns from a rollout in minibatches -> metrics of the last, and the first one's ratio."""
     warming_up = models.critic and step < min(config.critic_warmup, config.steps // 10)
     metrics, first_ratio = {}, None
     for _ in range(config.ppo_epochs):
@@ -297,7 +295,7 @@ def update(config, job, models, parts, old, step):
             loss = policy_loss(logprobs, old_logprobs, advantages, mask, config.clip_eps, divisor)
             loss.backward()
             grad_norm = run.clip(models.policy, max_norm=1.0)
-            run.step(parts.optimizer, run.linear(config.lr, step, config.steps))
+            run.step(parts.optimizer, run.linear(config.lr, step, config.steps))  # and zero_grad
             ratio = (logprobs - old_logprobs).detach().exp()[mask]  # (tokens,)
             first_ratio = ratio if first_ratio is None else first_ratio
             metrics |= {"policy_loss": loss.detach(), "grad_norm": grad_norm}
@@ -322,13 +320,11 @@ def main(config):
     job.memory(**named, **{f"ensemble_{i + 1}": model for i, model in enumerate(ensemble)})
 
     stops = chat.stop_ids(encoding)
-    parts = SimpleNamespace(
+    parts = SimpleNamespace(  # what job.steps saves, and restores in place
         policy=policy,
         optimizer=run.adamw(policy, config.lr, eps=1e-5),
         critic=models.critic,
-        critic_optimizer=run.adamw(models.critic, config.critic_lr, eps=1e-5)
-        if models.critic
-        else None,
+        critic_optimizer=models.critic and run.adamw(models.critic, config.critic_lr, eps=1e-5),
         generator=torch.Generator(job.device).manual_seed(config.seed),  # of the replies
         shuffler=torch.Generator().manual_seed(config.seed),  # of the minibatches
         detector=Detector(config.kl_budget),
@@ -343,14 +339,13 @@ def main(config):
             "kl": old.kl.sum(1).mean(),  # k1: unbiased, noisy
             "ended": old.ended.float().mean(),
             "beta": beta,
-            "kl_k3": kernels.kl_estimate(old.kl, torch.zeros_like(old.kl), "k3").sum(1).mean(),
+            "kl_k3": (torch.expm1(-old.kl) + old.kl).sum(1).mean(),  # k3 = exp(-k1) - 1 + k1
             "length": old.batch.mask.sum(1).float().mean(),
         }
         metrics |= update(config, job, models, parts, old, step)
         if config.kl_target:
             kl = float(metrics["kl"])
-            beta = adaptive_beta(beta, kl, config.kl_target, config.batch_size)
-            parts.kl_strength.beta = beta
+            parts.kl_strength.beta = adaptive_beta(beta, kl, config.kl_target, config.batch_size)
         asked = [messages for _, messages in batches[step] for _ in range(K)]
         signs, warnings = observe(parts.detector, ensemble, config, encoding, asked, old)
         metrics |= signs
