@@ -6,7 +6,7 @@
 y_w is the reply that an annotator chose, y_l the one rejected. r is the SFT model with its
 vocabulary head replaced by one scalar, read at the reply's end-of-turn token: the only position
 that has seen everything. The loss leaves the mean of r free, so afterwards r is shifted to mean 0
-over reference replies, and scaled to standard deviation 1: a unit for the KL strength beta of later
+over up to 1000 pairs, and scaled to standard deviation 1: a unit for the KL strength beta of later
 stages.
 
     python reward.py                               comparisons of out/sft's replies -> out/reward
@@ -14,22 +14,22 @@ stages.
     python reward.py --seed 1 --out out/reward-1   one more, for an ensemble
     python reward.py --data rated.jsonl --heads helpful harmless honest   a head per dimension
 
-With --heads the score is a sum: r = sum_k w_k r_k, where r_k learns the ratings of dimension k. The
+With --heads the score is a sum: r = sum_k w_k r_k, where r_k learns who wins in dimension k. The
 weights w_k are given (--mixing), or learned: then the loss of the overall choices is added to the
 mean loss of the dimensions. All heads are linear in the same hidden state, so their sum is one head
 again. The checkpoint holds that one; heads.safetensors holds the K heads before normalisation.
 
 A *process* reward model judges every step of a solution (Lightman et al. 2023; Uesato et al. 2022):
-one label at the last token of each step, and only those tokens enter the loss. The log-odds say
-that all is right so far; they are not normalised. A solution's score is the minimum, the product or
+one label at the last token of each step, and only those tokens enter the loss. A score is the
+log-odds that all is right so far, not normalised. A solution's score is the minimum, the product or
 the last of its steps' probabilities (evaluate/best_of_n.py). data/step_labels.py makes labels.
 
     python reward.py --process --init out/sums     the world's long sums, answered by out/sums
-    python reward.py --process --data prm800k.jsonl          PRM800K, Math-Shepherd, GSM8K
+    python reward.py --process --data prm800k.jsonl          PRM800K, Math-Shepherd, ...
 
-Watch: loss (from ln 2 = .693 down), held_out_loss (not below the annotators' own noise, about .56
-at 75 % agreement), held_out_accuracy (a gap to accuracy means that noise is being memorised),
-margin (the mean difference of scores: grows, then levels off).
+Watch: loss (from ln 2 = .693 down; twice that with learned weights), held_out_loss (at 75 %
+agreement at least .56), held_out_accuracy (there at most .75; a gap to accuracy: noise is being
+memorised), margin (the mean difference of scores: grows, then levels off).
 
 What everybody gets wrong: reading the score at a padding position, or one past the end.
 data/scores.py reads it at `lengths - 1` of right-padded rows. A test asserts that neither padding
@@ -51,7 +51,7 @@ from data.scores import all_pair_scores, all_step_scores, last_hidden, pair_scor
 
 
 @dataclass
-class Config(run.Flags):
+class Config(run.Flags):  # which has --init, --data, --out, --steps, --seed, --lora-rank, ...
     batch_size: int = 64  # pairs (--process: solutions) per optimiser step
     lr: float = 1e-3  # peak learning rate
     weight_decay: float = 0.05  # AdamW's, on matrices
@@ -86,16 +86,15 @@ def check(config):
     run.require(numbers, f"--mixing must be numbers of at least 0, not {wrong}")
     both = config.heads and config.process
     run.require(not both, "--heads are for compared replies, --process for rated steps: choose one")
-    remedy = "name files with --data"
     replies = config.data or config.init != "scratch"
-    run.require(replies, f"--init scratch has no replies to compare: {remedy}")
+    run.require(replies, "--init scratch has no replies to compare: name files with --data")
 
 
 # ---------------------------------------------------------------------------------------- losses
 
 
 def bradley_terry_loss(chosen_scores, rejected_scores, margin=0.0, label=1.0):
-    """Negative log-likelihood of each comparison, (B,) in nats.
+    """Negative log-likelihood of each comparison, (B,) or (B, K) like the scores, in nats.
 
     chosen_scores, rejected_scores (B,). margin: by how much the chosen reply should win (Touvron et
     al. 2023b, eq. 2). label: the probability that "chosen" is the better one, 1 for a plain choice.
@@ -169,9 +168,8 @@ def comparison_loss(config, job, model, heads, data, rows):
     chosen_scores, rejected_scores = scores.unbind(1)  # (B,) each
     loss = bradley_terry_loss(chosen_scores, rejected_scores, margin, label).mean()
     if heads is not None:
-        ratings = torch.tensor(
-            [data.ratings[i] for i in rows], device=job.device
-        )  # (B, K) P(chosen)
+        ratings = [data.ratings[i] for i in rows]
+        ratings = torch.tensor(ratings, device=job.device)  # (B, K) P(chosen is better)
         chosen_by_head, rejected_by_head = by_head.unbind(1)  # (B, K) each
         heads_loss = bradley_terry_loss(chosen_by_head, rejected_by_head, label=ratings).mean()
         loss = heads_loss + loss if heads.learned else heads_loss
@@ -195,7 +193,7 @@ def loss_of_steps(scores, labels):
 
 
 def held_out_metrics(config, job, model, data, rows, encoding):
-    """Loss and accuracy on examples that training never sees; the first pair is shown."""
+    """Held-out loss and accuracy (--heads: of their sum); the first pair is shown."""
     examples = data.batch(rows)
     if config.process:
         scores = all_step_scores(model, examples)  # (M,)
@@ -229,13 +227,13 @@ def main(config):
     # before the model: the world's replies are sampled from --init with its vocabulary head
     records, facts = load_records(config, encoding, job.device, job.say)
     model = checkpoints.open_model(config, encoding, job.device, head="score")
-    model.config.score_gain = 1.0  # a record: score / score_gain is log-odds, as training sees them
+    model.config.score_gain = 1.0  # a record: score differences / score_gain are log-odds
     data = encode(config, records, encoding, model.config.context, job.say)
-    held_out, training = hold_out_rated(len(data.examples), config.batch_size, config.seed)
+    held_out, training = hold_out_rated(len(data.examples), config.batch_size, config.seed)  # rows
     heads = None
     if config.heads:
         heads = Heads(model.config.width, config.heads, config.mixing).to(job.device)
-        # not in the loss until fold(), and DDP would wait for its gradient
+        # in no loss (fold() writes it): DDP would wait for its gradient
         model.score_head.requires_grad_(False)
 
     steps = config.steps or math.ceil(1.5 * len(training) / config.batch_size)  # 1.5 epochs

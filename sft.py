@@ -1,11 +1,11 @@
-"""Stage 1, supervised fine-tuning: show the model good replies, and make their tokens likely.
+"""Stage 1, supervised fine-tuning (Ouyang et al. 2022, sec. 3.5): make good replies likely.
 
     minimise   - sum_t m_t log pi(y_t | y_<t) / sum_t m_t
 
-m_t is 1 on the assistant's tokens and on the end-of-turn token after them, 0 on everything a user
-or system wrote: the model learns to answer, not to ask (Ouyang et al. 2022, sec. 3.5). Pretraining
-is the same loss with m_t = 1 on every token, or 0.1 on a question before its answer: nobody can
-predict a question, and it mostly adds noise.
+m_t is 1 on the assistant's tokens and on the end-of-turn token after them, 0 on all others (role
+markers too): the model learns to answer, not to ask. Pretraining is the same loss with m_t = 1, but
+--prompt-weight (0.1) on a question before its answer: nobody can predict a question, and it mostly
+adds noise.
 
     python sft.py --pretrain                      raw documents of the embedded world  -> out/base
     python sft.py                                 its demonstrations, from out/base    -> out/sft
@@ -32,7 +32,9 @@ from data.passes import rows_at_once
 
 @dataclass
 class Config(run.Flags):
-    init: str = ""  # checkpoint to start from (default: out/base; with --pretrain random weights)
+    init: str = (
+        ""  # checkpoint to start from (default: out/base; --pretrain: scratch, random weights)
+    )
     batch_size: int = 32  # sequences per optimiser step
     steps: int = 0  # optimiser steps (default: 800, with --pretrain 3000)
     lr: float = 0.0  # peak learning rate (default: 1e-3, with --pretrain 1.5e-3)
@@ -69,23 +71,23 @@ def sequence_losses(model, examples):
     batch = collate(examples).to(model.device)  # inputs ids[:-1], targets ids[1:], m_t; (B, T)
     weights = batch.weights.flatten()  # (B * T,) m_t
 
-    def weighted_nll(logprob, index):  # (n,) log-probs, and their positions among the B * T
+    def weighted_nll(logprob, index):  # (n,) log-probs, positions among the B * T
         return -weights[index] * logprob
 
     hidden = model(batch.inputs).flatten(0, 1)  # (B * T, D)
-    targets = batch.targets.flatten()  # (B * T,) -100 where m_t is 0
+    targets = batch.targets.flatten()  # (B * T,) -100 (skipped) where m_t is 0
     losses = kernels.linear_token_loss(hidden, model.head_weight, targets, weighted_nll)  # (B * T,)
-    return losses.view(batch.mask.shape).sum(1)
+    return losses.view_as(batch.inputs).sum(1)
 
 
 def total_weight(examples):
-    """sum_t m_t over all examples: the divisor of the loss. A first token is never a target."""
+    """sum_t m_t, the divisor of the loss, logged as tokens. A first token is never a target."""
     return sum(sum(weights[1:]) for _, weights in examples)
 
 
 @torch.no_grad()
 def held_out_loss(model, examples, size):
-    """The loss, in float32, over examples that training never sees, `size` at a time."""
+    """The loss, in float32, of unseen examples, `size` at a time."""
     starts = range(0, len(examples), size)
     total = sum(sequence_losses(model, examples[start : start + size]).sum() for start in starts)
     return total / total_weight(examples)
@@ -99,7 +101,7 @@ def load_examples(config, encoding, context):
         records = formats.read_all(config.data, "document" if config.pretrain else "conversation")
     else:
         make = world.documents if config.pretrain else world.demonstrations
-        records = make(config.steps * config.batch_size + 500, config.seed)  # one epoch, held-out
+        records = make(config.steps * config.batch_size + 500, config.seed)  # an epoch + held-out
     examples, cut = [], 0
     for record in records:
         if config.pretrain:  # record.prompt: characters of the question, 0 without one
@@ -117,7 +119,7 @@ def load_examples(config, encoding, context):
 
 
 def greedy_reply(model, example, encoding, colour):
-    """The model's most likely reply to an example, as a line for the terminal."""
+    """The model's greedy reply to an example, as a line for the terminal."""
     ids, weights = example
     prompt_length = weights.index(1) if 1 in weights else len(ids) - 1  # before the first reply
     prompt = ids[: max(1, prompt_length)][-(model.config.context // 2) :]  # leaves room to reply
@@ -136,8 +138,8 @@ def main(config):
 
     context = model.config.context
     examples, cut, dropped = load_examples(config, encoding, context)
-    nothing = f"{config.source} has no supervised token within the context of {context} tokens"
-    run.require(examples, f"nothing to train on: no record of {nothing}")
+    needed = f"{config.source} has a supervised token within the context of {context} tokens"
+    run.require(examples, f"nothing to train on: no record of {needed}")
     rows, kept = hold_out(len(examples), min(500, 16 * config.batch_size), config.seed)
     held_out, examples = [examples[i] for i in rows], [examples[i] for i in kept]
     counts = f"{cut} cut to the context, {dropped} dropped with nothing to learn"
@@ -146,14 +148,14 @@ def main(config):
 
     lengths = [len(ids) for ids, _ in examples]
     held_out_size = rows_at_once(128, max(lengths), model)  # examples per forward pass
-    order = batch_order(lengths, config.batch_size, config.seed, config.steps)
+    order = batch_order(lengths, config.batch_size, config.seed, config.steps)  # of similar lengths
     job.memory(model=model)
     if config.shard:
         job.shard(model)
     optimizer = run.adamw(model, config.lr, config.weight_decay)
     for step in job.steps(config.steps, model=model, optimizer=optimizer):
         batch = [examples[i] for i in order[step]]
-        divisor = total_weight(batch)  # of the whole step, for every micro-batch
+        divisor = total_weight(batch)  # of the whole step
         loss = 0.0
         for micro_batch in job.micro_batches(batch, config.micro_batch_size):
             losses = job.forward(sequence_losses, model, micro_batch)  # (b,) of all processes
