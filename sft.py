@@ -4,8 +4,7 @@
 
 m_t is 1 on the assistant's tokens and on the end-of-turn token after them, 0 on all others (role
 markers too): the model learns to answer, not to ask. Pretraining is the same loss with m_t = 1, but
---prompt-weight (0.1) on a question before its answer: nobody can predict a question, and it mostly
-adds noise.
+--prompt-weight (0.1) on a question before its answer, which nobody can predict.
 
     python sft.py --pretrain                      raw documents of the embedded world  -> out/base
     python sft.py                                 its demonstrations, from out/base    -> out/sft
@@ -32,9 +31,7 @@ from data.passes import rows_at_once
 
 @dataclass
 class Config(run.Flags):
-    init: str = (
-        ""  # checkpoint to start from (default: out/base; --pretrain: scratch, random weights)
-    )
+    init: str = ""  # checkpoint to start from (default: out/base; --pretrain: scratch, random)
     batch_size: int = 32  # sequences per optimiser step
     steps: int = 0  # optimiser steps (default: 800, with --pretrain 3000)
     lr: float = 0.0  # peak learning rate (default: 1e-3, with --pretrain 1.5e-3)
