@@ -19,10 +19,9 @@ Three facts follow:
   can forge a role. (Alpaca's headers are text that anybody can type. Chat tokens prevent that.)
 - An assistant's header is encoded apart from its content, since generation begins between them;
   all other neighbouring text is encoded as one string. So the ids are those of transformers'
-  apply_chat_template for content that spells no special token. The exception is an *assistant's*
-  content that starts with white space which the split pattern would join to the header's newline:
-  with GPT-2's pattern two or more spaces or newlines, or nothing but white space; with Llama 3's
-  and Qwen's a newline.
+  apply_chat_template, unless content spells a special token or an *assistant's* content starts with
+  white space that the split pattern would join to the header's newline: for GPT-2's two or more
+  spaces or newlines, or nothing but white space; for Llama 3's and Qwen's a newline.
 """
 
 import re
@@ -104,11 +103,9 @@ def template_name(encoding: Encoding) -> str:
 def extend(encoding: Encoding, template: str = "") -> Encoding:
     """The encoding with the chat tokens in its vocabulary, or itself if it has them. `render` gives
     the same ids with either, but only the extended one decodes them, and its `n_vocab` is the
-    number of embeddings that a chat model needs. template: a name of TEMPLATES, instead of the
-    vocabulary's own. ValueError for another name."""
+    number of embeddings that a chat model needs. template: one of TEMPLATES instead of its own."""
     if template and template not in TEMPLATES:
-        names = ", ".join(TEMPLATES)
-        raise ValueError(f"there is no chat template {template!r}: name one of {names}")
+        raise ValueError(f"no chat template {template!r}: name one of {', '.join(TEMPLATES)}")
     special = encoding._special_tokens
     if template and template != template_name(encoding):
         encoding = _copy(encoding, encoding.name, special)
@@ -121,8 +118,7 @@ def extend(encoding: Encoding, template: str = "") -> Encoding:
 
 @lru_cache(maxsize=16)  # an Encoding is hashed by identity
 def _chat_tokens(encoding: Encoding) -> dict[str, int]:
-    """The special tokens of the template with their ids; the last one ends an assistant's turn.
-    Tokens that the vocabulary lacks get the ids after its last one."""
+    """{special token of the template: id}. Missing ones get the ids after the vocabulary's last."""
     tokens = TEMPLATES[template_name(encoding)].tokens
     special = encoding._special_tokens
     missing = [token for token in tokens if token not in special]
@@ -139,8 +135,8 @@ def _copy(encoding: Encoding, name: str, special: dict[str, int]) -> Encoding:
 
 def stop_ids(encoding: Encoding) -> list[int]:
     """The ids that stop generation: the assistant's end-of-turn token, and the end of text."""
-    ids = dict.fromkeys((_end_of_turn_id(encoding), end_of_text_id(encoding)))
-    return [id for id in ids if id is not None]
+    ids = (_end_of_turn_id(encoding), end_of_text_id(encoding))
+    return list(dict.fromkeys(id for id in ids if id is not None))
 
 
 def _end_of_turn_id(encoding: Encoding) -> int:
@@ -171,9 +167,7 @@ def _encode(pieces: list, encoding: Encoding) -> list[int]:
 
 def render(messages: list[dict], encoding: Encoding, last_only=False, following="") -> Example:
     """(ids, mask) of a conversation. The mask is True on every assistant token and on the
-    end-of-turn token after it.
-
-    messages: dicts with `role` (one of ROLES) and `content` (a string); other keys are ignored.
+    end-of-turn token after it. messages: dicts with `role` (one of ROLES) and `content` (a string).
     last_only: supervise only the last assistant turn. following: a text of the template, encoded
     together with the text before it. Raises ValueError for malformed messages."""
     _check(messages)
@@ -199,9 +193,8 @@ def render(messages: list[dict], encoding: Encoding, last_only=False, following=
 
 
 def prompt(messages: list[dict], encoding: Encoding) -> list[int]:
-    """ids (T,) of the conversation so far and the header of the assistant's next turn, from where
-    generation continues. prompt(messages) + completion(text) equals `render` of the conversation
-    with that answer, up to the end-of-turn token."""
+    """ids (T,) of the conversation so far and the header of the assistant's next turn. Followed by
+    completion(text), they are `render` of that conversation up to its end-of-turn token."""
     header = TEMPLATES[template_name(encoding)].opening["assistant"]
     return render(messages, encoding, following=header)[0]
 
@@ -212,8 +205,7 @@ def completion(text: str, encoding: Encoding) -> list[int]:
 
 
 def example(prompt: list[dict], reply: list[dict], encoding: Encoding) -> Example:
-    """(ids, mask) of a reply to a prompt, up to its end-of-turn token. Earlier assistant turns are
-    not in the mask."""
+    """(ids, mask) of a reply to a prompt, up to its end-of-turn token; the mask marks only it."""
     ids, mask = render(prompt + reply, encoding, last_only=True)
     end = len(mask) - mask[::-1].index(True)
     return ids[:end], mask[:end]

@@ -146,10 +146,9 @@ def question_answer(record, where, question, answer):
     return Conversation(conversation(prompt, record[answer], answer), where)
 
 
-def self_instruct(record, where, instruction, instances):
+def self_instruct(record, where, task, instances):
     """{"instruction": "Name a fruit.", "instances": [{"input": "", "output": "apple"}]}"""
-    tasks = [record | instance for instance in record[instances]]
-    return [question_answer(task, where, instruction, "output") for task in tasks]
+    return [question_answer(record | one, where, task, "output") for one in record[instances]]
 
 
 def super_ni(record, where, definition, instances):
@@ -231,15 +230,12 @@ def pair(record, where, *columns):
     input_field = "input" if question == ["instruction"] else None  # Alpaca's
     prompt = prompt_of(record, question[0], input_field) if question else []
     ratings = record.get("ratings") or {}
-    if not isinstance(ratings, dict) or not all(map(is_two_numbers, ratings.values())):
+    numbers = [number for two in ratings.values() for number in two]
+    are_numbers = all(isinstance(number, int | float) for number in numbers)
+    if not are_numbers or any(len(two) != 2 for two in ratings.values()):
         raise ValueError("the field ratings of a pair needs two numbers for each dimension")
     sides = (record[chosen], record[rejected])
     return preference(where, prompt, *sides, float(label), float(margin), ratings)
-
-
-def is_two_numbers(value):
-    is_list = isinstance(value, list)
-    return is_list and [isinstance(number, int | float) for number in value] == [True, True]
 
 
 def judge(record, where, question, first, second, verdict):

@@ -38,7 +38,7 @@ READINGS = {  # kind of record -> the kinds that it can be read as
 
 class Shape(NamedTuple):
     name: str
-    fields: str  # a record that has all of these has this shape; they are the converter's columns
+    fields: str  # a record with all of these has this shape; they are the converter's columns
     kind: str
     convert: Callable
 
@@ -152,12 +152,13 @@ def convert_value(value, where, shape):
     try:
         result = shape.convert(value, where, *shape.fields.split(", "))
     except ValueError as error:
-        raise ValueError(f"{where}: {error}; correct or delete it") from None
+        problem = str(error)
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         # A nested field is missing or has another type.
         problem = f"is not built like {shape.name} ({type(error).__name__}: {error})"
-        raise ValueError(f"{where}: {problem}; correct or delete it") from None
-    return result if isinstance(result, list) else [result]
+    else:
+        return result if isinstance(result, list) else [result]
+    raise ValueError(f"{where}: {problem}; correct or delete it")
 
 
 def trim(record, kind):
@@ -173,10 +174,9 @@ def trim(record, kind):
 
 def without_end(messages, is_assistant):
     """The messages without the last ones that are (or are not) the assistant's."""
-    end = len(messages)
-    while end and (messages[end - 1]["role"] == "assistant") == is_assistant:
-        end -= 1
-    return messages[:end]
+    while messages and (messages[-1]["role"] == "assistant") == is_assistant:
+        messages = messages[:-1]
+    return messages
 
 
 def is_blank(messages):
@@ -237,7 +237,13 @@ def load(path):
     lines = list(enumerate(body.split("\n"), 1))
     is_json = path.name.lower().removesuffix(".gz").endswith((".json", ".jsonl", ".ndjson"))
     if not is_json and not re.match(r'\s*(\{\s*["}]|\[\s*[{"\]])', body):
-        return paragraphs(path, lines)
+        groups = itertools.groupby(lines, key=lambda line: bool(line[1].strip()))
+        blocks = [list(block) for has_text, block in groups if has_text]
+        if len(blocks) == 1:
+            blocks = [[line] for line in blocks[0]]
+        texts = ["\n".join(line.rstrip("\r") for _, line in block) for block in blocks]
+        starts = [block[0][0] for block in blocks]
+        return [(f"{path}:{n}", {"text": text}) for n, text in zip(starts, texts, strict=True)]
     lines = [(number, line) for number, line in lines if line.strip()]
     # One object over several lines: the first does not close it, the second does not open another.
     starts = [line.strip() for _, line in lines[:2]]
@@ -268,16 +274,6 @@ def read_text(path):
         line = error.object.count(b"\n", 0, error.start) + 1
         problem = f"is not UTF-8 (at byte {error.start} of the file)"
         raise ValueError(f"{path}:{line}: {problem}; convert the file to UTF-8") from None
-
-
-def paragraphs(path, lines):
-    groups = itertools.groupby(lines, key=lambda line: bool(line[1].strip()))
-    blocks = [list(block) for has_text, block in groups if has_text]
-    if len(blocks) == 1:
-        blocks = [[line] for line in blocks[0]]
-    texts = ["\n".join(line.rstrip("\r") for _, line in block) for block in blocks]
-    starts = [block[0][0] for block in blocks]
-    return [(f"{path}:{n}", {"text": text}) for n, text in zip(starts, texts, strict=True)]
 
 
 def parse(path, source, line):

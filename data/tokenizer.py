@@ -104,8 +104,7 @@ def _load(path: Path, folder: Path) -> Encoding:
     if ranks:
         raise ValueError(f"{path} holds {len(ranks)} .tiktoken files: name one of them")
     if any(file.suffix == ".model" for file in (path, *path.glob("*"))):
-        remedy = "use a checkpoint with a byte-level tokenizer.json"
-        raise ValueError(f"{path} holds a SentencePiece model, not byte-level BPE: {remedy}")
+        raise ValueError(f"{path} holds a SentencePiece model: name one with a tokenizer.json")
     expected = "tokenizer.json, encoder.json + vocab.bpe, vocab.json + merges.txt or one .tiktoken"
     raise FileNotFoundError(f"{path} holds no tokenizer that can be read: expected {expected} file")
 
@@ -116,8 +115,7 @@ def _from_tokenizer_json(path: Path) -> Encoding:
     try:
         model = spec["model"]
         kind = model.get("type", "BPE")
-        has_lists = isinstance(model.get("vocab"), dict) and isinstance(model.get("merges"), list)
-        if kind != "BPE" or not has_lists:
+        if kind != "BPE":
             raise ValueError(f"{path} holds a {kind} model, and only byte-level BPE can be read")
         for field in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"):
             if model.get(field):
@@ -128,8 +126,7 @@ def _from_tokenizer_json(path: Path) -> Encoding:
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         added = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
         pattern = _split_pattern(spec.get("pre_tokenizer") or {}, path)
-        keep_unmerged = bool(model.get("ignore_merges"))
-        ranks, special = _ranks(model["vocab"], merges, added, path, keep_unmerged)
+        ranks, special = _ranks(model["vocab"], merges, added, path, model.get("ignore_merges"))
         return _encoding(path, pattern, ranks, special, NFCEncoding if normalizer else Encoding)
     except (AttributeError, KeyError, TypeError) as error:
         cause = f"a field is missing or of the wrong type ({type(error).__name__}: {error})"
@@ -141,22 +138,22 @@ def _split_pattern(pre_tokenizer: dict, path: Path) -> str:
     steps = [pre_tokenizer]
     if pre_tokenizer.get("type") == "Sequence":
         steps = pre_tokenizer.get("pretokenizers", [])
-    kinds = [step.get("type") for step in steps]
-    if kinds[-1:] == ["ByteLevel"] and not steps[-1].get("add_prefix_space"):
+    kinds = " + ".join(str(step.get("type")) for step in steps)
+    if kinds.endswith("ByteLevel") and not steps[-1].get("add_prefix_space"):
         first = steps[0]
         splits_like_gpt2 = steps[-1].get("use_regex", True)
-        if splits_like_gpt2 and kinds == ["ByteLevel"]:
+        if splits_like_gpt2 and kinds == "ByteLevel":
             return GPT2
-        if splits_like_gpt2 and kinds[:-1] == ["Digits"] and first.get("individual_digits"):
+        if splits_like_gpt2 and kinds == "Digits + ByteLevel" and first.get("individual_digits"):
             return GPT2_DIGITS
         # "Isolated" makes every match a word; "Removed" and inverted is its older spelling.
         behavior = (first.get("behavior"), bool(first.get("invert")))
         matches_are_words = behavior in (("Isolated", False), ("Removed", True))
-        has_regex = kinds[:-1] == ["Split"] and "Regex" in first.get("pattern", {})
-        if not splits_like_gpt2 and has_regex and matches_are_words:
+        regex_only = not splits_like_gpt2 and "Regex" in first.get("pattern", {})
+        if kinds == "Split + ByteLevel" and regex_only and matches_are_words:
             return first["pattern"]["Regex"]
     only = "ByteLevel without prefix space, alone or after single Digits or a regex Split"
-    raise ValueError(f"{path} splits text by {' + '.join(map(str, kinds))} (supported: {only})")
+    raise ValueError(f"{path} splits text by {kinds} (supported: {only})")
 
 
 def _from_vocab_and_merges(vocab_path: Path, merges_path: Path) -> Encoding:
@@ -204,22 +201,18 @@ def _ranks(vocab: dict, merges: list, added: dict, path: Path, keep_unmerged=Fal
     is special, unless keep_unmerged: Llama 3 looks up words before it merges (`ignore_merges`)."""
     if not all(type(id) is int for id in (*vocab.values(), *added.values())):
         raise ValueError(f"{path} is malformed: the id of every token should be an integer")
-    last_id = -1
-    merged = set()
-    for number, merge in enumerate(merges, 1):
-        token = "".join(merge)
-        where = f"{path}: merge {number} ({' '.join(merge)!r})"
-        if len(merge) != 2 or any(entry not in vocab for entry in (*merge, token)):
-            raise ValueError(f"{where} should be two tokens whose concatenation is a third token")
-        if vocab[token] < last_id:
-            problem = f"makes id {vocab[token]} after {last_id}"
-            raise ValueError(f"{where} {problem}, but tiktoken merges in the order of ids")
-        last_id = vocab[token]
-        merged.add(token)
+    merged = ["".join(merge) for merge in merges]
+    for merge, token in zip(merges, merged, strict=True):
+        if len(merge) != 2 or not vocab.keys() >= {*merge, token}:
+            raise ValueError(f"{path}: merge {merge} is not two tokens whose concatenation is one")
+    ids = [vocab[token] for token in merged]
+    if ids != sorted(ids):
+        raise ValueError(f"{path}: tiktoken merges in the order of ids, and these merges do not")
+    reached = {*CHAR_TO_BYTE, *merged}
     ranks = {}
     special = {}
     for token, id in vocab.items():
-        is_reached = len(token) == 1 or token in merged or (keep_unmerged and token not in added)
+        is_reached = token in reached or (keep_unmerged and token not in added)
         if is_reached and CHAR_TO_BYTE.keys() >= set(token):
             ranks[bytes(CHAR_TO_BYTE[char] for char in token)] = id
         else:
@@ -238,8 +231,7 @@ def _encoding(path: Path, pattern: str, ranks: dict, special: dict, kind=Encodin
     try:
         encoding = kind(path.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
     except (ValueError, OverflowError) as error:  # a regex of another dialect; a negative id
-        used = f"its ids and its split pattern {pattern[:80]!r}"
-        raise ValueError(f"{path} cannot be used ({str(error)[:80]}) with {used}") from None
+        raise ValueError(f"{path} cannot be used ({error!s:.80}): {pattern[:80]!r}") from None
     # tiktoken drops what no alternative of the pattern matches; Hugging Face makes it a word.
     probe = "It's ax\u0301日本 \t x12345 +-_\r\n\n  \n🙂<|end|>  "
     if encoding.decode(encoding.encode_ordinary(probe)) != probe:
@@ -279,7 +271,7 @@ def chats(directory: str | Path, encoding: Encoding) -> bool:
     tokens = TEMPLATES[template_name(encoding)].tokens
     missing = ", ".join(token for token in tokens if token not in encoding._special_tokens)
     if missing and has_template:
-        problem = f"was taught a chat template unknown here, and its vocabulary lacks {missing}"
+        problem = f"was taught an unknown chat template, and its vocabulary lacks {missing}"
         raise ValueError(f"{directory} {problem}: fine-tune it with sft.py, which adds them")
     return has_template
 
@@ -287,8 +279,7 @@ def chats(directory: str | Path, encoding: Encoding) -> bool:
 def fit(model, encoding: Encoding, chat: bool = True):
     """The model with an embedding for every id of the vocabulary: new tokens (the chat tokens) get
     new rows. Its config stores for other tools which ids end a turn and which id pads. chat: as in
-    `save`. A model may have a few more rows than ids, as padding or room to grow; other sizes do
-    not belong together and raise ValueError."""
+    `save`. A model may have a few spare rows; ValueError for other differences in size."""
     rows = model.config.vocab_size
     ids = encoding.n_vocab
     if ids - rows > len(encoding._special_tokens) or rows > ids + 1024:
@@ -301,21 +292,18 @@ def fit(model, encoding: Encoding, chat: bool = True):
 
 def _pad_token(encoding: Encoding, chat: bool) -> str | None:
     """<|pad|>, or for a chat model the end of text. Never the token that ends a turn or a base
-    model's document: code that masks padding by its id would mask the end too, and the model would
-    not learn to stop."""
+    model's document: masked by its id as padding, it has no loss, and the model never stops."""
     end_of_turn = TEMPLATES[template_name(encoding)].tokens[-1]
-    candidates = ["<|pad|>", *(ENDS_OF_TEXT if chat else ())]
-    usable = [token for token in candidates if token in encoding._special_tokens]
-    return next((token for token in usable if token != end_of_turn), None)
+    usable = encoding._special_tokens.keys() - {end_of_turn}
+    candidates = ("<|pad|>", *ENDS_OF_TEXT) if chat else ("<|pad|>",)
+    return next((token for token in candidates if token in usable), None)
 
 
 def save(encoding: Encoding, directory: str | Path, chat: bool = True) -> None:
     """Writes tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer opens with
-    the same ids.
-
-    chat: the model was taught the chat format. So the vocabulary gets the chat tokens if it lacks
-    them, eos_token is the end of a turn, and the template is written, to chat_template.jinja and to
-    a field of the config, because older readers look there. A base model has no template."""
+    the same ids. chat: the model was taught the chat format. So the vocabulary gets the chat tokens
+    if it lacks them, eos_token is the end of a turn, and the template is written, to
+    chat_template.jinja and, for older readers, to a field of the config."""
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     encoding = extend(encoding) if chat else encoding
@@ -323,8 +311,7 @@ def save(encoding: Encoding, directory: str | Path, chat: bool = True) -> None:
     end_of_text = next((token for token in ENDS_OF_TEXT if token in encoding._special_tokens), None)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        # transformers' "no limit": the context belongs to the model's config.json
-        "model_max_length": int(1e30),
+        "model_max_length": int(1e30),  # no limit: the model's config.json holds its context
         "clean_up_tokenization_spaces": False,  # else decoding "a ." gives "a."
         "bos_token": template.tokens[0] if template.begin == template.tokens[0] else end_of_text,
         "eos_token": template.tokens[-1] if chat else end_of_text,
@@ -352,8 +339,7 @@ def _tokenizer_json(encoding: Encoding) -> dict:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     flags["special"] = True
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    gpt2_words = byte_level | {"use_regex": True}
-    pre_tokenizer = gpt2_words
+    pre_tokenizer = byte_level | {"use_regex": True}
     if encoding._pat_str != GPT2:
         # Hugging Face's regex engine reads OpenAI's possessive "x{1,3}+" as "(x{1,3})+". OpenAI has
         # it at the end of an alternative, where the plain form matches the same.
@@ -367,7 +353,7 @@ def _tokenizer_json(encoding: Encoding) -> dict:
         "normalizer": {"type": "NFC"} if isinstance(encoding, NFCEncoding) else None,
         "pre_tokenizer": pre_tokenizer,
         "post_processor": None,  # adds nothing to a text: the chat format adds the begin token
-        "decoder": gpt2_words,
+        "decoder": byte_level | {"use_regex": True},
         "model": {
             "type": "BPE",
             "ignore_merges": True,  # as tiktoken does: a word that is a token needs no merging
@@ -402,9 +388,8 @@ def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 def train(texts: Iterable[str], vocab_size: int, special_tokens=(), pattern: str = GPT2):
     """A byte-level BPE Encoding (Sennrich et al. 2016, arXiv:1508.07909; on bytes as in GPT-2). Ids
     0..255 are the bytes. Each further id merges the most frequent pair of neighbours (of equally
-    frequent ones that with the lowest ids) within the words that `pattern` matches. Special tokens
-    come last. The vocabulary is smaller than vocab_size if no pair is left to merge. Raises
-    ValueError if the bytes and the special tokens do not fit."""
+    frequent ones that with the lowest ids) within the words that `pattern` matches, until none is
+    left. Special tokens come last. ValueError if they and the bytes do not fit."""
     n_merges = vocab_size - 256 - len(special_tokens)
     if n_merges < 0 or len(set(special_tokens)) < len(special_tokens):
         needs = f"room for 256 bytes and {len(special_tokens)} different special tokens"
@@ -416,14 +401,17 @@ def train(texts: Iterable[str], vocab_size: int, special_tokens=(), pattern: str
     tokens = [bytes([byte]) for byte in range(256)]
     pair_counts = Counter()
     words_with = defaultdict(set)  # pair -> indices of words that have it, or had it before a merge
-    for index, ids in enumerate(words):
-        for pair in pairwise(ids):
+
+    def count_pairs(index):
+        for pair in pairwise(words[index]):
             pair_counts[pair] += counts[index]
             words_with[pair].add(index)
 
     def priority(pair):
         return pair_counts[pair], -pair[0], -pair[1]
 
+    for index in range(len(words)):
+        count_pairs(index)
     for new_id in range(256, 256 + n_merges):
         best = max(pair_counts, key=priority, default=None)
         if best is None or pair_counts[best] == 0:
@@ -433,9 +421,7 @@ def train(texts: Iterable[str], vocab_size: int, special_tokens=(), pattern: str
             for pair in pairwise(words[index]):
                 pair_counts[pair] -= counts[index]
             words[index] = _join(words[index], best, new_id)
-            for pair in pairwise(words[index]):
-                pair_counts[pair] += counts[index]
-                words_with[pair].add(index)
+            count_pairs(index)
         del pair_counts[best]
         tokens.append(tokens[best[0]] + tokens[best[1]])
     ranks = {token: id for id, token in enumerate(tokens)}

@@ -736,7 +736,7 @@ def test_a_reading_that_the_records_cannot_give_is_refused_with_what_they_are(ow
 
 
 def test_an_unknown_kind_is_refused(jsonl):
-    with pytest.raises(ValueError, match="no kind 'chat' of records; name one of document, conversation"):
+    with pytest.raises(ValueError, match="no kind 'chat' of records; name one of document,"):
         formats.read(jsonl({"text": "a"}), "chat")
 
 

@@ -220,7 +220,7 @@ def test_added_token_that_merges_make_anyway_stays_a_plain_token(trained, tmp_pa
         ),
         (lambda spec: spec.update(pre_tokenizer=None), "splits text by None"),
         (lambda spec: spec["model"]["merges"].reverse(), "merges in the order of ids"),
-        (lambda spec: spec["model"]["merges"].append(["Ġ", "never"]), "concatenation is a third"),
+        (lambda spec: spec["model"]["merges"].append(["Ġ", "never"]), "concatenation is one"),
         (
             lambda spec: spec["model"]["vocab"].pop("~"),
             "not byte-level: 1 of the 256 bytes",
