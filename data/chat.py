@@ -118,7 +118,7 @@ def extend(encoding: Encoding, template: str = "") -> Encoding:
 
 @lru_cache(maxsize=16)  # an Encoding is hashed by identity
 def _chat_tokens(encoding: Encoding) -> dict[str, int]:
-    """{special token of the template: id}. Missing ones get the ids after the vocabulary's last."""
+    """{special token of the template: id}. Tokens that the vocabulary lacks get its next ids."""
     tokens = TEMPLATES[template_name(encoding)].tokens
     special = encoding._special_tokens
     missing = [token for token in tokens if token not in special]
@@ -134,13 +134,10 @@ def _copy(encoding: Encoding, name: str, special: dict[str, int]) -> Encoding:
 
 
 def stop_ids(encoding: Encoding) -> list[int]:
-    """The ids that stop generation: the assistant's end-of-turn token, and the end of text."""
-    ids = (_end_of_turn_id(encoding), end_of_text_id(encoding))
-    return list(dict.fromkeys(id for id in ids if id is not None))
-
-
-def _end_of_turn_id(encoding: Encoding) -> int:
-    return list(_chat_tokens(encoding).values())[-1]
+    """The ids that stop generation: the assistant's end-of-turn token, then the end of text."""
+    *_, end_of_turn = _chat_tokens(encoding).values()
+    ids = dict.fromkeys((end_of_turn, end_of_text_id(encoding)))
+    return [id for id in ids if id is not None]
 
 
 def end_of_text_id(encoding: Encoding) -> int | None:
@@ -201,11 +198,11 @@ def prompt(messages: list[dict], encoding: Encoding) -> list[int]:
 
 def completion(text: str, encoding: Encoding) -> list[int]:
     """ids (T,) of an assistant's answer and its end-of-turn token: what gets a loss or a reward."""
-    return [*encoding.encode_ordinary(text), _end_of_turn_id(encoding)]
+    return [*encoding.encode_ordinary(text), stop_ids(encoding)[0]]
 
 
 def example(prompt: list[dict], reply: list[dict], encoding: Encoding) -> Example:
-    """(ids, mask) of a reply to a prompt, up to its end-of-turn token; the mask marks only it."""
+    """(ids, mask) of prompt and reply, up to its end-of-turn token. The mask marks the reply."""
     ids, mask = render(prompt + reply, encoding, last_only=True)
     end = len(mask) - mask[::-1].index(True)
     return ids[:end], mask[:end]

@@ -25,9 +25,8 @@ END_MARKERS = ("<|endoftext|>", "<|im_end|>", "###eos_token###")
 TURN_MARK = re.compile(r"\n\n(Human|Assistant):")  # after a blank line; an inline "Human:" is text
 NO_INPUT = re.compile(r"\W*no ?input\W*", re.IGNORECASE)  # "<noinput>" in Alpaca
 ALPACA = re.compile(
-    r"Below is an instruction .*?### Instruction:\n(.*?)(?:\n\n### Input:\n(.*?))?"
-    r"\n\n### Response:\s*",
-    re.DOTALL,
+    r"(?s)Below is an instruction .*?### Instruction:\n(.*?)(?:\n\n### Input:\n(.*?))?"
+    r"\n\n### Response:\s*"
 )
 
 
@@ -205,7 +204,7 @@ def revisions(record, where, prompt, steps):
 
 
 def preference(where, prompt, chosen, rejected, label=1.0, margin=0.0, ratings=None):
-    """The last step for all pairs: two conversations that differ only in their last turn."""
+    """All pairs end here: two conversations that should differ in their last turn only."""
     chosen = conversation(prompt, chosen, "chosen")
     rejected = conversation(prompt, rejected, "rejected")
     if chosen[:-1] != rejected[:-1]:
