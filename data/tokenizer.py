@@ -271,7 +271,7 @@ def chats(directory: str | Path, encoding: Encoding) -> bool:
     tokens = TEMPLATES[template_name(encoding)].tokens
     missing = ", ".join(token for token in tokens if token not in encoding._special_tokens)
     if missing and has_template:
-        problem = f"was taught an unknown chat template, and its vocabulary lacks {missing}"
+        problem = f"was taught a chat template unknown here, and its vocabulary lacks {missing}"
         raise ValueError(f"{directory} {problem}: fine-tune it with sft.py, which adds them")
     return has_template
 
