@@ -3,15 +3,15 @@ r"""The chat format: messages in, token ids and a loss mask out.
     <|im_start|>user\nhow are you?<|im_end|>\n<|im_start|>assistant\nfine<|im_end|>\n
                                                                     ^^^^^^^^^^^^^^ mask True
 
-The mask marks what the model itself has to say. This template is chatml (Qwen, SmolLM), the
-default; TEMPLATES also has llama3 and plain alpaca. A vocabulary knows its template:
+The mask marks the tokens that the model itself has to produce. This template is chatml (Qwen,
+SmolLM), the default; TEMPLATES also has llama3 and plain alpaca. A vocabulary knows its template:
 `extend(encoding, "alpaca")` chooses it, and data/tokenizer.py saves and loads it.
 
 The one thing that everybody gets wrong is *searching* for the turns in the finished ids. A search
 for the header misses it as soon as a merge joins "\n" with the text after it, and a search for
 "<|im_end|>" believes a user who types it. Here ids and mask are put together piece by piece, and
-`prompt` is made by the function that makes `render`, so a response is sampled, scored and trained
-on after the very same ids. Three facts follow:
+`prompt` calls `render`, so a response is sampled, scored and trained on after the very same ids.
+Three facts follow:
 
 - The end-of-turn token of an assistant is in the loss, because a model that never sees it there
   never stops. The newline after it is not.
@@ -19,9 +19,9 @@ on after the very same ids. Three facts follow:
   can forge a role. (Alpaca's headers are text that anybody can type. Chat tokens prevent that.)
 - An assistant's header is encoded apart from its content, since generation begins between them;
   all other neighbouring text is encoded as one string. So the ids are those of transformers'
-  apply_chat_template for content that spells no special token, unless an *assistant's* content
-  starts with white space that the split pattern would join to the header's newline: with GPT-2's
-  two or more spaces or newlines, or nothing but white space; with Llama 3's and Qwen's a newline.
+  apply_chat_template, unless content spells a special token or an *assistant's* content starts with
+  white space that the split pattern would join to the header's newline: for GPT-2's two or more
+  spaces or newlines, or nothing but white space; for Llama 3's and Qwen's a newline.
 """
 
 import re
@@ -51,7 +51,8 @@ ALPACA = (
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request.\n\n"
 )
-HEADERS = {"user": "### Instruction:\n", "tool": "### Input:\n", "assistant": "### Response:\n"}
+HEADERS = {"system": "", "user": "### Instruction:\n"}
+HEADERS |= {"tool": "### Input:\n", "assistant": "### Response:\n"}
 TEMPLATES = {
     "chatml": Template(
         tokens=(START, END),
@@ -79,16 +80,12 @@ TEMPLATES = {
     "alpaca": Template(
         tokens=(END_OF_TEXT,),
         begin=ALPACA,
-        opening={"system": "", **HEADERS},
+        opening=HEADERS,
         end="",
         separator="\n\n",
-        jinja="{% if messages[0]['role'] != 'system' %}{{ '"
-        + ALPACA.replace("\n", r"\n")
-        + r"' }}{% endif %}"
-        r"{% set header = {'system': '', 'user': '### Instruction:\n', "
-        r"'tool': '### Input:\n', 'assistant': '### Response:\n'} %}"
-        r"{% for message in messages %}"
-        r"{% set end = '<|endoftext|>' if message['role'] == 'assistant' else '' %}"
+        jinja="{% if messages[0]['role'] != 'system' %}{{ " + repr(ALPACA) + " }}{% endif %}"
+        "{% set header = " + repr(HEADERS) + " %}{% for message in messages %}"
+        "{% set end = '<|endoftext|>' if message['role'] == 'assistant' else '' %}"
         r"{{ header[message['role']] + message['content'] + end + '\n\n' }}"
         r"{% endfor %}{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}",
     ),
@@ -105,13 +102,10 @@ def template_name(encoding: Encoding) -> str:
 
 def extend(encoding: Encoding, template: str = "") -> Encoding:
     """The encoding with the chat tokens in its vocabulary, or itself if it has them. `render` gives
-    the same ids with either, but only the extended one decodes them, and its `n_vocab` is how many
-    embeddings a chat model needs.
-
-    template: a name of TEMPLATES, instead of the vocabulary's own. ValueError for another name."""
+    the same ids with either, but only the extended one decodes them, and its `n_vocab` is the
+    number of embeddings that a chat model needs. template: one of TEMPLATES instead of its own."""
     if template and template not in TEMPLATES:
-        names = ", ".join(TEMPLATES)
-        raise ValueError(f"there is no chat template {template!r}: name one of {names}")
+        raise ValueError(f"no chat template {template!r}: name one of {', '.join(TEMPLATES)}")
     special = encoding._special_tokens
     if template and template != template_name(encoding):
         encoding = _copy(encoding, encoding.name, special)
@@ -124,8 +118,7 @@ def extend(encoding: Encoding, template: str = "") -> Encoding:
 
 @lru_cache(maxsize=16)  # an Encoding is hashed by identity
 def _chat_tokens(encoding: Encoding) -> dict[str, int]:
-    """The special tokens of the template with their ids; the last one ends an assistant's turn.
-    Tokens that the vocabulary lacks get the ids after its last one."""
+    """{special token of the template: id}. Tokens that the vocabulary lacks get its next ids."""
     tokens = TEMPLATES[template_name(encoding)].tokens
     special = encoding._special_tokens
     missing = [token for token in tokens if token not in special]
@@ -141,14 +134,10 @@ def _copy(encoding: Encoding, name: str, special: dict[str, int]) -> Encoding:
 
 
 def stop_ids(encoding: Encoding) -> list[int]:
-    """The ids that stop generation: the assistant's end-of-turn token, and the end of text."""
-    end = _end_of_turn_id(encoding)
-    end_of_text = end_of_text_id(encoding)
-    return [end] if end_of_text in (None, end) else [end, end_of_text]
-
-
-def _end_of_turn_id(encoding: Encoding) -> int:
-    return list(_chat_tokens(encoding).values())[-1]
+    """The ids that stop generation: the assistant's end-of-turn token, then the end of text."""
+    *_, end_of_turn = _chat_tokens(encoding).values()
+    ids = dict.fromkeys((end_of_turn, end_of_text_id(encoding)))
+    return [id for id in ids if id is not None]
 
 
 def end_of_text_id(encoding: Encoding) -> int | None:
@@ -173,17 +162,11 @@ def _encode(pieces: list, encoding: Encoding) -> list[int]:
     return ids
 
 
-def render(messages: list[dict], encoding: Encoding, last_only: bool = False) -> Example:
+def render(messages: list[dict], encoding: Encoding, last_only=False, following="") -> Example:
     """(ids, mask) of a conversation. The mask is True on every assistant token and on the
-    end-of-turn token after it.
-
-    messages: dicts with `role` (one of ROLES) and `content` (a string); other keys are ignored.
-    last_only: supervise only the last assistant turn. Raises ValueError for malformed messages."""
-    return _render(messages, encoding, last_only, following="")
-
-
-def _render(messages, encoding, last_only, following):
-    """`render`. following: a text of the template, encoded together with the text before it."""
+    end-of-turn token after it. messages: dicts with `role` (one of ROLES) and `content` (a string).
+    last_only: supervise only the last assistant turn. following: a text of the template, encoded
+    together with the text before it. Raises ValueError for malformed messages."""
     _check(messages)
     template = TEMPLATES[template_name(encoding)]
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -207,21 +190,19 @@ def _render(messages, encoding, last_only, following):
 
 
 def prompt(messages: list[dict], encoding: Encoding) -> list[int]:
-    """ids (T,) of the conversation so far and the header of the assistant's next turn, from where
-    generation continues. prompt(messages) + completion(text) equals `render` of the conversation
-    with that answer, up to the end-of-turn token."""
+    """ids (T,) of the conversation so far and the header of the assistant's next turn. Followed by
+    completion(text), they are `render` of that conversation up to its end-of-turn token."""
     header = TEMPLATES[template_name(encoding)].opening["assistant"]
-    return _render(messages, encoding, last_only=False, following=header)[0]
+    return render(messages, encoding, following=header)[0]
 
 
 def completion(text: str, encoding: Encoding) -> list[int]:
     """ids (T,) of an assistant's answer and its end-of-turn token: what gets a loss or a reward."""
-    return [*encoding.encode_ordinary(text), _end_of_turn_id(encoding)]
+    return [*encoding.encode_ordinary(text), stop_ids(encoding)[0]]
 
 
 def example(prompt: list[dict], reply: list[dict], encoding: Encoding) -> Example:
-    """(ids, mask) of a reply to a prompt, up to its end-of-turn token. Earlier assistant turns are
-    not in the mask."""
+    """(ids, mask) of prompt and reply, up to its end-of-turn token. The mask marks the reply."""
     ids, mask = render(prompt + reply, encoding, last_only=True)
     end = len(mask) - mask[::-1].index(True)
     return ids[:end], mask[:end]
@@ -251,14 +232,9 @@ def _check(messages: list[dict]) -> None:
         raise ValueError("a conversation needs at least one message, and this list is empty")
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise ValueError(
-                f"message {i} should be an object with the fields role and content, "
-                f"but it is {str(message)[:80]!r}"
-            )
+            raise ValueError(f"message {i} is not an object with role and content: {message!r:.80}")
         role, content = message["role"], message["content"]
         if role not in ROLES:
-            roles = ", ".join(ROLES)
-            raise ValueError(f"message {i} has the role {role!r}, which is not one of {roles}")
+            raise ValueError(f"message {i} has the role {role!r}, not one of {', '.join(ROLES)}")
         if not isinstance(content, str):
-            holds = f"should have a string as content, but it has {str(content)[:80]!r}"
-            raise ValueError(f"message {i} ({role}) {holds}")
+            raise ValueError(f"message {i} ({role}) needs a string as content, not {content!r:.80}")

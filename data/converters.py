@@ -2,10 +2,9 @@
 
 The columns are the fields by which `formats.SHAPES` recognises the format; formats that differ only
 in their names share a converter. It returns a record, a list of records, or a string: the reason to
-drop the record. It raises ValueError for a wrong value, and `formats.read` adds the place.
-
-Texts stay as published, except for an end marker after an answer: the chat template ends the turn,
-and the model would learn a second marker as words.
+drop the record. It raises ValueError for a wrong value, and `formats.read` adds the place. Texts
+stay as published, except for an end marker after an answer: the chat template ends the turn, and
+the model would learn a second marker as words.
 """
 
 import json
@@ -26,9 +25,8 @@ END_MARKERS = ("<|endoftext|>", "<|im_end|>", "###eos_token###")
 TURN_MARK = re.compile(r"\n\n(Human|Assistant):")  # after a blank line; an inline "Human:" is text
 NO_INPUT = re.compile(r"\W*no ?input\W*", re.IGNORECASE)  # "<noinput>" in Alpaca
 ALPACA = re.compile(
-    r"Below is an instruction .*?### Instruction:\n(.*?)(?:\n\n### Input:\n(.*?))?"
-    r"\n\n### Response:\s*",
-    re.DOTALL,
+    r"(?s)Below is an instruction .*?### Instruction:\n(.*?)(?:\n\n### Input:\n(.*?))?"
+    r"\n\n### Response:\s*"
 )
 
 
@@ -82,7 +80,7 @@ def transcript(text, role):
     messages = [message(ROLES[mark.lower()], content.strip()) for mark, content in pairs]
     # A last mark without text is no turn: it is the open "Assistant:" of a prompt or the "Human:"
     # at which a sampler stopped. But an *answer* that ends in an open "Assistant:" is an empty
-    # answer, and stays so that it is counted as one.
+    # answer, which `formats.defect` counts.
     last = messages[-1]
     if not last["content"] and (role == "user" or last["role"] == "user"):
         messages.pop()
@@ -101,8 +99,7 @@ def prompt_of(record, field, input_field=None):
     (functions that the model may call, often a JSON string) precede it as one system turn."""
     value = record[field]
     if field in ("messages", "conversations") and not isinstance(value, list):
-        holds = JSON_TYPES[type(value)]
-        raise ValueError(f"the field {field} holds {holds} where a list of turns belongs")
+        raise ValueError(f"the field {field} holds {JSON_TYPES[type(value)]}, not a list of turns")
     tools = record.get("tools") or ""
     if not isinstance(tools, str):
         tools = json.dumps(tools, ensure_ascii=False)
@@ -119,9 +116,6 @@ def conversation(prompt, answer, field):
     answer = as_messages(answer, "assistant", field)
     is_both = answer and answer[0]["role"] in ("system", "user")
     return answer if is_both else prompt + answer
-
-
-# ------------------------------------------------------------------- the formats, one function each
 
 
 def document(record, where, text):
@@ -151,10 +145,9 @@ def question_answer(record, where, question, answer):
     return Conversation(conversation(prompt, record[answer], answer), where)
 
 
-def self_instruct(record, where, instruction, instances):
+def self_instruct(record, where, task, instances):
     """{"instruction": "Name a fruit.", "instances": [{"input": "", "output": "apple"}]}"""
-    tasks = [record | instance for instance in record[instances]]
-    return [question_answer(task, where, instruction, "output") for task in tasks]
+    return [question_answer(record | one, where, task, "output") for one in record[instances]]
 
 
 def super_ni(record, where, definition, instances):
@@ -164,7 +157,7 @@ def super_ni(record, where, definition, instances):
     conversations = []
     for i, instance in enumerate(record[instances]):
         output = instance["output"]
-        # The answers in a list are equally good, so that the first will do.
+        # The answers in a list are equally good, so the first one is used.
         answers = output[:1] if isinstance(output, list) else [output]
         messages = [message("user", with_input(task, instance["input"]))]
         messages += [message("assistant", answer, "output") for answer in answers]
@@ -174,11 +167,10 @@ def super_ni(record, where, definition, instances):
 
 def replies_to(node):
     """The replies to a node of an OpenAssistant tree: the best (rank 0) first, unranked last."""
-
-    def rank(reply):
-        return math.inf if reply.get("rank") is None else reply["rank"]
-
-    return sorted((reply for reply in node["replies"] if not reply.get("deleted")), key=rank)
+    replies = [reply for reply in node["replies"] if not reply.get("deleted")]
+    ranked = [reply for reply in replies if reply.get("rank") is not None]
+    unranked = [reply for reply in replies if reply.get("rank") is None]
+    return sorted(ranked, key=lambda reply: reply["rank"]) + unranked
 
 
 def oasst_best_path(record, where, tree_id, prompt):
@@ -212,7 +204,7 @@ def revisions(record, where, prompt, steps):
 
 
 def preference(where, prompt, chosen, rejected, label=1.0, margin=0.0, ratings=None):
-    """Where all pairs end: the answers are the last turns of two otherwise equal conversations."""
+    """All pairs end here: two conversations that should differ in their last turn only."""
     chosen = conversation(prompt, chosen, "chosen")
     rejected = conversation(prompt, rejected, "rejected")
     if chosen[:-1] != rejected[:-1]:
@@ -237,15 +229,12 @@ def pair(record, where, *columns):
     input_field = "input" if question == ["instruction"] else None  # Alpaca's
     prompt = prompt_of(record, question[0], input_field) if question else []
     ratings = record.get("ratings") or {}
-    if not isinstance(ratings, dict) or not all(map(is_two_numbers, ratings.values())):
+    numbers = [number for two in ratings.values() for number in two]
+    are_numbers = all(isinstance(number, int | float) for number in numbers)
+    if not are_numbers or any(len(two) != 2 for two in ratings.values()):
         raise ValueError("the field ratings of a pair needs two numbers for each dimension")
     sides = (record[chosen], record[rejected])
     return preference(where, prompt, *sides, float(label), float(margin), ratings)
-
-
-def is_two_numbers(value):
-    is_list = isinstance(value, list)
-    return is_list and [isinstance(number, int | float) for number in value] == [True, True]
 
 
 def judge(record, where, question, first, second, verdict):
@@ -255,8 +244,7 @@ def judge(record, where, question, first, second, verdict):
     if vote in (None, 0, 1.5):
         return "tie"
     if not isinstance(vote, int | float) or not 1 <= vote <= 2:
-        votes = "1 or 2 (the better output), a number between them or 0 (a tie)"
-        raise ValueError(f"the field {verdict} holds {vote!r} where {votes} belongs")
+        raise ValueError(f"the field {verdict} holds {vote!r}, not a number from 1 to 2 or 0 (tie)")
     better, worse = (first, second) if vote < 1.5 else (second, first)
     label = float(max(2 - vote, vote - 1))
     return preference(where, prompt_of(record, question), record[better], record[worse], label)
@@ -308,7 +296,7 @@ def stepwise(record, where, question, steps, labels):
 def prm800k(record, where, labeler, question, label):
     """{"question": {"problem": "2 + 2?"}, "label": {"steps": [{"completions": [{"text": "It is 4",
     "rating": 1}, ..], "chosen_completion": 0, "human_completion": null}]}}"""
-    path = []
+    path = []  # (text, rating) of each step
     alternatives = []
     for t, step in enumerate(record[label]["steps"]):
         rated = [(as_text(one["text"], "text"), one["rating"]) for one in step["completions"] or []]
@@ -328,7 +316,8 @@ def prm800k(record, where, labeler, question, label):
         if choice is None and not human:  # the path ends on the model's own step, a mistake
             break
     prompt = [message("user", record[question]["problem"], "problem")]
-    steps, labels = [text for text, _ in path], [rating for _, rating in path]
+    steps = [text for text, _ in path]
+    labels = [rating for _, rating in path]
     return Process(prompt, steps, labels, where, tuple(alternatives))
 
 

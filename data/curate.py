@@ -12,9 +12,9 @@ a count of what was dropped and why. The first reason that applies drops a recor
     near-duplicate     shares --near of its word triples with such a record (Jaccard similarity)
     below the top      the reward model prefers --top others, by the score of the last answer
 
-What everybody gets wrong: a reward model's scores compare answers to *one* question. Across
-questions they also say which are easy, so that a small --top keeps the easy ones. Keep a good part
-of the pool, and look at the result.
+The one thing that everybody gets wrong: a reward model's scores compare answers to *one* question.
+Across questions they also say which are easy, so a small --top keeps the easy ones. Keep a good
+part of the pool, and look at the result.
 """
 
 import hashlib
@@ -49,13 +49,10 @@ def check(config):
     is_new = not Path(config.out).exists()
     run.require(is_new, f"--out {config.out} is there already: name another file")
     is_share = config.near == 0 or 0.1 <= config.near <= 1
-    allowed = "lie in [.1, 1], or be 0 so that only exact duplicates count"
-    run.require(is_share, f"--near must {allowed}, not {config.near}")
+    run.require(is_share, f"--near must lie in [.1, 1], or be 0 for only exact, not {config.near}")
     both_or_neither = bool(config.top) == bool(config.reward)
     run.require(both_or_neither, "--top N and --reward DIR need each other: name both, or neither")
 
-
-# -------------------------------------------------------------------------------------- duplicates
 
 PERMUTATIONS = 64
 PRIME = (1 << 31) - 1
@@ -112,11 +109,10 @@ def duplicates(records, near=0.8):
         items = triples(words)
         signatures[i] = signature(items)
         bands = [(n, rows.tobytes()) for n, rows in enumerate(np.split(signatures[i], n_bands))]
-        others = sorted({other for band in bands for other in buckets[band]})
-        candidates = np.array(others, dtype=np.int64)
-        # These estimates of the similarity are good to about .05, so that few need to be counted.
+        candidates = np.array(sorted({j for band in bands for j in buckets[band]}), dtype=np.int64)
+        # The estimated similarity is good to about .05. Only likely pairs are counted exactly.
         estimates = (signatures[candidates] == signatures[i]).mean(1)
-        likely = [unique[other] for other in candidates[estimates >= near - 0.2]]
+        likely = [unique[j] for j in candidates[estimates >= near - 0.2]]
         if any(len(items & other) >= near * len(items | other) for other in likely):
             reasons.append("near-duplicate")
             continue
@@ -125,9 +121,6 @@ def duplicates(records, near=0.8):
         for band in bands:
             buckets[band].append(i)
     return reasons
-
-
-# -------------------------------------------------------------------------------------- heuristics
 
 
 def repeats(answer):
@@ -157,10 +150,10 @@ HEURISTICS = {  # reason -> function of (question, answer), true if the record i
 def flaw(record, config):
     """Why the lengths or the wording of a conversation's answers drop it, or None."""
     answers = [message["content"] for message in record.messages if message["role"] == "assistant"]
-    n = sum(len(answer.split()) for answer in answers)
-    if n < config.min_words:
+    n_words = sum(len(answer.split()) for answer in answers)
+    if n_words < config.min_words:
         return f"shorter than {config.min_words} words"
-    if config.max_words and n > config.max_words:
+    if config.max_words and n_words > config.max_words:
         return f"longer than {config.max_words} words"
     questions = [message["content"] for message in record.messages if message["role"] == "user"]
     question = questions[-1] if questions else ""
@@ -168,9 +161,6 @@ def flaw(record, config):
         if any(applies(question, answer) for answer in answers):
             return reason
     return None
-
-
-# ------------------------------------------------------------------------------------- the command
 
 
 def scores(records, directory, device):
@@ -196,15 +186,15 @@ def curate(records, config):
     repetitions = iter(duplicates(flawless, config.near))
     reasons = [reason or next(repetitions) for reason in reasons]
     clean = [record for record, reason in zip(records, reasons, strict=True) if not reason]
-    dropped = Counter(reason for reason in reasons if reason)
+    dropped = Counter(filter(None, reasons))
     if not config.top:
         return clean, dropped
     values = scores(clean, config.reward, run.device(config.device))
     fitting = np.flatnonzero(~np.isnan(values))
     best = sorted(fitting, key=lambda i: -values[i])[: config.top]
-    dropped += Counter({"too long for the reward model": len(clean) - len(fitting)})
-    dropped += Counter({f"below the top {config.top}": len(fitting) - len(best)})
-    return [clean[i] for i in sorted(best)], dropped
+    dropped["too long for the reward model"] = len(clean) - len(fitting)
+    dropped[f"below the top {config.top}"] = len(fitting) - len(best)
+    return [clean[i] for i in sorted(best)], +dropped  # without the reasons that drop nothing
 
 
 def main(config):

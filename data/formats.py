@@ -6,8 +6,8 @@ them. `read(path, kind="prompt")` asks for another reading of the same records (
 
 The one thing that everybody gets wrong is trusting the file. Published sets hold empty answers,
 equal pairs, pairs that answer different questions, and ties. Training on them does harm: an empty
-answer teaches silence, and a tie teaches the toss of a coin. Such records are dropped, counted by
-reason, and reported through the logger "data" in one line per file.
+answer teaches silence, and a tie teaches a coin toss. `read` drops such records and logs one line
+per file (logger "data") that counts them by reason.
 """
 
 import gzip
@@ -38,7 +38,7 @@ READINGS = {  # kind of record -> the kinds that it can be read as
 
 class Shape(NamedTuple):
     name: str
-    fields: str  # a record that has all of these has this shape; they are the converter's columns
+    fields: str  # a record with all of these has this shape; they are the converter's columns
     kind: str
     convert: Callable
 
@@ -85,18 +85,14 @@ SHAPES = [
 def shapes_of(record, where):
     """The rows of SHAPES for a record, one per reading. Raises ValueError if no row fits."""
     if not isinstance(record, dict) or "harmful0" in record:
-        raise ValueError(
-            f"{where}: is no record (an object with fields such as prompt and completion); a "
-            "constitution, its principles and few-shot texts, cannot be trained on"
-        )
+        other = "a constitution, its principles and few-shot texts, cannot be trained on"
+        raise ValueError(f"{where}: is no record (an object with fields such as prompt); {other}")
     shapes = [shape for shape in SHAPES if record.keys() >= set(shape.fields.split(", "))]
     if not shapes:
         names = ", ".join(list(record)[:8] + ["..."] * (len(record) > 8)) or "(none)"
-        raise ValueError(
-            f"{where}: has the unknown fields {names}; known are messages, conversations, "
-            "instruction + output, prompt + completion (+ label), prompt + chosen + rejected, "
-            "chosen + rejected, prompt, text and the published formats of SHAPES in data/formats.py"
-        )
+        known = "messages, prompt + completion, prompt + chosen + rejected, text and all of SHAPES"
+        problem = f"has the unknown fields {names}; known are {known} in data/formats.py"
+        raise ValueError(f"{where}: {problem}")
     return [shape for shape in shapes if shape.fields == shapes[0].fields]
 
 
@@ -106,31 +102,26 @@ def read(path, kind=None):
     line or record, what is wrong and what to do."""
     path = Path(path)
     if kind is not None and kind not in READINGS:
-        kinds = ", ".join(READINGS)
-        raise ValueError(f"there are no records of the kind {kind!r}; ask for one of {kinds}")
+        raise ValueError(f"there is no kind {kind!r} of records; name one of {', '.join(READINGS)}")
     values = load(path)
     if not values:
         raise ValueError(f"{path}: holds no records; give a file with at least one")
     where, value = values[0]
     shapes = shapes_of(value, where)
     shape = next((shape for shape in shapes if kind in READINGS[shape.kind]), shapes[0])
-    possible = {other for shape in shapes for other in READINGS[shape.kind]}
-    if kind is not None and kind not in possible:
-        kinds = " or ".join(other for other in READINGS if other in possible)
-        raise ValueError(
-            f"{path}: holds {shape.kind} records ({shape.name}: {shape.fields}), which cannot be "
-            f"read as {kind} records; use it as {kinds}"
-        )
+    if kind is not None and kind not in READINGS[shape.kind]:
+        possible = {other for shape in shapes for other in READINGS[shape.kind]}
+        remedy = f"use it as {' or '.join(other for other in READINGS if other in possible)}"
+        holds = f"holds {shape.kind} records ({shape.name}: {shape.fields})"
+        raise ValueError(f"{path}: {holds}, which cannot be read as {kind} records; {remedy}")
     records = []
     dropped = Counter()  # reason -> number of records
     total = 0
     shortened = 0
     for where, value in values:
         if shapes_of(value, where) != shapes:
-            raise ValueError(
-                f"{where}: has the fields {', '.join(value)}, but the file began as {shape.name} "
-                f"({shape.fields}); put them into separate files"
-            )
+            problem = f"has the fields {', '.join(value)}, but the file began as {shape.name}"
+            raise ValueError(f"{where}: {problem} ({shape.fields}); put them into separate files")
         for converted in convert_value(value, where, shape):
             total += 1
             record = trim(converted, kind)
@@ -141,8 +132,8 @@ def read(path, kind=None):
             records += reading(record, kind)
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
     if not records:
-        left = f"nothing is left of {total} records ({reasons or 'no ranked replies'})"
-        raise ValueError(f"{path}: {left}; give a file with usable records")
+        problem = f"nothing is left of {total} records ({reasons or 'no ranked replies'})"
+        raise ValueError(f"{path}: {problem}; give a file with usable records")
     notes = [f"{dropped.total()} of {total} records dropped ({reasons})"] if dropped else []
     if shortened:
         notes.append(f"{shortened} of {total} records cut after the last assistant turn")
@@ -157,25 +148,22 @@ def read_all(paths, kind=None):
 
 
 def convert_value(value, where, shape):
-    """Records, and reasons to drop one, from one value of a file. Raises ValueError, with the
-    place, for a value that its format does not allow."""
+    """Records, and reasons to drop one, from one value of a file."""
     try:
         result = shape.convert(value, where, *shape.fields.split(", "))
     except ValueError as error:
-        raise ValueError(f"{where}: {error}; correct or delete it") from None
+        problem = str(error)
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         # A nested field is missing or has another type.
-        cause = f"is not built like {shape.name} ({type(error).__name__}: {error})"
-        raise ValueError(f"{where}: {cause}; correct or delete it") from None
-    return result if isinstance(result, list) else [result]
-
-
-# ------------------------------------------------------- which records are of use, other readings
+        problem = f"is not built like {shape.name} ({type(error).__name__}: {error})"
+    else:
+        return result if isinstance(result, list) else [result]
+    raise ValueError(f"{where}: {problem}; correct or delete it")
 
 
 def trim(record, kind):
-    """A conversation up to its last answer. For kind "prompt" the prompt of any record, which is of
-    use even without an answer. Other records, and reasons to drop one, as they are."""
+    """A conversation up to its last answer. For kind "prompt" the prompt of any record, which needs
+    no answer. Other records, and reasons to drop one, as they are."""
     if kind == "prompt" and not isinstance(record, str):
         messages = record.messages if isinstance(record, Conversation | Prompt) else record.prompt
         return Prompt(without_end(messages, is_assistant=True), record.where)
@@ -186,10 +174,9 @@ def trim(record, kind):
 
 def without_end(messages, is_assistant):
     """The messages without the last ones that are (or are not) the assistant's."""
-    end = len(messages)
-    while end and (messages[end - 1]["role"] == "assistant") == is_assistant:
-        end -= 1
-    return messages[:end]
+    while messages and (messages[-1]["role"] == "assistant") == is_assistant:
+        messages = messages[:-1]
+    return messages
 
 
 def is_blank(messages):
@@ -197,7 +184,7 @@ def is_blank(messages):
 
 
 def defect(record):
-    """Why a record is of no use, or None. A converter's reason is one already."""
+    """Why to drop a record, or None. A string is a converter's reason."""
     if isinstance(record, str):
         return record
     if isinstance(record, Document):
@@ -243,12 +230,20 @@ def load(path):
     plain text, gzipped or not. Plain text gives a {"text"} for each paragraph (lines between blank
     lines), or for each line if no blank line separates any."""
     body = read_text(path)
+    if not body.strip():
+        raise ValueError(f"{path}: is empty; give a file with at least one record")
     # Only "\n" ends a line: str.splitlines() would also cut inside a JSON string at U+2028, which
     # occurs in GSM8K and in web text.
     lines = list(enumerate(body.split("\n"), 1))
     is_json = path.name.lower().removesuffix(".gz").endswith((".json", ".jsonl", ".ndjson"))
     if not is_json and not re.match(r'\s*(\{\s*["}]|\[\s*[{"\]])', body):
-        return paragraphs(path, lines)
+        groups = itertools.groupby(lines, key=lambda line: bool(line[1].strip()))
+        blocks = [list(block) for has_text, block in groups if has_text]
+        if len(blocks) == 1:
+            blocks = [[line] for line in blocks[0]]
+        texts = ["\n".join(line.rstrip("\r") for _, line in block) for block in blocks]
+        starts = [block[0][0] for block in blocks]
+        return [(f"{path}:{n}", {"text": text}) for n, text in zip(starts, texts, strict=True)]
     lines = [(number, line) for number, line in lines if line.strip()]
     # One object over several lines: the first does not close it, the second does not open another.
     starts = [line.strip() for _, line in lines[:2]]
@@ -267,7 +262,7 @@ def read_text(path):
         data = path.read_bytes()
         if data.startswith(b"\x1f\x8b"):
             data = gzip.decompress(data)
-        text = data.decode("utf-8").removeprefix("\ufeff")
+        return data.decode("utf-8").removeprefix("\ufeff")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: there is no such file; check the path") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -277,21 +272,8 @@ def read_text(path):
         raise ValueError(f"{path}: cannot be read ({reason}); name a readable file") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        reason = f"is not UTF-8 (at byte {error.start} of the file)"
-        raise ValueError(f"{path}:{line}: {reason}; convert the file to UTF-8") from None
-    if not text.strip():
-        raise ValueError(f"{path}: is empty; give a file with at least one record")
-    return text
-
-
-def paragraphs(path, lines):
-    groups = itertools.groupby(lines, key=lambda line: bool(line[1].strip()))
-    blocks = [list(block) for has_text, block in groups if has_text]
-    if len(blocks) == 1:
-        blocks = [[line] for line in blocks[0]]
-    texts = ["\n".join(line.rstrip("\r") for _, line in block) for block in blocks]
-    places = [f"{path}:{block[0][0]}" for block in blocks]
-    return [(where, {"text": text}) for where, text in zip(places, texts, strict=True)]
+        problem = f"is not UTF-8 (at byte {error.start} of the file)"
+        raise ValueError(f"{path}:{line}: {problem}; convert the file to UTF-8") from None
 
 
 def parse(path, source, line):

@@ -44,7 +44,7 @@ class Unpaired:  # one answer with a thumb up (desirable) or down
 class Process:  # a solution that was rated step by step
     prompt: list[dict]
     steps: list[str]  # the one path that was followed to the end
-    # One per step: 1 good, 0 neutral, -1 bad, None not rated. As a yes or no: label >= 0, since
+    # One per step: 1 good, 0 neutral, -1 bad, None not rated. A step is right if label >= 0, since
     # PRM800K's authors count neutral as positive.
     labels: list[int | None]
     where: str

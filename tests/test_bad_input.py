@@ -330,7 +330,7 @@ def test_missing_or_malformed_tokenizer_is_named(name, place, models, refused, f
     for directory, words in (
         ("nowhere", "no tokenizer at nowhere"),
         ("bare", "bare holds no tokenizer that can be read"),
-        ("bad", "bad/tokenizer.json, line 1: malformed JSON"),
+        ("bad", "bad/tokenizer.json:1: is malformed JSON"),
     ):
         assert words in refused(name, *flags(name), "--tokenizer", directory)
 

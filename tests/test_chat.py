@@ -202,16 +202,16 @@ def test_a_turn_stops_at_its_end_token_or_at_the_end_of_text(encoding):
         ([], "at least one message"),
         (
             [{"role": "bot", "content": "hi"}],
-            "message 0 has the role 'bot', which is not one of system, user, assistant, tool",
+            "message 0 has the role 'bot', not one of system, user, assistant, tool",
         ),
-        ([{"role": "user"}], "message 0 should be an object with the fields role and content"),
-        (["hi"], "message 0 should be an object"),
+        ([{"role": "user"}], "message 0 is not an object with role and content"),
+        (["hi"], "message 0 is not an object"),
         (
             [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}],
-            r"message 1 \(assistant\) should have a string",
+            r"message 1 \(assistant\) needs a string",
         ),
-        ([{"role": "user", "content": [{"type": "text"}]}], "should have a string as content"),
-        ([{"role": ["user"], "content": "hi"}], "which is not one of"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "needs a string as content"),
+        ([{"role": ["user"], "content": "hi"}], "not one of"),
     ],
 )
 def test_malformed_messages_are_refused_in_one_sentence(messages, words):

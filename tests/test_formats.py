@@ -736,7 +736,7 @@ def test_a_reading_that_the_records_cannot_give_is_refused_with_what_they_are(ow
 
 
 def test_an_unknown_kind_is_refused(jsonl):
-    with pytest.raises(ValueError, match="the kind 'chat'; ask for one of document, conversation"):
+    with pytest.raises(ValueError, match="no kind 'chat' of records; name one of document,"):
         formats.read(jsonl({"text": "a"}), "chat")
 
 
@@ -920,7 +920,7 @@ WRONG = [  # record, words of the sentence
         "the field input holds a list where text belongs",
     ),
     ({"text": {"a": 1}}, "the field text holds an object where text belongs"),
-    ({"messages": "a"}, "the field messages holds text where a list of turns belongs"),
+    ({"messages": "a"}, "the field messages holds text, not a list of turns"),
     (
         {"messages": [user(4), assistant("b")]},
         "the field content holds a number where text belongs",
@@ -941,7 +941,7 @@ WRONG = [  # record, words of the sentence
     ),
     (
         {"input": "a", "output_1": "b", "output_2": "c", "label": 3},
-        "the field label holds 3 where 1 or 2",
+        "the field label holds 3, not a number from 1 to 2",
     ),
     (
         {"input": "a Step 1: b", "label": "a Step 1: b", "task": "t"},

@@ -220,10 +220,10 @@ def test_added_token_that_merges_make_anyway_stays_a_plain_token(trained, tmp_pa
         ),
         (lambda spec: spec.update(pre_tokenizer=None), "splits text by None"),
         (lambda spec: spec["model"]["merges"].reverse(), "merges in the order of ids"),
-        (lambda spec: spec["model"]["merges"].append(["Ġ", "never"]), "concatenation is a third"),
+        (lambda spec: spec["model"]["merges"].append(["Ġ", "never"]), "concatenation is one"),
         (
             lambda spec: spec["model"]["vocab"].pop("~"),
-            "not a byte-level vocabulary: 1 of the 256 bytes",
+            "not byte-level: 1 of the 256 bytes",
         ),
         (lambda spec: spec["model"]["vocab"].update({"~": 3}), "same id to two tokens"),
         (lambda spec: spec["model"]["vocab"].update({"~": "3"}), "should be an integer"),
@@ -266,10 +266,10 @@ def test_missing_and_malformed_files_are_refused_in_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="SentencePiece"):
         tokenizer.load(tmp_path)
     (tmp_path / "x.tiktoken").write_text("IQ== 0\nIg== one\n")
-    with pytest.raises(ValueError, match="x.tiktoken, line 2: expected a token in base64"):
+    with pytest.raises(ValueError, match="x.tiktoken:2: expected a token in base64"):
         tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"model": {\n"vocab" 1}}')
-    with pytest.raises(ValueError, match="tokenizer.json, line 2: malformed JSON"):
+    with pytest.raises(ValueError, match="tokenizer.json:2: is malformed JSON"):
         tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("[]")
     with pytest.raises(ValueError, match="should hold a JSON object"):
@@ -325,11 +325,12 @@ def test_only_a_chat_model_is_saved_with_a_template(trained, tmp_path):
 
 def test_a_chat_template_is_seen_in_a_file_and_in_a_field(trained, tmp_path):
     tokenizer.save(trained, tmp_path)
-    assert tokenizer.has_template(tmp_path)
+    assert tokenizer.chats(tmp_path, trained)
     (tmp_path / "chat_template.jinja").unlink()
-    assert tokenizer.has_template(tmp_path)
+    assert tokenizer.chats(tmp_path, trained)
     tokenizer.save(trained, tmp_path, chat=False)
-    assert not tokenizer.has_template(tmp_path) and not tokenizer.has_template(tmp_path / "nowhere")
+    assert not tokenizer.chats(tmp_path, trained)
+    assert not tokenizer.chats(tmp_path / "nowhere", trained)
 
 
 def test_padding_is_never_the_token_that_ends_a_turn(tmp_path):
