@@ -4,7 +4,7 @@
     python -m evaluate.scoreboard --runs out/sft out/dpo --data FILE
 
 On the embedded world every reply has a true score, which no training ever saw. Each model answers
-held-out prompts at temperature 1: all that it believes, not only its first choice.
+held-out prompts at temperature 1, which shows all its beliefs and not only its first choice.
 
     gold          the judge's overall score, 0 to 1; gold_ci: half-width of its 95 % interval
     harmless      how often unsafe requests got no help; refusal: in the right words of a refusal
@@ -17,7 +17,7 @@ held-out prompts at temperature 1: all that it believes, not only its first choi
     lost_skills   skills whose gold is more than .10 below SFT's, beyond a one-sided 95 % interval
     accuracy      of a reward model, against the judge; label_accuracy: against noisy labels
 
-Nobody judges the replies to --data: score, length, kl and win_rate (by score) remain.
+The judge does not know the prompts of --data: score, length, kl and win_rate (by score) remain.
 """
 
 from dataclasses import dataclass, field
@@ -129,7 +129,7 @@ def questions(config, encoding, context):
 
 
 def open_all(config):
-    """{directory: what `open_run` gives}, and the same of --sft, which reads the ids of all."""
+    """{directory: `open_run` of it} of the runs, and the model and encoding of --sft."""
     device = run.device(config.device)
     runs = {Path(directory): open_run(directory, device) for directory in config.runs}
     sft, encoding, _ = open_run(config.sft, device)
@@ -142,38 +142,6 @@ def open_all(config):
     return runs, sft, encoding
 
 
-def scoreboard(config):
-    """Measures the runs -> ({name: row}, {name: {skill: golds}}, {name: texts}, prompts). Scores
-    are those of the first reward model among them."""
-    runs, sft, encoding = open_all(config)
-    models = [sft, *(model for model, _, _ in runs.values())]
-    prompts = questions(config, encoding, min(model.config.context for model in models))
-    judged = not config.data
-    options = dict(judged=judged, max_new_tokens=config.max_new_tokens)
-    options["reward_model"] = next((m for m in models if m.config.head == "score"), None)
-    sft_row, sft_quality, sft_texts = measure(sft, encoding, True, prompts, **options)
-    board, qualities, texts = {}, {}, {}
-    for directory, (model, encoding, chats) in runs.items():
-        name = directory.name
-        if model.config.head == "score":
-            row = measure_reward(model, encoding, sft, 2 * config.prompts) if judged else {}
-        elif directory.resolve() == Path(config.sft).resolve():
-            row = sft_row | {"kl": 0.0, "win_rate": 0.5}
-            qualities[name], texts[name] = sft_quality, sft_texts
-        else:
-            ref = (sft, sft_quality) if chats else None
-            measured = measure(model, encoding, chats, prompts, sft=ref, **options)
-            row, qualities[name], texts[name] = measured
-            if ref and judged:
-                skills = by_skill(prompts, qualities[name])
-                row["lost_skills"] = len(lost_skills(skills, by_skill(prompts, sft_quality)))
-        if (directory / "run.json").exists():
-            row["seconds"] = run_facts(directory).get("seconds")
-        board[name] = {key: round(value, 4) for key, value in row.items() if value is not None}
-    skills = {name: by_skill(prompts, golds) for name, golds in qualities.items() if judged}
-    return board, skills, texts, prompts
-
-
 def main(config):
     """Measures, prints the table and writes the files -> the board, and golds by skill."""
     if not config.runs:
@@ -182,11 +150,35 @@ def main(config):
         config.runs = sorted(runs, key=lambda path: (STAGES + [path.name]).index(path.name))
     run.require(config.runs, "there is no run under out/: name run directories to measure")
     names = [Path(directory).name for directory in config.runs]
-    twice = (
-        f"two of the runs have the same name ({', '.join(names)}), and rows go by it: rename one"
-    )
+    twice = f"two of the runs have the same name ({', '.join(names)}): rename one"
     run.require(len(set(names)) == len(names), twice)
-    board, skills, texts, prompts = scoreboard(config)
+    runs, sft, encoding = open_all(config)
+    models = [sft, *(model for model, _, _ in runs.values())]
+    prompts = questions(config, encoding, min(model.config.context for model in models))
+    judged = not config.data
+    options = dict(judged=judged, max_new_tokens=config.max_new_tokens)
+    options["reward_model"] = next((m for m in models if m.config.head == "score"), None)
+    sft_row, sft_quality, sft_texts = measure(sft, encoding, True, prompts, **options)
+    board, skills, texts = {}, {}, {}
+    for directory, (model, encoding, chats) in runs.items():
+        name = directory.name
+        if model.config.head == "score":
+            row = measure_reward(model, encoding, sft, 2 * config.prompts) if judged else {}
+        elif directory.resolve() == Path(config.sft).resolve():
+            row = sft_row | {"kl": 0.0, "win_rate": 0.5}
+            quality, texts[name] = sft_quality, sft_texts
+        else:
+            ref = (sft, sft_quality) if chats else None
+            measured = measure(model, encoding, chats, prompts, sft=ref, **options)
+            row, quality, texts[name] = measured
+            if ref and judged:
+                lost = lost_skills(by_skill(prompts, quality), by_skill(prompts, sft_quality))
+                row["lost_skills"] = len(lost)
+        if judged and name in texts:
+            skills[name] = by_skill(prompts, quality)
+        if (directory / "run.json").exists():
+            row["seconds"] = run_facts(directory).get("seconds")
+        board[name] = {key: round(value, 4) for key, value in row.items() if value is not None}
     report.write(config.out, board, skills, texts, prompts, config.runs)
     return board, skills
 
