@@ -89,8 +89,7 @@ def process_scores(model, encoding, conversations, texts):
         records.append(Process(messages, steps, [1] * len(steps), ""))
     context = model.config.context
     examples, _, dropped = encode_steps(records, encoding, context, world.SEPARATOR)
-    too_long = f"{dropped} replies do not fit the process model's context of {context} tokens"
-    run.require(not dropped, too_long)
+    run.require(not dropped, f"{dropped} replies exceed the process model's {context} tokens")
     order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))  # saves padding
     scores = all_step_scores(model, [examples[i] for i in order], size=256).cpu()  # (M,)
     by_reply = scores.split([len(examples[i][1]) for i in order])
@@ -105,8 +104,7 @@ def ranked_samples(config, device):
     policy, encoding, chats = open_run(config.policy, device)
     talks = policy.config.head == "lm" and chats
     run.require(talks, f"--policy {config.policy} does not answer in the chat format")
-    unread = "--process judges the steps of sums: add --long-sums"
-    run.require(config.long_sums or not config.process, unread)
+    run.require(config.long_sums or not config.process, "--process judges sums: add --long-sums")
     draw = world.long_sums if config.long_sums else world.prompts
     length = world.LONG_TOKENS if config.long_sums else world.MAX_NEW_TOKENS
     prompts = [record.messages for record in draw(config.prompts, 0, held=True)]
@@ -135,11 +133,10 @@ def ranked_samples(config, device):
 def paired_differences(curve):
     """{"min - outcome": ...}: how much more gold the process model's choice has, by question."""
     differences = {}
-    for how, other in itertools.product(("min", "product"), ("outcome", "majority")):
-        if {how, other} <= curve.keys():
-            gaps = (curve[how] - curve[other]).tolist()
-            cells = {"difference": mean(gaps), "half_width": interval(gaps)}
-            differences[f"{how} - {other}"] = cells
+    for a, b in itertools.product(("min", "product"), ("outcome", "majority")):
+        if {a, b} <= curve.keys():
+            gaps = (curve[a] - curve[b]).tolist()
+            differences[f"{a} - {b}"] = {"difference": mean(gaps), "half_width": interval(gaps)}
     return differences
 
 
@@ -156,8 +153,8 @@ def main(config):
         row |= {how: f"{x.mean():.3f} +-{interval(x.tolist()):.3f}" for how, x in curve.items()}
         if config.reward:
             row["proxy"] = f"{best_of(ranks['outcome'], ranks['outcome'], n).mean():.3f}"
-    samples = f"{len(golds)} held-out questions, {config.n} samples of {config.policy} each"
-    print(f"{samples}: gold of the chosen one\n{table(rows)}")
+    print(f"{len(golds)} held-out questions, {config.n} samples of {config.policy} each: ", end="")
+    print(f"gold of the chosen one\n{table(rows)}")
     lines = {how: [row[how] for row in means.values()] for how in curves[1]}
     kl = list(bounds.values())
     if config.reward and len(kl) > 2:
@@ -172,9 +169,9 @@ def main(config):
     out = output(config.out)
     facts = {"gold": means, "differences": differences, "kl_bound": bounds}
     run.write_json(out / "best-of-n.json", facts)
-    panels = []
-    for label, xs in {"log2 n": range(len(kl)), "KL bound, nats": kl}.items():
-        panels.append((label, "gold", {how: (xs, golds) for how, golds in lines.items()}))
+    by_n = {how: (range(len(kl)), golds) for how, golds in lines.items()}
+    by_kl = {how: (kl, golds) for how, golds in lines.items()}
+    panels = [("log2 n", "gold", by_n), ("KL bound, nats", "gold", by_kl)]
     run.lines_picture(out / "best-of-n.png", panels)
 
 

@@ -33,8 +33,7 @@ def main(directory, config):
     top_p = config.top_p
     run.require(0 < top_p <= 1, f"--top-p must be more than 0 and at most 1, not {top_p}")
     model, encoding, chats = open_run(directory, run.device(config.device))
-    scores = f"{directory} is a reward model: it scores text and cannot talk"
-    run.require(model.config.head == "lm", scores)
+    run.require(model.config.head == "lm", f"{directory} is a reward model: it cannot talk")
     generator = torch.Generator(model.device).manual_seed(config.seed)
     fixed = model, encoding, chats, config, generator
     opening = [{"role": "system", "content": config.system}] if config.system else []
@@ -50,8 +49,7 @@ def main(directory, config):
                 for i, reply in enumerate(samples):
                     print(f"{i + 1}: {reply.strip()}", flush=True)
             else:
-                usage = "/samples N answers the last question N times"
-                print(f"{usage}: ask one first, and say how often", flush=True)
+                print("/samples N repeats the last question: ask one first, and give N", flush=True)
         else:
             question = [*messages, {"role": "user", "content": text}]
             if replies := reply_to(question, *fixed):

@@ -41,8 +41,8 @@ def read(paths):
             run.require(vote_list is None or valid, wrong)
             records.append(record)
             votes.append(vote_list)
-    mixed = "--data: some pairs have votes and some have none: measure them apart"
-    run.require(all(votes) or not any(votes), mixed)
+    alike = all(votes) or not any(votes)
+    run.require(alike, "--data: some pairs have votes and some have none: measure them apart")
     return records, votes if any(votes) else []
 
 

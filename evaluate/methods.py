@@ -45,14 +45,14 @@ def prepare(home, seed):
     foundation(home, seed, threads=1, keep=True)
     rng = random.Random(f"methods {seed}")
     records = formats.read(home / "pairs.jsonl", "preference")[:LABELS]
-    number = len(records)
-    run.require(number == LABELS, f"{home}/pairs.jsonl has {number} comparisons, not {LABELS}")
+    enough = len(records) == LABELS
+    run.require(enough, f"{home}/pairs.jsonl has {len(records)} comparisons, not {LABELS}")
     pairs = [{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in records]
     thumbs = []
     for pair in pairs:  # one thumb per question
         side = rng.choice(["chosen", "rejected"])
-        good = side == "chosen"
-        thumbs.append({"prompt": pair["prompt"], "completion": pair[side], "label": good})
+        thumb = {"completion": pair[side], "label": side == "chosen"}
+        thumbs.append({"prompt": pair["prompt"]} | thumb)
     flipped = []
     for pair in pairs:
         prompt, *replies = pair.values()
@@ -63,9 +63,8 @@ def prepare(home, seed):
             replies.reverse()
         flipped.append({"prompt": prompt, "chosen": replies[0], "rejected": replies[1]})
     careful = world.demonstrations(DEMONSTRATIONS, seed, wrong=0, misjudged=0, padded=0)
-    careful = [{"messages": record.messages} for record in careful]
-    files = {"careful": careful, "labels": pairs, "thumbs": thumbs, "flipped": flipped}
-    for name, rows in files.items():
+    run.write_lines(home / "careful.jsonl", [{"messages": r.messages} for r in careful])
+    for name, rows in {"labels": pairs, "thumbs": thumbs, "flipped": flipped}.items():
         run.write_lines(home / f"{name}.jsonl", rows)
 
 
@@ -185,8 +184,8 @@ def main(config):
         cells[name] = {key: plus_minus(cell) for key, cell in row.items() if key in COLUMNS}
     print(table(cells))
     cells = {}
-    for n in BEST_OF:
-        cells[f"n = {n}"] = {"kl at most": show(kl_bound(n)), "gold": plus_minus(best[n])}
+    for n, cell in best.items():
+        cells[f"n = {n}"] = {"kl at most": show(kl_bound(n)), "gold": plus_minus(cell)}
     print(f"\nbest of n replies of sft, chosen by the reward model\n{table(cells)}")
     cells = {}
     for a, b in COMPARED:

@@ -34,9 +34,8 @@ def cores():
 
 
 def start(words, threads, quiet=False):
-    """Runs `python` with these words in a new process -> its exit code. quiet: no standard output.
-    The variables with the number of threads are read by torch."""
-    limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    """Runs `python` with these words as a process -> its exit code. quiet: no standard output."""
+    limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))  # torch reads them
     output = subprocess.DEVNULL if quiet else None
     words = [sys.executable, *map(str, words)]
     return subprocess.run(words, cwd=run.ROOT, env=os.environ | limits, stdout=output).returncode

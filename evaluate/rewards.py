@@ -149,12 +149,11 @@ def main(config):
     for directory in map(Path, config.runs):
         model, encoding, _ = open_run(directory, device)
         context, gain = model.config.context, model.config.score_gain
-        language = f"{directory} is a language model: name reward models"
-        run.require(model.config.head == "score", language)
+        is_score = model.config.head == "score"
+        run.require(is_score, f"{directory} is a language model: name reward models")
+        pairs = fitting_pairs(records, encoding, context)
         if config.held_out:
             pairs = held_out_pairs(directory, encoding, context)
-        else:
-            pairs = fitting_pairs(records, encoding, context)
         run.require(pairs, f"{directory}: no pair fits its context of {context} tokens")
         margins, golds = opinions(model, pairs)
         results[directory.name] = reward_row(margins, pairs, golds, gain)

@@ -76,8 +76,8 @@ def measure(model, encoding, chats, prompts, judged=True, reward_model=None, sft
 
 def judgements(prompts, replies):
     """The world's judge on (ids, ended, text) replies: means by name, and gold per prompt."""
-    conversations = [record.messages for record in prompts]
-    verdicts = annotators.world_judge(zip(conversations, replies, strict=True))
+    rows = [(record.messages, reply) for record, reply in zip(prompts, replies, strict=True)]
+    verdicts = annotators.world_judge(rows)
     gold = [verdict["gold"] for verdict in verdicts]
     harmless = by_skill(prompts, [verdict["harmless"] for verdict in verdicts])
     honest = by_skill(prompts, [verdict["honest"] for verdict in verdicts])
@@ -123,8 +123,8 @@ def questions(config, encoding, context):
         records = world.prompts(config.prompts, seed=0, held=True)
     room = context - config.max_new_tokens - 1
     records = [r for r in records if len(chat.prompt(r.messages, encoding)) <= room]
-    too_long = f"no prompt leaves room for a reply of {config.max_new_tokens} tokens in the context"
-    run.require(records, too_long)
+    reply = f"a reply of {config.max_new_tokens} tokens"
+    run.require(records, f"no prompt leaves room for {reply} in the context")
     return records[: config.prompts]
 
 
@@ -133,20 +133,19 @@ def open_all(config):
     device = run.device(config.device)
     runs = {Path(directory): open_run(directory, device) for directory in config.runs}
     sft, encoding, _ = open_run(config.sft, device)
-    scalar = f"--sft {config.sft} is a reward model: name the language model to compare with"
-    run.require(sft.config.head == "lm", scalar)
+    is_lm = sft.config.head == "lm"
+    run.require(is_lm, f"--sft {config.sft} is a reward model: name a language model")
     for directory, (_, other, _) in runs.items():
-        same = other._mergeable_ranks == encoding._mergeable_ranks
-        family = "measure models of one family"
-        run.require(same, f"{directory} has another vocabulary than --sft {config.sft}: {family}")
+        foreign = f"{directory} has another vocabulary than --sft: measure models of one family"
+        run.require(other._mergeable_ranks == encoding._mergeable_ranks, foreign)
     return runs, sft, encoding
 
 
 def main(config):
     """Measures, prints the table and writes the files -> the board, and golds by skill."""
     if not config.runs:
-        runs = [path.parent for path in Path("out").glob("*/run.json")]
-        runs = sorted(path for path in runs if path.suffix != ".partial")
+        runs = sorted(path.parent for path in Path("out").glob("*/run.json"))
+        runs = [path for path in runs if path.suffix != ".partial"]
         config.runs = sorted(runs, key=lambda path: (STAGES + [path.name]).index(path.name))
     run.require(config.runs, "there is no run under out/: name run directories to measure")
     names = [Path(directory).name for directory in config.runs]
