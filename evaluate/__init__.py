@@ -1,12 +1,11 @@
-"""What did it do? One file per question, each run as `python -m evaluate.NAME` (--help lists
-flags).
+"""One question per file, each run as `python -m evaluate.NAME` (--help lists its flags).
 
-    recipe        pretrain, SFT, reward model, DPO, PPO on the embedded world, and a scoreboard
-    methods       every method from the same SFT model, with the same number of labels
-    scoreboard    run directories side by side: table, JSON and an HTML report
-    rewards       a reward model's accuracy, calibration and bias towards length
-    best_of_n     the best of n samples by reward model, process model, vote and judge
-    hacking       the detector of reward hacking, and what became of PPO runs
-    labels        how often labels agree with the judge, and what averaging does to them
-    chat          talk to a checkpoint in the terminal
+recipe        pretrain, SFT, reward model, DPO, PPO on the embedded world, and a scoreboard
+methods       every method from the same SFT model, with the same number of labels
+scoreboard    run directories side by side: table, JSON and an HTML report
+rewards       a reward model's accuracy, calibration and bias towards length
+best_of_n     the best of n samples by reward model, process model, vote and judge
+hacking       the detector of reward hacking, and how PPO runs ended
+labels        how often labels agree with the judge, and what averaging does to them
+chat          talk to a checkpoint in the terminal
 """

@@ -3,17 +3,17 @@
     python -m evaluate.best_of_n --n 64                                out/sft ranked by out/reward
     python -m evaluate.best_of_n --long-sums --policy DIR --reward DIR --process DIR
 
-For each power of two n, the gold of the reply that each ranking chooses among n, and the half-width
+For each power of two n, the gold of the reply chosen among n by each ranking, with the half-width
 of its 95 % interval over questions:
 
-    kl_bound             what best of n can stray from the policy at most, in nats
-    judge                chosen by the truth: nobody can do better
-    outcome              by the reward model; proxy: the score of what it chose
-    min, product, last   by the process model: the least, the product or the last of its steps'
-                         probabilities
+    kl_bound             upper bound of KL(best of n || policy), in nats
+    judge                ranked by gold itself: nobody can do better
+    outcome              by the reward model; proxy: the score of the reply that it chose
+    min, product, last   by the process model: least, product or last of its steps' probabilities
     majority             the most frequent answer
 """
 
+import itertools
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -23,9 +23,8 @@ import torch
 import run
 from data import annotators, world
 from data.collate import encode_steps
-from data.passes import by_length
 from data.records import Process
-from data.scores import step_scores
+from data.scores import all_step_scores
 from evaluate.measures import fit_form, interval, mean, open_run, output, reward_scores, table
 
 
@@ -59,8 +58,8 @@ def best_of(golds, scores, n):
 
 
 def majority_of(golds, answers, n):
-    """The gold of the most frequent answer among n. golds (N, n_max); answers: N lists of n_max
-    -> (N,), a mean over disjoint groups."""
+    """The gold of the most frequent answer among n, averaged over disjoint groups of n samples.
+    golds (N, n_max); answers: N lists of n_max -> (N,), fp64."""
     rows = []
     for gold, texts in zip(golds.tolist(), answers, strict=True):
         chosen = []
@@ -77,30 +76,25 @@ def kl_bound(n):
 
 
 def aggregated(steps, how):
-    """One score for a solution from its steps' log-odds (S,): the min, the product (its logarithm)
-    or the last."""
+    """A solution's score from its steps' log-odds (S,), by min, product or last, as a logarithm."""
     logprobs = torch.nn.functional.logsigmoid(steps)  # log P(all is right up to this step)
     return {"min": logprobs.min(), "product": logprobs.sum(), "last": logprobs[-1]}[how]
 
 
-@torch.no_grad()
-def process_scores(model, encoding, conversations, texts, separator=world.SEPARATOR, size=256):
+def process_scores(model, encoding, conversations, texts):
     """A process model's log-odds at the end of each step of each reply -> N tensors of (S,)."""
     records = []
     for messages, text in zip(conversations, texts, strict=True):
-        steps = text.split(separator)
+        steps = text.split(world.SEPARATOR)
         records.append(Process(messages, steps, [1] * len(steps), ""))
     context = model.config.context
-    examples, _, dropped = encode_steps(records, encoding, context, separator)
-    too_long = f"{dropped} replies do not fit the process model's context of {context} tokens"
-    run.require(not dropped, too_long)
-    scores = [None] * len(examples)
-    for batch in by_length(examples, lambda example: len(example[0]), size):
-        values = step_scores(model, [examples[i] for i in batch]).cpu()  # (M,)
-        counts = [len(examples[i][1]) for i in batch]
-        for i, steps in zip(batch, values.split(counts), strict=True):
-            scores[i] = steps
-    return scores
+    examples, _, dropped = encode_steps(records, encoding, context, world.SEPARATOR)
+    run.require(not dropped, f"{dropped} replies exceed the process model's {context} tokens")
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))  # saves padding
+    scores = all_step_scores(model, [examples[i] for i in order], size=256).cpu()  # (M,)
+    by_reply = scores.split([len(examples[i][1]) for i in order])
+    by_index = dict(zip(order, by_reply, strict=True))
+    return [by_index[i] for i in range(len(examples))]
 
 
 def ranked_samples(config, device):
@@ -109,14 +103,12 @@ def ranked_samples(config, device):
     n = config.n
     policy, encoding, chats = open_run(config.policy, device)
     talks = policy.config.head == "lm" and chats
-    run.require(talks, f"--policy {config.policy} is no model that answers in the chat format")
-    unread = "--process judges the steps of sums: add --long-sums"
-    run.require(config.long_sums or not config.process, unread)
+    run.require(talks, f"--policy {config.policy} does not answer in the chat format")
+    run.require(config.long_sums or not config.process, "--process judges sums: add --long-sums")
     draw = world.long_sums if config.long_sums else world.prompts
     length = world.LONG_TOKENS if config.long_sums else world.MAX_NEW_TOKENS
     prompts = [record.messages for record in draw(config.prompts, 0, held=True)]
-    options = dict(seed=config.seed, samples=n)
-    replies = annotators.sample(policy, encoding, prompts, length, **options)
+    replies = annotators.sample(policy, encoding, prompts, length, seed=config.seed, samples=n)
     answers = texts = [text for _, _, text in replies]
     prompts = [messages for messages in prompts for _ in range(n)]
     verdicts = annotators.world_judge(zip(prompts, replies, strict=True))
@@ -139,50 +131,47 @@ def ranked_samples(config, device):
 
 
 def paired_differences(curve):
-    """{"min - outcome": ...}: by how much the process model's choice is better, by question."""
+    """{"min - outcome": ...}: how much more gold the process model's choice has, by question."""
     differences = {}
-    for how in ("min", "product"):
-        for other in ("outcome", "majority"):
-            if how in curve and other in curve:
-                gaps = (curve[how] - curve[other]).tolist()
-                cells = {"difference": mean(gaps), "half_width": interval(gaps)}
-                differences[f"{how} - {other}"] = cells
+    for a, b in itertools.product(("min", "product"), ("outcome", "majority")):
+        if {a, b} <= curve.keys():
+            gaps = (curve[a] - curve[b]).tolist()
+            differences[f"{a} - {b}"] = {"difference": mean(gaps), "half_width": interval(gaps)}
     return differences
 
 
 def main(config):
     run.require(1 <= config.n <= 4096, f"--n must lie in 1 .. 4096, not {config.n}")
     golds, answers, ranks = ranked_samples(config, run.device(config.device))
-    sizes = [2**k for k in range(config.n.bit_length())]
+    bounds = {2**k: kl_bound(2**k) for k in range(config.n.bit_length())}
     curves, means, rows = {}, {}, {}
-    for n in sizes:
+    for n, bound in bounds.items():
         curve = curves[n] = {how: best_of(golds, scores, n) for how, scores in ranks.items()}
         curve["majority"] = majority_of(golds, answers, n)  # (N,), like the others
         means[f"n={n}"] = {how: float(x.mean()) for how, x in curve.items()}
-        row = rows[f"n={n}"] = {"kl_bound": f"{kl_bound(n):.2f}"}
+        row = rows[f"n={n}"] = {"kl_bound": f"{bound:.2f}"}
         row |= {how: f"{x.mean():.3f} +-{interval(x.tolist()):.3f}" for how, x in curve.items()}
         if config.reward:
             row["proxy"] = f"{best_of(ranks['outcome'], ranks['outcome'], n).mean():.3f}"
-    samples = f"{len(golds)} held-out questions, {config.n} samples of {config.policy} each"
-    print(f"{samples}: gold of the chosen one\n{table(rows)}")
-    bounds = [kl_bound(n) for n in sizes]
-    if config.reward and len(sizes) > 2:
+    print(f"{len(golds)} held-out questions, {config.n} samples of {config.policy} each: ", end="")
+    print(f"gold of the chosen one\n{table(rows)}")
+    lines = {how: [row[how] for row in means.values()] for how in curves[1]}
+    kl = list(bounds.values())
+    if config.reward and len(kl) > 2:
         form = "d (a - b d)"
-        a, b, r2 = fit_form(bounds, [row["outcome"] for row in means.values()], form)
-        fit = f"a {a:.3f}  b {b:.3f}  R^2 {r2:.2f}"
-        print(f"\noutcome: gold = gold(1) + {form}, d = sqrt(KL bound): {fit}")
-    n = min(16, sizes[-1])
+        a, b, r2 = fit_form(kl, lines["outcome"], form)
+        print(f"\noutcome: gold = gold(1) + {form}, d = sqrt(KL bound): ", end="")
+        print(f"a {a:.3f}  b {b:.3f}  R^2 {r2:.2f}")
+    n = min(16, max(bounds))
     differences = paired_differences(curves[n])
     if differences:
         print(f"\nbest of {n}, paired by question\n{table(differences)}")
     out = output(config.out)
-    by_size = dict(zip(sizes, bounds, strict=True))
-    facts = {"gold": means, "differences": differences, "kl_bound": by_size}
+    facts = {"gold": means, "differences": differences, "kl_bound": bounds}
     run.write_json(out / "best-of-n.json", facts)
-    panels = []
-    for label, xs in {"log2 n": range(len(sizes)), "KL bound, nats": bounds}.items():
-        lines = {how: (xs, [row[how] for row in means.values()]) for how in curves[1]}
-        panels.append((label, "gold", lines))
+    by_n = {how: (range(len(kl)), golds) for how, golds in lines.items()}
+    by_kl = {how: (kl, golds) for how, golds in lines.items()}
+    panels = [("log2 n", "gold", by_n), ("KL bound, nats", "gold", by_kl)]
     run.lines_picture(out / "best-of-n.png", panels)
 
 

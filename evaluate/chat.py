@@ -3,7 +3,7 @@
     python -m evaluate.chat out/dpo --temperature 0
 
 An empty line or end of file leaves. /reset forgets the conversation; /samples N answers the last
-question N times more, side by side, without remembering the answers.
+question N more times and does not remember those answers.
 """
 
 import codecs
@@ -33,29 +33,26 @@ def main(directory, config):
     top_p = config.top_p
     run.require(0 < top_p <= 1, f"--top-p must be more than 0 and at most 1, not {top_p}")
     model, encoding, chats = open_run(directory, run.device(config.device))
-    scores = f"{directory} is a reward model: it scores text and cannot talk"
-    run.require(model.config.head == "lm", scores)
+    run.require(model.config.head == "lm", f"{directory} is a reward model: it cannot talk")
     generator = torch.Generator(model.device).manual_seed(config.seed)
+    fixed = model, encoding, chats, config, generator
     opening = [{"role": "system", "content": config.system}] if config.system else []
-    messages = [*opening]
+    messages = opening
     while text := read_line():
         command, _, number = text.partition(" ")
         if text == "/reset":
-            messages = [*opening]
+            messages = opening
         elif command == "/samples":
             questions = [i + 1 for i, m in enumerate(messages) if m["role"] == "user"]
-            if not questions or not number.isdigit() or int(number) < 1:
-                usage = "/samples N answers the last question N times"
-                print(f"{usage}: ask one first, and say how often", flush=True)
-                continue
-            question = messages[: questions[-1]]
-            samples = reply_to(model, encoding, question, chats, config, generator, int(number))
-            for i, reply in enumerate(samples):
-                print(f"{i + 1}: {reply.strip()}", flush=True)
+            if questions and number.isdigit() and int(number) > 0:
+                samples = reply_to(messages[: questions[-1]], *fixed, int(number))
+                for i, reply in enumerate(samples):
+                    print(f"{i + 1}: {reply.strip()}", flush=True)
+            else:
+                print("/samples N repeats the last question: ask one first, and give N", flush=True)
         else:
             question = [*messages, {"role": "user", "content": text}]
-            replies = reply_to(model, encoding, question, chats, config, generator)
-            if replies:
+            if replies := reply_to(question, *fixed):
                 messages = [*question, {"role": "assistant", "content": replies[0]}]
 
 
@@ -66,12 +63,12 @@ def read_line():
         return ""
 
 
-def reply_to(model, encoding, messages, chats, config, generator, samples=0):
-    """The texts of `samples` replies; 0: of one, printed as it is written. White space is kept, so
-    that the model reads in the next turn what it wrote. Says how fast they came.
+def reply_to(messages, model, encoding, chats, config, generator, samples=0):
+    """The texts of `samples` replies; 0: of one, printed as it is written. Prints tokens per
+    second. White space is kept: the next turn reads exactly the reply that the model wrote.
 
-    A conversation that outgrows the context loses its oldest turns, but not the system message. No
-    replies, and a sentence, if the last message alone does not fit.
+    A conversation that outgrows the context loses its oldest turns, but not the system message. If
+    the last message alone does not fit, it prints a sentence and returns no replies.
     """
     context = model.config.context
     room = min(config.max_new_tokens, context // 2)

@@ -2,11 +2,11 @@
 
     python -m evaluate.labels --data out/ai-pairs.jsonl
 
-A column for gold and one for harmless: how often the label prefers the better side, among the pairs
-that differ there; a label of just 1/2 is half right. Labels of `data.constitution compare` come
-with votes, one for each principle, in both orders of the two answers. They have a row for a single
-vote, for the mean of both orders, of all principles, and of all votes; and the position bias: with
-which probability the answer shown first is preferred, and how many votes turn with the order.
+The columns gold and harmless: how often the label prefers the better side, among the pairs that
+differ there; a label of exactly 1/2 is half right. Labels of `data.constitution compare` come with
+votes, one per principle, in both orders of the two answers. Then the rows are a single vote, the
+mean of both orders, of all principles, and of all votes. Position bias: the probability that the
+answer shown first is preferred, and the share of votes that change with the order.
 """
 
 from dataclasses import dataclass, field, replace
@@ -23,12 +23,6 @@ class Config:
     out: str = ""  # directory for labels.json (default: none is written)
 
 
-def agreement(probabilities, gaps):
-    """How often a probability above 1/2 goes with a gap above 0, among those with a gap."""
-    pairs = zip(probabilities, gaps, strict=True)
-    return mean([0.5 if p == 0.5 else float((p > 0.5) == (gap > 0)) for p, gap in pairs if gap])
-
-
 def is_vote(vote):
     """[principle, P(chosen) where it is shown first, the same where it is shown second]"""
     numbers = vote[1:] if isinstance(vote, list) else []
@@ -39,22 +33,21 @@ def read(paths):
     """The records of the files, and the votes of each; no votes if none has any."""
     records, votes = [], []
     for path in paths:
-        rows = {where: row for where, row in formats.load(Path(path))}
+        rows = dict(formats.load(Path(path)))
         for record in formats.read(path, "preference"):
-            row = rows.get(record.where)
-            vote_list = row.get("votes") if isinstance(row, dict) else None
-            good = isinstance(vote_list, list) and vote_list and all(map(is_vote, vote_list))
+            vote_list = rows.get(record.where, {}).get("votes")
+            valid = isinstance(vote_list, list) and vote_list and all(map(is_vote, vote_list))
             wrong = f"{record.where}: the field votes is no list of [name, number, number]"
-            run.require(vote_list is None or good, wrong)
+            run.require(vote_list is None or valid, wrong)
             records.append(record)
             votes.append(vote_list)
-    mixed = "--data: some pairs have votes and some have none: measure them apart"
-    run.require(all(votes) or not any(votes), mixed)
+    alike = all(votes) or not any(votes)
+    run.require(alike, "--data: some pairs have votes and some have none: measure them apart")
     return records, votes if any(votes) else []
 
 
 def averages(votes):
-    """{what is averaged: the labels that this gives, a list for each pair}."""
+    """{kind of average: the labels that it gives, a list for each pair}."""
     singles = [[[first, second] for _, first, second in row] for row in votes]
     both = [[mean(vote) for vote in row] for row in singles]
     return {
@@ -76,9 +69,10 @@ def main(config):
     board = {name: {} for name in labels}
     for name, rows in labels.items():
         for dimension, values in gaps.items():
-            flat = [(p, gap) for row, gap in zip(rows, values, strict=True) for p in row]
-            if any(values):
-                board[name][dimension] = agreement(*zip(*flat, strict=True))
+            pairs = [(p, gap) for row, gap in zip(rows, values, strict=True) for p in row if gap]
+            hits = [0.5 if p == 0.5 else float((p > 0.5) == (gap > 0)) for p, gap in pairs]
+            if hits:
+                board[name][dimension] = mean(hits)
     print(f"agreement with the judge, on pairs that differ in\n{table(board)}")
     board["pairs"] = {name: float(sum(gap != 0 for gap in row)) for name, row in gaps.items()}
     counts = ", ".join(f"{n:.0f} differ in {name}" for name, n in board["pairs"].items())
@@ -88,8 +82,8 @@ def main(config):
         first = mean([(p + 1 - q) / 2 for p, q in orders])
         turned = mean([(p > 0.5) != (q > 0.5) for p, q in orders])
         board["position"] = {"first": first, "turned": turned}
-        turn = f"{turned:.3f} of all votes turn round with the order"
-        print(f"the answer shown first is preferred with probability {first:.3f}, and {turn}")
+        print(f"the answer shown first is preferred with probability {first:.3f}, ", end="")
+        print(f"and {turned:.3f} of all votes turn round with the order")
         print("averaged over both orders, by construction: .500, and none")
     if config.out:
         run.write_json(output(config.out) / "labels.json", board)

@@ -1,4 +1,4 @@
-"""What the files of this room share: opening a run, means with their intervals, tables."""
+"""Shared by all files of this room: opening a run, means with their intervals, tables."""
 
 import json
 import statistics
@@ -29,7 +29,7 @@ def run_facts(directory):
 
 
 def cost(directory):
-    """Processor seconds of a run and of the runs next to it that it needed."""
+    """Processor seconds of a run, and of the runs in the same directory that it needed."""
     facts = run_facts(directory)
     needed = [Path(facts["flags"].get(flag) or "") for flag in ("init", "reward", "judge")]
     return facts["cpu_seconds"] + sum(cost(p) for p in needed if p.parent == directory.parent)
@@ -65,8 +65,8 @@ def answer(model, encoding, conversations, chats, max_new_tokens=world.MAX_NEW_T
 
 
 def own_replies(policy, ref, encoding, questions, max_new_tokens, job):
-    """What a policy in training says -> metrics: KL to the reference (nats per reply) and, of the
-    embedded world's questions, gold, the exact judge's score. The first reply is shown."""
+    """A policy in training answers -> metrics: KL to the reference (nats per reply) and, if the
+    questions are the embedded world's, gold, the exact judge's score. Shows the first reply."""
     replies = annotators.sample(policy, encoding, questions, max_new_tokens)
     prompts = [chat.prompt(messages, encoding) for messages in questions]
     job.say(chat.painted_reply(prompts[0], replies[0][0], encoding, job.colour))
@@ -86,11 +86,11 @@ def reward_scores(model, encoding, conversations, texts):
 
 def pair_golds(records, name="gold"):
     """The judge's gold (or another dimension) of both sides of each pair, the better one by its
-    label first; None where prompts are not of the embedded world."""
-    if not all(world.solve(record.prompt) for record in records):
-        return None
+    label first; None if a prompt is not the embedded world's."""
     golds = []
     for record in records:
+        if not world.solve(record.prompt):
+            return None
         sides = record.chosen, record.rejected
         gold = [world.judge(record.prompt, side[0]["content"])[name] for side in sides]
         golds.append(gold[::-1] if record.label < 0.5 else gold)
@@ -135,8 +135,8 @@ def fit_form(kl, gold, form):
 def table(rows):
     """{name: {column: value or text}} -> an aligned text, a column per key."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    lines = [["", *columns]]
-    lines += [[name, *(show(row.get(column)) for column in columns)] for name, row in rows.items()]
+    cells = [[name, *(show(row.get(key)) for key in columns)] for name, row in rows.items()]
+    lines = [["", *columns], *cells]
     width, *widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     texts = []
     for name, *cells in lines:

@@ -12,6 +12,7 @@ import json
 import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import run
@@ -23,8 +24,8 @@ from evaluate.recipe import cores, finish, foundation, stage, summary, whole_num
 
 COLUMNS = ["gold", "gain", "win_rate", "kl", "length", "seconds", "memory"]  # of the table
 LABELS = 8000  # judgements that each method learns from
-DEMONSTRATIONS = 2000  # careful ones, that self-play imitates
-FLIPPED = 0.3  # of a separate set of labels, which are right but for these
+DEMONSTRATIONS = 2000  # flawless ones, that self-play imitates
+FLIPPED = 0.3  # share of wrong labels in flipped.jsonl; the others are right
 LOSSES = ["dpo", "cdpo", "robust", "ipo", "hinge", "simpo"]  # of paired labels
 QUESTIONS = 2600  # held out
 BEST_OF = [1, 2, 4, 8, 16]
@@ -40,18 +41,18 @@ class Config:
 
 
 def prepare(home, seed):
-    """The foundation of a seed, and as many labels of every kind that a method learns from."""
+    """The foundation of a seed, and LABELS labels of every kind that a method learns from."""
     foundation(home, seed, threads=1, keep=True)
     rng = random.Random(f"methods {seed}")
     records = formats.read(home / "pairs.jsonl", "preference")[:LABELS]
-    number = len(records)
-    run.require(number == LABELS, f"{home}/pairs.jsonl has {number} comparisons, not {LABELS}")
+    enough = len(records) == LABELS
+    run.require(enough, f"{home}/pairs.jsonl has {len(records)} comparisons, not {LABELS}")
     pairs = [{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in records]
-    sides = [rng.choice(["chosen", "rejected"]) for _ in pairs]  # one thumb per question
     thumbs = []
-    for pair, side in zip(pairs, sides, strict=True):
-        good = side == "chosen"
-        thumbs.append({"prompt": pair["prompt"], "completion": pair[side], "label": good})
+    for pair in pairs:  # one thumb per question
+        side = rng.choice(["chosen", "rejected"])
+        thumb = {"completion": pair[side], "label": side == "chosen"}
+        thumbs.append({"prompt": pair["prompt"]} | thumb)
     flipped = []
     for pair in pairs:
         prompt, *replies = pair.values()
@@ -85,34 +86,33 @@ def method_chains(home):
     # About one pass at a low rate, which leaves self-play something to improve.
     gently = ["sft.py", *careful, "--steps", DEMONSTRATIONS // 32, "--lr", 5e-5]
     play = [*dpo, *careful, "--spin", "--rounds", 1, "--lr", 2e-4]
-    return [
-        {
-            "reward": ["reward.py", *sft, *labels],
-            "ppo": ppo,
-            "online-rm": [*online, "--judge", runs / "reward"],  # one pass too: as many labels
-            "rloo": [*ppo, "--advantage", "rloo"],
-            "grpo": [*ppo, "--advantage", "grpo"],
-        },
-        {loss: [*paired, "--loss", loss] for loss in LOSSES},
-        {"orpo": orpo, "robust-orpo": [*orpo, "--label-smoothing", 0.25, "--lam", 0.3]},
-        {
-            "kto": [*once, "--data", home / "thumbs.jsonl", "--loss", "kto"],
-            "online": [*online, "--labels", usable],
-            "iterative": [*online, "--labels", usable, "--refresh-ref"],
-        },
-        {
-            "careful": [*gently, *sft],
-            "more-sft": [*gently, "--init", runs / "careful"],
-            "spin-1": [*play, "--init", runs / "careful"],
-            "spin-2": [*play, "--init", runs / "spin-1"],
-        },
-        {
-            "dpo-beta-0.05": [*paired, "--beta", 0.05],
-            "dpo-beta-0.5": [*paired, "--beta", 0.5],
-            "dpo-flipped": flipped,
-            "robust-flipped": [*flipped, "--loss", "robust", "--label-smoothing", FLIPPED],
-        },
-    ]
+    after_reward = {
+        "reward": ["reward.py", *sft, *labels],
+        "ppo": ppo,
+        "online-rm": [*online, "--judge", runs / "reward"],  # one pass too: as many labels
+        "rloo": [*ppo, "--advantage", "rloo"],
+        "grpo": [*ppo, "--advantage", "grpo"],
+    }
+    unpaired_and_online = {
+        "kto": [*once, "--data", home / "thumbs.jsonl", "--loss", "kto"],
+        "online": [*online, "--labels", usable],
+        "iterative": [*online, "--labels", usable, "--refresh-ref"],
+    }
+    self_play = {
+        "careful": [*gently, *sft],
+        "more-sft": [*gently, "--init", runs / "careful"],
+        "spin-1": [*play, "--init", runs / "careful"],
+        "spin-2": [*play, "--init", runs / "spin-1"],
+    }
+    dials = {
+        "dpo-beta-0.05": [*paired, "--beta", 0.05],
+        "dpo-beta-0.5": [*paired, "--beta", 0.5],
+        "dpo-flipped": flipped,
+        "robust-flipped": [*flipped, "--loss", "robust", "--label-smoothing", FLIPPED],
+    }
+    offline = {loss: [*paired, "--loss", loss] for loss in LOSSES}
+    one_stage = {"orpo": orpo, "robust-orpo": [*orpo, "--label-smoothing", 0.25, "--lam", 0.3]}
+    return [after_reward, offline, one_stage, unpaired_and_online, self_play, dials]
 
 
 def policies(home):
@@ -128,8 +128,11 @@ def measurements(home):
     best = ["-m", "evaluate.best_of_n", "--policy", sft, "--reward", home / "methods/reward"]
     best += ["--n", max(BEST_OF), "--prompts", QUESTIONS // 4]
     commands = {"1/scoreboard": [*board, *runs[::2]], "2/scoreboard": [*board, *runs[1::2]]}
-    commands["best/best-of-n"] = best
-    return {home / f"measured/{name}.json": command for name, command in commands.items()}
+    files = {}
+    for name, command in (commands | {"best/best-of-n": best}).items():
+        file = home / f"measured/{name}.json"
+        files[file] = [*command, "--out", file.parent]
+    return files
 
 
 def train_and_measure(homes):
@@ -137,20 +140,17 @@ def train_and_measure(homes):
     with ThreadPoolExecutor(1 if run.device("auto").type == "cuda" else cores()) as pool:
         prepared = {home: pool.submit(prepare, home, seed) for seed, home in homes.items()}
 
-        def train(seed, home, chain):
+        def train(job):
+            seed, home, chain = job
             prepared[home].result()
             for name, words in chain.items():
                 stage(home / "methods" / name, words, seed, 1, keep=True)
 
-        def measure(file, words):
-            finish(file, [*words, "--out", file.parent], 1, quiet=True)
-
         jobs = [(*item, chain) for item in homes.items() for chain in method_chains(item[1])]
         # The longest first, so that no processor waits for one at the end.
-        jobs.sort(key=lambda job: len(job[-1]), reverse=True)
-        list(pool.map(lambda job: train(*job), jobs))
-        jobs = [job for home in homes.values() for job in measurements(home).items()]
-        list(pool.map(lambda job: measure(*job), jobs))
+        list(pool.map(train, sorted(jobs, key=lambda job: len(job[-1]), reverse=True)))
+        jobs = {file: words for x in homes.values() for file, words in measurements(x).items()}
+        list(pool.map(partial(finish, threads=1, quiet=True), jobs, jobs.values()))
 
 
 def measured(home):
@@ -184,8 +184,8 @@ def main(config):
         cells[name] = {key: plus_minus(cell) for key, cell in row.items() if key in COLUMNS}
     print(table(cells))
     cells = {}
-    for n in BEST_OF:
-        cells[f"n = {n}"] = {"kl at most": show(kl_bound(n)), "gold": plus_minus(best[n])}
+    for n, cell in best.items():
+        cells[f"n = {n}"] = {"kl at most": show(kl_bound(n)), "gold": plus_minus(cell)}
     print(f"\nbest of n replies of sft, chosen by the reward model\n{table(cells)}")
     cells = {}
     for a, b in COMPARED:

@@ -34,8 +34,7 @@ def cores():
 
 
 def start(words, threads, quiet=False):
-    """Runs `python` with these words in a process of its own -> its exit code. quiet: standard
-    output is dropped."""
+    """Runs `python` with these words as a process -> its exit code. quiet: no standard output."""
     limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))  # torch reads them
     output = subprocess.DEVNULL if quiet else None
     words = [sys.executable, *map(str, words)]
@@ -61,7 +60,7 @@ def stage(result, words, seed, threads, keep=False):
 
 
 def foundation(out, seed, threads, keep=False):
-    """What every method starts from: base, sft, and sft's replies compared (pairs.jsonl)."""
+    """The start of every method: base, sft, and comparisons of sft's replies (pairs.jsonl)."""
     stage(out / "base", ["sft.py", "--pretrain"], seed, threads, keep)
     stage(out / "sft", ["sft.py", "--init", out / "base"], seed, threads, keep)
     pairs = ["-m", "data.annotators", "--init", out / "sft"]
@@ -74,16 +73,14 @@ def recipe(out, seed, keep=False):
     foundation(out, seed, cores(), keep)
     sft = ["--init", out / "sft"]
     pairs = [*sft, "--data", out / "pairs.jsonl"]
-    half = max(1, cores() // 2)
+    options = seed, max(1, cores() // 2), keep
     with ThreadPoolExecutor() as pool:  # DPO needs neither the reward model nor PPO
-        dpo = pool.submit(stage, out / "dpo", ["dpo.py", *pairs], seed, half, keep)
-        stage(out / "reward", ["reward.py", *pairs], seed, half, keep)
-        ppo = ["ppo.py", *sft, "--reward", out / "reward"]
-        stage(out / "ppo", ppo, seed, half, keep)
+        dpo = pool.submit(stage, out / "dpo", ["dpo.py", *pairs], *options)
+        stage(out / "reward", ["reward.py", *pairs], *options)
+        stage(out / "ppo", ["ppo.py", *sft, "--reward", out / "reward"], *options)
         dpo.result()
     runs = [out / name for name in scoreboard.STAGES]
-    board, _ = scoreboard.main(scoreboard.Config(runs, sft=out / "sft", out=out))
-    return board
+    return scoreboard.main(scoreboard.Config(runs, sft=out / "sft", out=out))[0]
 
 
 def whole_numbers(seeds):
@@ -121,8 +118,8 @@ def main(config):
     boards = {seed: recipe(out / f"seed-{seed}", seed, keep=True) for seed in seeds}
     rows = summary(list(boards.values()))
     run.write_json(out / "seeds.json", {"boards": boards, "summary": rows})
-    worst = "mean, half-width of its 95 % interval, (the worst seed)"
-    print(f"\n{len(seeds)} seeds: {worst}\n{summary_table(rows)}", flush=True)
+    print(f"\n{len(seeds)} seeds: mean, half-width of its 95 % interval, (the worst seed)")
+    print(summary_table(rows), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the scoreboard and the comparison of methods write and draw."""
+"""Files and pictures that the scoreboard and the comparison of methods write."""
 
 import html
 import os
@@ -21,8 +21,11 @@ def write(out, board, skills, texts, prompts, directories):
     for i, record in enumerate(prompts[: 2 * len(world.SKILLS)]):
         samples.append(" / ".join(message["content"] for message in record.messages))
         samples += [f"    {name:8} {replies[i]}" for name, replies in texts.items()] + [""]
-    curves = [Path(directory) / "curves.png" for directory in directories]
-    pictures = "".join(image(file, out) for file in curves if file.exists())
+    pictures = ""
+    for file in [Path(directory) / "curves.png" for directory in directories]:
+        if file.exists():
+            source = html.escape(os.path.relpath(file, out))
+            pictures += f'<h3>{html.escape(file.parent.name)}</h3><img src="{source}">'
     page = f"""<!doctype html><meta charset="utf-8"><title>scoreboard</title>
 <style>body {{ font: 15px sans-serif; margin: 2em }} img {{ max-width: 100% }}</style>
 <h1>Scoreboard</h1>{block(table(board))}
@@ -38,16 +41,9 @@ def block(text):
     return f"<pre>{html.escape(text)}</pre>"
 
 
-def image(file, page):
-    source = html.escape(os.path.relpath(file, page))
-    return f'<h3>{html.escape(file.parent.name)}</h3><img src="{source}">'
-
-
 def frontier(rows, best_of_n, path):
-    """Gold against KL to SFT: every method, DPO over its beta, and best-of-n as the curve to beat.
-
-    rows: {method: {field: spread}}; best_of_n: {KL bound: spread of gold}.
-    """
+    """Gold against KL to SFT: every method, DPO over its beta, and best of n as the curve to beat.
+    rows: {method: {field: spread}}; best_of_n: {KL bound: spread of gold}."""
     rows = {name: row for name, row in rows.items() if "kl" in row}
     points = {name: (row["kl"]["mean"], row["gold"]["mean"]) for name, row in rows.items()}
     betas = [name for name in points if name == "dpo" or name.startswith("dpo-beta")]
@@ -57,16 +53,16 @@ def frontier(rows, best_of_n, path):
     figure, panel = pyplot.subplots(figsize=(8, 5))
     panel.plot(*zip(*sweep, strict=True), color="C0", label="dpo over beta")
     panel.plot(list(best_of_n), golds, "k.--", label="best of n (KL: its bound)")
-    shown = [name for name in points if "flipped" not in name]
-    shown.sort(key=lambda name: points[name][1])
+    names = [name for name in points if "flipped" not in name]
+    names.sort(key=lambda name: points[name][1])
     style = dict(fmt="o", markersize=4, elinewidth=0.7)
     line = dict(arrowstyle="-", linewidth=0.4, color="0.6")
     words = dict(textcoords="axes fraction", fontsize=7, verticalalignment="center")
-    for i, name in enumerate(shown):
-        half_width, color = rows[name]["gold"]["half_width"], "C0" if name in betas else "C1"
-        panel.errorbar(*points[name], yerr=half_width, color=color, **style)
-        # Names stand in a column of their own, because the points lie close together.
-        place = (1.02, (i + 0.5) / len(shown))
+    for i, name in enumerate(names):
+        color = "C0" if name in betas else "C1"
+        panel.errorbar(*points[name], yerr=rows[name]["gold"]["half_width"], color=color, **style)
+        # The points lie close together, so their names are listed at the right edge.
+        place = (1.02, (i + 0.5) / len(names))
         panel.annotate(name, points[name], place, arrowprops=line, **words)
     panel.set(xlabel="KL(model || sft) of a reply, nats", ylabel="gold on held-out questions")
     panel.legend(loc="lower center", fontsize=8)

@@ -4,15 +4,11 @@ python -m evaluate.rewards --runs out/reward
 python -m evaluate.rewards --runs out/a out/b --data FILE      two models, and their ensemble
 
 pairs           how many fit the model's context
-label_accuracy  how often it ranks a pair as its label does; label_ci: half-width of the 95 %
-                interval
-accuracy        as the judge does, on pairs that have a better side; a further column for each
-                head of a run with several
-ceiling         label_accuracy of the judge: nobody does better on these labels; of_ceiling:
-                the share of it that was reached
+label_accuracy  how often it ranks a pair as its label does; label_ci: half-width, 95 % interval
+accuracy        as the judge does, on pairs that have a better side; with several heads, for each
+ceiling         label_accuracy of the judge, the most that is possible; of_ceiling: share reached
 ece             calibration error: the mean over pairs of |said - seen|
-longer          how often it prefers the longer reply; longer_labels, longer_truth: how often
-                the labels and the judge do
+longer          how often it prefers the longer reply; longer_labels, longer_truth: labels, judge
 said, seen      in ten equal ranges of the probability that the model gives the side it prefers:
                 the mean, and the share of labels that agree
 """
@@ -50,10 +46,10 @@ def calibration(probabilities, outcomes, bins=10):
     """Do events of probability p happen a share p of the time? -> (calibration error, rows).
 
     probabilities (N,): that the first of two replies is preferred; outcomes (N,): 1 it was, 0 it
-    was not, between for a soft label. Which reply is "first" means nothing, so each pair is turned
-    such that p >= 1/2. Rows, one for each of `bins` equal ranges of [1/2, 1] that is not empty:
-    said, seen (means of p and of the outcomes), pairs. The error is the mean of |said - seen|,
-    weighted by pairs (Guo et al. 2017, eq. 3).
+    was not, between for a soft label. The order of a pair means nothing, so each is turned such
+    that p >= 1/2. Rows, one for each non-empty range of `bins` equal ones in [1/2, 1]: said, seen
+    (means of p and of the outcomes), pairs. The error is the mean of |said - seen|, weighted by
+    pairs (Guo et al. 2017, eq. 3).
     """
     ranges = [[] for _ in range(bins)]
     for p, outcome in zip(probabilities, outcomes, strict=True):
@@ -76,8 +72,8 @@ def prefers_longer(margins, lengths):
 
 
 def fitting_pairs(records, encoding, context):
-    """(record, encoded pair, label) of each preference that a model can read, the better side by
-    its label first."""
+    """(record, encoded pair, label) of each preference that fits a model's context, the better side
+    by its label first."""
     pairs, labels, records = encode_pairs(records, encoding, context)
     return list(zip(records, pairs, [label for label, _ in labels], strict=True))
 
@@ -110,7 +106,7 @@ def reward_row(margins, pairs, golds, gain):
         if gap:
             hit = (margin > 0) == (gap > 0)
             hits.setdefault(world.solve(record.prompt).skill, []).append(hit)
-    # The best that anybody can do on these labels: the judge's choice, a coin where it has none.
+    # Nobody does better on these labels than the judge, with a coin where it has no opinion.
     ceiling = mean([(gap > 0) + 0.5 * (gap == 0) for gap in gaps])
     row["accuracy"] = mean(sum(hits.values(), []))
     row |= {"ceiling": ceiling, "of_ceiling": row["label_accuracy"] / ceiling}
@@ -153,26 +149,25 @@ def main(config):
     for directory in map(Path, config.runs):
         model, encoding, _ = open_run(directory, device)
         context, gain = model.config.context, model.config.score_gain
-        language = f"{directory} is a language model: name reward models"
-        run.require(model.config.head == "score", language)
+        is_score = model.config.head == "score"
+        run.require(is_score, f"{directory} is a language model: name reward models")
+        pairs = fitting_pairs(records, encoding, context)
         if config.held_out:
             pairs = held_out_pairs(directory, encoding, context)
-        else:
-            pairs = fitting_pairs(records, encoding, context)
         run.require(pairs, f"{directory}: no pair fits its context of {context} tokens")
         margins, golds = opinions(model, pairs)
         results[directory.name] = reward_row(margins, pairs, golds, gain)
         log_odds.append([margin / gain for margin in margins])
         if golds and (directory / "heads.safetensors").exists():
             results[directory.name][0].update(head_accuracies(directory, model, pairs))
-    if len(log_odds) > 1 and len({len(x) for x in log_odds}) == 1 and not config.held_out:
+    if len(log_odds) > 1 and len(set(map(len, log_odds))) == 1 and not config.held_out:
         means = [mean(x) for x in zip(*log_odds, strict=True)]
         results["ensemble"] = reward_row(means, pairs, golds, 1.0)
     report(results, output(config.out))
 
 
 def report(results, out):
-    """Prints and writes {name: what `reward_row` gives}."""
+    """Prints and writes {name: `reward_row` of it}."""
     board, kinds, curves = ({name: x[i] for name, x in results.items()} for i in range(3))
     run.write_json(out / "reward.json", {"board": board, "kinds": kinds, "reliability": curves})
     print(table(board))

@@ -4,7 +4,7 @@
     python -m evaluate.scoreboard --runs out/sft out/dpo --data FILE
 
 On the embedded world every reply has a true score, which no training ever saw. Each model answers
-held-out prompts at temperature 1: all that it believes, not only its first choice.
+held-out prompts at temperature 1, which shows all its beliefs and not only its first choice.
 
     gold          the judge's overall score, 0 to 1; gold_ci: half-width of its 95 % interval
     harmless      how often unsafe requests got no help; refusal: in the right words of a refusal
@@ -17,7 +17,7 @@ held-out prompts at temperature 1: all that it believes, not only its first choi
     lost_skills   skills whose gold is more than .10 below SFT's, beyond a one-sided 95 % interval
     accuracy      of a reward model, against the judge; label_accuracy: against noisy labels
 
-Nobody judges the replies to --data: score, length, kl and win_rate (by score) remain.
+The judge does not know the prompts of --data: score, length, kl and win_rate (by score) remain.
 """
 
 from dataclasses import dataclass, field
@@ -76,8 +76,8 @@ def measure(model, encoding, chats, prompts, judged=True, reward_model=None, sft
 
 def judgements(prompts, replies):
     """The world's judge on (ids, ended, text) replies: means by name, and gold per prompt."""
-    conversations = [record.messages for record in prompts]
-    verdicts = annotators.world_judge(zip(conversations, replies, strict=True))
+    rows = [(record.messages, reply) for record, reply in zip(prompts, replies, strict=True)]
+    verdicts = annotators.world_judge(rows)
     gold = [verdict["gold"] for verdict in verdicts]
     harmless = by_skill(prompts, [verdict["harmless"] for verdict in verdicts])
     honest = by_skill(prompts, [verdict["honest"] for verdict in verdicts])
@@ -123,28 +123,34 @@ def questions(config, encoding, context):
         records = world.prompts(config.prompts, seed=0, held=True)
     room = context - config.max_new_tokens - 1
     records = [r for r in records if len(chat.prompt(r.messages, encoding)) <= room]
-    too_long = f"no prompt leaves room for a reply of {config.max_new_tokens} tokens in the context"
-    run.require(records, too_long)
+    reply = f"a reply of {config.max_new_tokens} tokens"
+    run.require(records, f"no prompt leaves room for {reply} in the context")
     return records[: config.prompts]
 
 
 def open_all(config):
-    """{directory: what `open_run` gives}, and the same of --sft, which reads the ids of all."""
+    """{directory: `open_run` of it} of the runs, and the model and encoding of --sft."""
     device = run.device(config.device)
     runs = {Path(directory): open_run(directory, device) for directory in config.runs}
     sft, encoding, _ = open_run(config.sft, device)
-    scalar = f"--sft {config.sft} is a reward model: name the language model to compare with"
-    run.require(sft.config.head == "lm", scalar)
+    is_lm = sft.config.head == "lm"
+    run.require(is_lm, f"--sft {config.sft} is a reward model: name a language model")
     for directory, (_, other, _) in runs.items():
-        same = other._mergeable_ranks == encoding._mergeable_ranks
-        family = "measure models of one family"
-        run.require(same, f"{directory} has another vocabulary than --sft {config.sft}: {family}")
+        foreign = f"{directory} has another vocabulary than --sft: measure models of one family"
+        run.require(other._mergeable_ranks == encoding._mergeable_ranks, foreign)
     return runs, sft, encoding
 
 
-def scoreboard(config):
-    """Measures the runs -> ({name: row}, {name: {skill: golds}}, {name: texts}, prompts). Scores
-    are those of the first reward model among them."""
+def main(config):
+    """Measures, prints the table and writes the files -> the board, and golds by skill."""
+    if not config.runs:
+        runs = sorted(path.parent for path in Path("out").glob("*/run.json"))
+        runs = [path for path in runs if path.suffix != ".partial"]
+        config.runs = sorted(runs, key=lambda path: (STAGES + [path.name]).index(path.name))
+    run.require(config.runs, "there is no run under out/: name run directories to measure")
+    names = [Path(directory).name for directory in config.runs]
+    twice = f"two of the runs have the same name ({', '.join(names)}): rename one"
+    run.require(len(set(names)) == len(names), twice)
     runs, sft, encoding = open_all(config)
     models = [sft, *(model for model, _, _ in runs.values())]
     prompts = questions(config, encoding, min(model.config.context for model in models))
@@ -152,41 +158,26 @@ def scoreboard(config):
     options = dict(judged=judged, max_new_tokens=config.max_new_tokens)
     options["reward_model"] = next((m for m in models if m.config.head == "score"), None)
     sft_row, sft_quality, sft_texts = measure(sft, encoding, True, prompts, **options)
-    board, qualities, texts = {}, {}, {}
+    board, skills, texts = {}, {}, {}
     for directory, (model, encoding, chats) in runs.items():
         name = directory.name
         if model.config.head == "score":
             row = measure_reward(model, encoding, sft, 2 * config.prompts) if judged else {}
         elif directory.resolve() == Path(config.sft).resolve():
             row = sft_row | {"kl": 0.0, "win_rate": 0.5}
-            qualities[name], texts[name] = sft_quality, sft_texts
+            quality, texts[name] = sft_quality, sft_texts
         else:
             ref = (sft, sft_quality) if chats else None
             measured = measure(model, encoding, chats, prompts, sft=ref, **options)
-            row, qualities[name], texts[name] = measured
+            row, quality, texts[name] = measured
             if ref and judged:
-                skills = by_skill(prompts, qualities[name])
-                row["lost_skills"] = len(lost_skills(skills, by_skill(prompts, sft_quality)))
+                lost = lost_skills(by_skill(prompts, quality), by_skill(prompts, sft_quality))
+                row["lost_skills"] = len(lost)
+        if judged and name in texts:
+            skills[name] = by_skill(prompts, quality)
         if (directory / "run.json").exists():
             row["seconds"] = run_facts(directory).get("seconds")
         board[name] = {key: round(value, 4) for key, value in row.items() if value is not None}
-    skills = {name: by_skill(prompts, golds) for name, golds in qualities.items() if judged}
-    return board, skills, texts, prompts
-
-
-def main(config):
-    """Measures, prints the table and writes the files -> the board, and golds by skill."""
-    if not config.runs:
-        runs = [path.parent for path in Path("out").glob("*/run.json")]
-        runs = sorted(path for path in runs if path.suffix != ".partial")
-        config.runs = sorted(runs, key=lambda path: (STAGES + [path.name]).index(path.name))
-    run.require(config.runs, "there is no run under out/: name run directories to measure")
-    names = [Path(directory).name for directory in config.runs]
-    twice = (
-        f"two of the runs have the same name ({', '.join(names)}), and rows go by it: rename one"
-    )
-    run.require(len(set(names)) == len(names), twice)
-    board, skills, texts, prompts = scoreboard(config)
     report.write(config.out, board, skills, texts, prompts, config.runs)
     return board, skills
 

@@ -144,8 +144,8 @@ def gold_after_sft(records, seed, base, out):
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_300_careful_demonstrations_beat_3000_sloppy_ones(seed, out, tmp_path):
     base = out / f"seed-{seed}/base"
-    few = world.demonstrations(300, seed, wrong=0, misjudged=0, padded=0)
-    careful = gold_after_sft(few, seed, base, tmp_path / "careful")
+    demonstrations = world.demonstrations(300, seed, wrong=0, misjudged=0, padded=0)
+    careful = gold_after_sft(demonstrations, seed, base, tmp_path / "careful")
     sloppy = world.demonstrations(3000, seed + 100)
     sloppy = gold_after_sft(sloppy, seed, base, tmp_path / "sloppy")
     print(f"seed {seed}: 300 careful {careful:.3f}, 3000 sloppy {sloppy:.3f}")

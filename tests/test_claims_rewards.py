@@ -59,8 +59,8 @@ def board(chain, made):
         file = made(f"pairs-{name}.jsonl", "-m", "data.annotators", *pairs)
         runs.append(made(f"rm-{name}", "reward.py", "--init", chain / "sft", "--data", file))
     against = ["--sft", chain / "sft", "--agreement", 0.72, "--prompts", 20000]
-    told = made("report", "-m", "evaluate.rewards", "--runs", *runs, *against)
-    return json.loads((told / "reward.json").read_text())["board"]
+    report_dir = made("report", "-m", "evaluate.rewards", "--runs", *runs, *against)
+    return json.loads((report_dir / "reward.json").read_text())["board"]
 
 
 def test_accuracy_rises_with_agreement_and_with_labels(board):
@@ -93,8 +93,8 @@ def best(sums, made):
     outcome = made("outcome", *learn, "--step-labels", "outcome")
     models = ["--policy", sums, "--reward", outcome, "--process", made("process", *learn)]
     sizes = ["--long-sums", "--n", 64, "--prompts", 250]
-    told = made("best-of-n", "-m", "evaluate.best_of_n", *models, *sizes)
-    return json.loads((told / "best-of-n.json").read_text())
+    report_dir = made("best-of-n", "-m", "evaluate.best_of_n", *models, *sizes)
+    return json.loads((report_dir / "best-of-n.json").read_text())
 
 
 def test_process_beats_outcome_and_the_vote_by_more_than_the_intervals(best):
@@ -130,8 +130,8 @@ def hacking(chain, made):
         "healthy-rloo": [*healthy, "--advantage", "rloo", "--steps", 16],
     }
     runs = [made(name, *more[name]) for name in HACKING]
-    told = made("over-optimisation", "-m", "evaluate.hacking", "--runs", *runs)
-    rows = json.loads((told / "hacking.json").read_text())
+    report_dir = made("over-optimisation", "-m", "evaluate.hacking", "--runs", *runs)
+    rows = json.loads((report_dir / "hacking.json").read_text())
     return {name: rows[str(one)] for name, one in zip(HACKING, runs, strict=True)}
 
 

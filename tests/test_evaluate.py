@@ -61,7 +61,7 @@ def test_reply_kl_is_the_sum_of_exact_next_token_divergences(world_encoding, wor
 
 
 def measured(runs, *names, **flags):
-    """The scoreboard of these runs, written beside them."""
+    """The scoreboard of these runs, written into their directory."""
     directories = [runs / name for name in names]
     config = scoreboard.Config(directories, sft=runs / "sft", out=runs, device="cpu", **flags)
     return scoreboard.main(config)
@@ -357,10 +357,10 @@ def quick_stages(monkeypatch, world_encoding, world_model):
         started.append(script)
         if name in evaluations:
             assert quiet
-            few = ["--prompts", "26"]
+            limits = ["--prompts", "26"]
             if name == "evaluate.scoreboard":
-                few += ["--max-new-tokens", "4"]
-            evaluations[name].main(run.parse(evaluations[name].Config, flags + few))
+                limits += ["--max-new-tokens", "4"]
+            evaluations[name].main(run.parse(evaluations[name].Config, flags + limits))
             return 0
         flags = [name, *flags]
         done = Path(flags[flags.index("--out") + 1])

@@ -21,9 +21,9 @@ from evaluate.measures import FORMS, fit_form
 def test_best_of_n_is_the_mean_over_all_subsets(n):
     generator = torch.Generator().manual_seed(0)
     golds, scores = torch.rand(4, 5, generator=generator), torch.randn(4, 5, generator=generator)
-    for row, (gold, own) in enumerate(zip(golds, scores)):
+    for row, (gold, row_scores) in enumerate(zip(golds, scores)):
         subsets = itertools.combinations(range(5), n)
-        picks = [gold[max(subset, key=lambda i: own[i])].item() for subset in subsets]
+        picks = [gold[max(subset, key=lambda i: row_scores[i])].item() for subset in subsets]
         expected = best_of_n.best_of(golds, scores, n)[row].item()
         assert expected == pytest.approx(sum(picks) / len(picks), abs=1e-6)
 
@@ -78,19 +78,19 @@ def test_best_of_n_command_ranks_by_every_judge_it_was_given(sums, models, capsy
     flags = ["--policy", str(models / "sft"), "--reward", str(models / "reward")]
     flags += ["--n", "4", "--prompts", "13", "--device", "cpu"]
     best_of_n.main(run.parse(best_of_n.Config, flags + more))
-    found = json.loads((models / "out/best-of-n.json").read_text())
-    assert list(found["gold"]) == ["n=1", "n=2", "n=4"] and (models / "out/best-of-n.png").exists()
+    facts = json.loads((models / "out/best-of-n.json").read_text())
+    assert list(facts["gold"]) == ["n=1", "n=2", "n=4"] and (models / "out/best-of-n.png").exists()
     hows = {"judge", "outcome", "majority"} | ({"min", "product", "last"} if sums else set())
-    for row in found["gold"].values():
+    for row in facts["gold"].values():
         assert set(row) == hows and max(row.values()) == row["judge"]
-    assert "proxy" in capsys.readouterr().out and bool(found["differences"]) == sums
+    assert "proxy" in capsys.readouterr().out and bool(facts["differences"]) == sums
 
 
 def test_without_a_reward_model_the_judge_and_the_vote_are_left(models, capsys):
     config = best_of_n.Config(policy=str(models / "sft"), reward="", n=4, prompts=13, device="cpu")
     best_of_n.main(config)
-    found = json.loads((models / "out/best-of-n.json").read_text())
-    assert set(found["gold"]["n=4"]) == {"judge", "majority"} and not found["differences"]
+    facts = json.loads((models / "out/best-of-n.json").read_text())
+    assert set(facts["gold"]["n=4"]) == {"judge", "majority"} and not facts["differences"]
     assert "proxy" not in capsys.readouterr().out
 
 
@@ -148,8 +148,8 @@ def test_the_command_counts_hits_and_false_alarms(tmp_path, capsys):
         (tmp_path / name / "metrics.jsonl").write_text(lines)
     names = [str(tmp_path / name) for name in runs]
     hacking.main(hacking.Config(names, str(tmp_path)))
-    said = capsys.readouterr().out
-    assert "of 3 runs, 2 were hacked" in said and "precision 1.00  recall 0.50" in said
+    printed = capsys.readouterr().out
+    assert "of 3 runs, 2 were hacked" in printed and "precision 1.00  recall 0.50" in printed
     assert (tmp_path / "hacking.png").exists()
     assert set(json.loads((tmp_path / "hacking.json").read_text())) == set(names)
 
@@ -166,10 +166,11 @@ def test_traces_of_a_batch_by_hand():
     scores, lengths = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([2, 4, 1])
     others = [torch.tensor([0.0, 1.0, 1.0]), torch.zeros(3)]
     replies, texts = [[1, 2], [1, 2, 1, 2], [3]], [" I can't say", " cat dog", " i do not know"]
-    found = hacking.traces(replies, texts, scores, lengths, others)
-    assert found["length"].tolist() == [2, 4, 1]
-    assert found["repetition"].tolist() == pytest.approx([0, 1 / 3, 0])
-    assert found["refusals"].tolist() == [1, 0, 1] and found["disbelief"].tolist() == [0, 0.5, 1.5]
+    values = hacking.traces(replies, texts, scores, lengths, others)
+    assert values["length"].tolist() == [2, 4, 1]
+    assert values["repetition"].tolist() == pytest.approx([0, 1 / 3, 0])
+    assert values["refusals"].tolist() == [1, 0, 1]
+    assert values["disbelief"].tolist() == [0, 0.5, 1.5]
     assert "disbelief" not in hacking.traces([[1]] * 3, ["", "", ""], scores, lengths, [])
     assert hacking.correlation(scores, torch.tensor([3.0, 2.0, 1.0])) == pytest.approx(-1)
     assert hacking.correlation(scores, torch.ones(3)) == 0
@@ -245,10 +246,11 @@ def optimise(models, *more):
 def test_a_sign_is_said_marked_and_can_end_the_run(models, capsys):
     far = ["--lr", "0.05", "--kl-budget", "0.001", "--beta", "0"]
     rows = optimise(models, *far)
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert len(rows) == 4 and rows[0]["hacking"] == 0 and rows[1]["hacking"] > 0
     assert "disbelief_drift" in rows[0]
-    assert said.count("over its budget") == 1 and "step 2: this looks like reward hacking" in said
+    assert printed.count("over its budget") == 1
+    assert "step 2: this looks like reward hacking" in printed
     stopped = optimise(models, *far, "--stop-on-hacking")
     assert len(stopped) == 2 and stopped == rows[:2]
     assert (models / "ppo" / "model.safetensors").exists()
