@@ -15,23 +15,19 @@ from .directory import Directory, check_inputs
 from .flags import DTYPES, require
 
 
-def start(config, stage):
-    """Prepares a run: directory, seed, device, precision. `stage` names its default directory,
-    out/<stage>. Writes nothing.
-
-    Raises ValueError for a directory that must not be written, a missing --init, a missing device,
-    a --resume of another run. With --resume of a complete run the process ends, with exit code 0.
-    """
-    return Job(config, stage)
-
-
 def due(step, steps, times=5):
-    """Whether to look at held-out data after this step: `times` times in a run, evenly spread, the
-    last time after the last step."""
+    """True after `times` of the steps, evenly spread, the last step among them."""
     return (step + 1) * times // steps > step * times // steps
 
 
 class Job:
+    """Prepares a run: directory, seed, device, precision; writes nothing. `stage` names its default
+    directory, out/<stage>.
+
+    Raises ValueError for a directory that must not be written, a missing --init, a missing device,
+    a --resume of another run. With --resume of a complete run the process ends, with exit code 0.
+    """
+
     def __init__(self, config, stage):
         self.config, self.stage = config, stage
         self.rank = ranks.environment("RANK")
@@ -69,9 +65,9 @@ class Job:
     def forward(self, function, model, rows, counts=None, **options):
         """function(model, rows, **options) -> the values (B, ...) of all rows of the batch.
 
-        Under torchrun the function gets this rank's share of the rows (a list or a tensor), and the
-        values of all ranks are returned on each. counts: how many values each row gives, where it
-        is not one. Models among the options are handled like `model`.
+        Under torchrun the function gets this rank's share of the rows (a list or a tensor), and
+        every rank returns the values of all. counts: how many values each row gives (default: one).
+        Models among the options are handled like `model`.
         """
         share = ranks.share(rows, self.rank, self.ranks)
         options = {name: self.learners.get(id(value), value) for name, value in options.items()}
@@ -84,7 +80,7 @@ class Job:
         return ranks.gather(values, counts or len(rows), self.rank, self.ranks)
 
     def micro_batches(self, rows, size):
-        """The rows in parts of `size` per rank (0: all at once). Their gradients add up; ranks
+        """Divides rows into parts of `size` per rank (0: one part). Their gradients add up; ranks
         exchange them once, in the last part's backward pass."""
         size = size * self.ranks or len(rows)
         for start in range(0, len(rows), size):
@@ -96,48 +92,46 @@ class Job:
         self.sharded = ranks.shard(model)
 
     def memory(self, **models):
-        """Says what the models take: exact numbers, a shared weight counted once."""
+        """Prints the memory that the models take."""
         sizes = memory.footprint(models)
         self.facts["memory_mib"] = sizes
         self.say(f"{self.stage}: memory in MiB: {memory.describe(sizes)}")
 
     def steps(self, n, **parts):
-        """The steps 0 .. n-1, or after --resume the remaining ones, behind a progress bar.
+        """Yields the steps 0 .. n-1, or after --resume the remaining ones, with a progress bar.
 
         parts: all that a step changes and a later one reads: models, optimisers, generators,
         namespaces of plain values, objects with a state_dict; None is skipped. Their state is
-        written from time to time for --resume. Without a terminal, a line is printed every tenth
-        of the way.
+        written every --save-every steps for --resume.
         """
         self.n = n
         parts = {name: part for name, part in parts.items() if part is not None}
-        if not self.sharded:  # no rank holds all that a state would need
+        if not self.sharded:  # else no rank holds all that a state needs
             self.parts = parts
             if self.config.resume:
                 self.resume()
-        if self.ranks > 1 and not self.sharded:
-            modules = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
-            self.learners = {id(module): ranks.Replica(module) for module in modules}
+            if self.ranks > 1:
+                modules = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+                self.learners = {id(module): ranks.Replica(module) for module in modules}
         if self.rank == 0:
             self.directory.open(self.size)
             self.directory.write_facts(self.device, self.facts)
-        quiet = True if self.rank else None  # None: no bar without a terminal
-        options = dict(initial=self.first, desc=self.stage, disable=quiet, dynamic_ncols=True)
-        self.bar = tqdm(total=n, file=sys.stderr, **options)
+        options = dict(initial=self.first, desc=self.stage, file=sys.stderr, dynamic_ncols=True)
+        self.bar = tqdm(total=n, disable=True if self.rank else None, **options)  # None: a terminal
         for step in range(self.first, n):
             yield step
             self.bar.update()
             if step == self.first:
                 self.facts["peak_memory_mib_after_first_step"] = self.peak()
                 self.say(f"{self.stage}: peak memory {self.peak()} MiB after the first step")
-            often = self.config.save_every
-            save = (step + 1) % often == 0 if often else due(step, n, times=10)
+            every = self.config.save_every
+            save = (step + 1) % every == 0 if every else due(step, n, times=10)
             if save and self.parts and self.rank == 0:
                 self.write_state(step)
         self.bar.close()
 
     def resume(self):
-        """Goes on after the state in DIR.partial. Raises ValueError if it is damaged or foreign."""
+        """Reads the state in DIR.partial. Raises ValueError if it is damaged or another run's."""
         path = self.directory.partial / "state.pt"
         if not path.exists():
             late = f"{self.directory.partial} had not come to writing its state"
@@ -149,25 +143,23 @@ class Job:
             size = (self.directory.partial / "metrics.jsonl").stat().st_size
             require(size >= self.size, "metrics.jsonl is shorter than it was")
         except Exception as error:
-            why = f"({type(error).__name__}): leave --resume out to begin anew"
-            sentence = f"--resume: {path} is damaged, or no state of this run {why}"
-            raise ValueError(sentence) from None
+            wrong = f"{path} is damaged, or no state of this run ({type(error).__name__})"
+            raise ValueError(f"--resume: {wrong}: leave --resume out to begin anew") from None
         self.facts["resumed_at"].append(self.first)
         self.say(f"{self.stage}: goes on after step {self.first}")
 
     def write_state(self, step):
-        """Writes all that --resume needs to go on after this step."""
         facts = {"first": step + 1, "size": self.directory.metrics_size(), "cost": self.cost()}
         state.write_state(self.directory.partial / "state.pt", self.parts, facts, self.device)
 
     def log(self, step, **values):
-        """One line of metrics.jsonl and of the terminal. Values: plain numbers or 0-d tensors."""
+        """Writes numbers or 0-d tensors to metrics.jsonl, and to the terminal: behind the progress
+        bar, or without a terminal as a line for every tenth of the run."""
         if self.rank:
             return
         values = {name: float(value) for name, value in values.items()}
-        # JSON has no NaN:
         row = {name: x if math.isfinite(x) else None for name, x in values.items()}
-        self.directory.add_line({"step": step, **row})
+        self.directory.add_line({"step": step, **row})  # JSON has no NaN
         line = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         if not self.bar.disable:
             self.bar.set_postfix_str(line, refresh=False)
@@ -175,7 +167,7 @@ class Job:
             print(f"{self.stage} step {step + 1}/{self.n}  {line}", file=sys.stderr, flush=True)
 
     def say(self, text):
-        """A line for the reader, above the progress bar."""
+        """Prints a line above the progress bar."""
         if self.rank == 0:
             tqdm.write(text, file=sys.stderr)
 
@@ -185,18 +177,18 @@ class Job:
         return sys.stderr.isatty() and not os.environ.get("NO_COLOR")
 
     def peak(self):
-        """The peak memory of the run in MiB, also before a --resume."""
+        """The peak memory in MiB, that of the run before --resume included."""
         before = self.cost_before.get("peak_memory_mib", 0)
         return max(before, round(memory.peak_memory(self.device)))
 
     def cost(self):
-        """What the run has taken, also before a --resume."""
+        """Time and memory that the run has taken, before --resume included."""
         spent = {"seconds": time.perf_counter() - self.began, "cpu_seconds": time.process_time()}
         spent = {name: round(self.cost_before.get(name, 0) + x, 1) for name, x in spent.items()}
         return spent | {"peak_memory_mib": self.peak()}
 
     def finish(self, save, **facts):
-        """save(directory) writes the checkpoint; then the run appears, whole."""
+        """Calls save(directory) to write the checkpoint, then gives the directory its name."""
         if self.ranks > 1:
             for module in [*self.sharded.blocks, self.sharded] if self.sharded else []:
                 module.unshard()  # a checkpoint holds whole tensors
