@@ -11,8 +11,8 @@ def rows_at_once(size, length, model):
 
 
 def by_length(rows, length, size=256, model=None):
-    """The indices of the rows, sorted by length, in batches of at most `size`, or of as many as fit
-    the model's memory."""
+    """Batches of the rows' indices, sorted by length: at most `size`, and at most as many as a
+    forward pass of the model may take."""
     order = sorted(range(len(rows)), key=lambda i: length(rows[i]))
     if model is not None and rows:
         size = rows_at_once(size, length(rows[order[-1]]), model)
@@ -20,13 +20,11 @@ def by_length(rows, length, size=256, model=None):
 
 
 def in_batches(function, rows, length, size=256, model=None):
-    """function(list of up to `size` rows) -> tensor (b, ...), called for all rows -> (N, ...), in
-    the order of the rows.
+    """Calls function(list of b rows) -> (b, ...) until it has all rows -> (N, ...) in their order.
 
-    length(row): the length that it is padded by. Rows of similar length go together, which saves
-    padding. model: its memory bounds the size of a batch.
+    Rows of similar length(row) go together, which saves padding. size, model: see by_length.
     """
     batches = by_length(rows, length, size, model)
     values = torch.cat([function([rows[i] for i in batch]) for batch in batches])
-    order = torch.tensor([*chain(*batches)], device=values.device)
+    order = torch.tensor(list(chain(*batches)), device=values.device)  # (N,)
     return torch.empty_like(values).index_copy_(0, order, values)

@@ -44,10 +44,12 @@ def write_files(directory, tensors_name, tensors, facts_name, facts, words=None)
     the tensors' file, which no other tool reads."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.detach().float().cpu().contiguous() for key, value in tensors.items()}
-    temporary = directory / f"{tensors_name}.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt", **(words or {})})
-    os.replace(temporary, directory / tensors_name)
-    run.write(directory / facts_name, json.dumps(facts, indent=2) + "\n")
+    metadata = {"format": "pt", **(words or {})}
+    save_file(tensors, directory / f"{tensors_name}.tmp", metadata=metadata)
+    text = json.dumps(facts, indent=2) + "\n"
+    (directory / f"{facts_name}.tmp").write_text(text, encoding="utf-8")
+    for name in (tensors_name, facts_name):
+        os.replace(directory / f"{name}.tmp", directory / name)
 
 
 def read_json(path):
