@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-from . import pictures
 from .files import ROOT, write_json
 from .flags import flag_name, require
 
@@ -59,10 +58,11 @@ class Directory:
         ValueError if there is none, or if its flags or kind of device are other ones."""
         clash = "--resume goes on with a run and --overwrite begins another"
         require(not self.config.overwrite, f"{clash}: leave one of them out")
-        places = [place for place in (self.partial, self.out) if (place / "run.json").exists()]
+        places = (self.partial, self.out)
+        place = next((place for place in places if (place / "run.json").exists()), None)
         nothing = f"--resume: neither {self.partial} nor {self.out} holds a run"
-        require(places, f"{nothing}: leave --resume out to begin one")
-        place, remedy = places[0], "leave --resume out to begin anew"
+        require(place, f"{nothing}: leave --resume out to begin one")
+        remedy = "leave --resume out to begin anew"
         facts = json.loads((place / "run.json").read_text(encoding="utf-8"))
         other = f"--resume: {place} is no run of {self.stage}: name another directory"
         require(facts.get("stage") == self.stage, f"{other}, or {remedy}")
@@ -88,19 +88,11 @@ class Directory:
         except OSError as error:
             wrong = f"--out {self.out} cannot be written ({str(error.strerror).lower()})"
             raise ValueError(f"{wrong}: name another directory") from None
-        self.metrics = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open until finish)
-
-    def add_line(self, row):
-        self.metrics.write(json.dumps(row) + "\n")
-        self.metrics.flush()
-
-    def metrics_size(self):
-        """Bytes of metrics.jsonl that are safely on the disk."""
-        os.fsync(self.metrics.fileno())
-        return os.fstat(self.metrics.fileno()).st_size
+        # a whole line at a time; open until the run's end
+        self.metrics = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
 
     def write_facts(self, device, facts):
-        """run.json: all that is needed to run this again."""
+        """Writes run.json: all that is needed to run this again."""
         ask = ["git", "-C", ROOT, "rev-parse", "HEAD"]
         git = shutil.which("git")
         commit = subprocess.run(ask, capture_output=True, text=True).stdout if git else ""
@@ -115,10 +107,6 @@ class Directory:
             "git_commit": commit.strip() or None,
         }
         write_json(self.partial / "run.json", about | facts)
-
-    def draw_curves(self):
-        self.metrics.close()
-        pictures.curves(self.partial / "metrics.jsonl", self.partial / "curves.png")
 
     def publish(self):
         """DIR.partial becomes DIR in one rename."""

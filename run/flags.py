@@ -11,10 +11,8 @@ import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Integer flags for which 0 makes no sense:
-AT_LEAST_ONE = set(
-    "batch_size rounds minibatches ppo_epochs prompts group_size max_new_tokens annotators"
-    " completions".split()
-)
+AT_LEAST_ONE = "batch_size rounds minibatches ppo_epochs prompts group_size max_new_tokens".split()
+AT_LEAST_ONE += ["annotators", "completions"]
 # What the flags below require, in every script (see check_requires):
 REQUIRES = {
     "lora_alpha": {"lora_rank": True},

@@ -1,6 +1,7 @@
 """A job: one run of a script, from the checks before it to the finished directory."""
 
 import contextlib
+import json
 import math
 import os
 import sys
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from . import memory, ranks, state
+from . import memory, pictures, ranks, state
 from .directory import Directory, check_inputs
 from .flags import DTYPES, require
 
@@ -77,7 +78,7 @@ class Job:
             values = function(learner, share, **options)
         if self.ranks == 1:
             return values
-        return ranks.gather(values, counts or len(rows), self.rank, self.ranks)
+        return ranks.gather(values, counts or [1] * len(rows), self.rank, self.ranks)
 
     def micro_batches(self, rows, size):
         """Divides rows into parts of `size` per rank (0: one part). Their gradients add up; ranks
@@ -149,7 +150,9 @@ class Job:
         self.say(f"{self.stage}: goes on after step {self.first}")
 
     def write_state(self, step):
-        facts = {"first": step + 1, "size": self.directory.metrics_size(), "cost": self.cost()}
+        metrics = self.directory.metrics.fileno()
+        os.fsync(metrics)  # on the disk before a state that needs it
+        facts = {"first": step + 1, "size": os.fstat(metrics).st_size, "cost": self.cost()}
         state.write_state(self.directory.partial / "state.pt", self.parts, facts, self.device)
 
     def log(self, step, **values):
@@ -159,7 +162,7 @@ class Job:
             return
         values = {name: float(value) for name, value in values.items()}
         row = {name: x if math.isfinite(x) else None for name, x in values.items()}
-        self.directory.add_line({"step": step, **row})  # JSON has no NaN
+        print(json.dumps({"step": step, **row}), file=self.directory.metrics)  # JSON has no NaN
         line = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         if not self.bar.disable:
             self.bar.set_postfix_str(line, refresh=False)
@@ -196,8 +199,10 @@ class Job:
             dist.destroy_process_group()
         if self.rank:
             return
-        save(self.directory.partial)
-        self.directory.draw_curves()
+        partial = self.directory.partial
+        save(partial)
+        self.directory.metrics.close()
+        pictures.curves(partial / "metrics.jsonl", partial / "curves.png")
         cost = self.cost()
         self.directory.write_facts(self.device, self.facts | cost | facts)
         self.directory.publish()

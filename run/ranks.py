@@ -50,7 +50,6 @@ def device_of_rank(name):
 
 
 def join(device):
-    """Joins the group of all ranks."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device)
@@ -75,11 +74,9 @@ class Replica(DistributedDataParallel):
 
 
 def shard(model):
-    """Divides weights, gradients and moments among the ranks with PyTorch's FSDP2, in place.
-
-    A block's weights are gathered when the pass reaches it, so every rank must go forward and
-    backward equally often. Must be called before the optimiser is made.
-    """
+    """Divides weights, gradients and moments among the ranks with PyTorch's FSDP2, in place. A
+    block's weights are gathered when the pass reaches it, so every rank must go forward and
+    backward equally often."""
     from torch.distributed.fsdp import fully_shard  # slow to import, and seldom needed
 
     for block in model.blocks:
@@ -100,15 +97,12 @@ def share(rows, rank, ranks):
 def gather(values, counts, rank, ranks):
     """values (n, ...) of this rank's rows -> the whole batch's (N, ...), in order, on every rank.
 
-    counts: how many values each row of the batch has, or the number of rows if each has one. The
-    other ranks' values carry no gradient. This rank's gradient is multiplied by the number of
-    ranks, so that DDP's average becomes the sum over the whole batch. (A parameter that is used
-    after this line gets the same gradient on every rank, and an average does not change it.)
+    counts: how many values each row of the batch has. The other ranks' values carry no gradient.
+    This rank's gradient is multiplied by the number of ranks, so that DDP's average becomes the sum
+    over the whole batch. (A parameter that is used after this line gets the same gradient on every
+    rank, and an average does not change it.)
     """
-    if isinstance(counts, int):
-        row = torch.arange(counts)  # (N,) the row that each value belongs to
-    else:
-        row = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    row = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))  # (N,) of each value
     here = (row % ranks == rank).to(values.device)  # (N,) values that this rank computed
     values = values[: int(here.sum())]
     batch = torch.zeros(len(here), *values.shape[1:], dtype=values.dtype, device=values.device)
