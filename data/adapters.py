@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 import run
-from data.architectures import layout, prefixed
-from data.tensors import header, read_json, tensors_of, write_files
+from data.architectures import header, layout, prefixed, read_json, tensors_of, write_files
 
 # Written as whole matrices: the scalar head, and embeddings of a grown vocabulary.
 WHOLE = ("score_head.weight", "embed.weight", "lm_head.weight")
@@ -17,41 +16,37 @@ OTHER_METHODS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lor
 PREFIXES = r"^base_model\.model\.((transformer|model)\.)?"  # PEFT's, and that of the trunk
 
 
-def save_adapter(model, directory):
-    """Writes a model's adapters, and its scalar head if it has one, so that PEFT opens them."""
-    config, names = model.config, layout(model)
-    tensors, targets = {}, set()
+def matrices(model, names):
+    """(name in the file, A or B) of all adapters of a model. names: its layout."""
     for name, module in model.linears():
         # pairs() is empty for a matrix without an adapter
         for key, (A, B) in zip(names[f"{name}.weight"][0], module.pairs(), strict=False):
-            tensors[key.replace("weight", "lora_A.weight")] = A
-            tensors[key.replace("weight", "lora_B.weight")] = B
-            # "layers.0.mlp.up_proj.weight" -> "mlp.up_proj"
-            targets.add(key.split(".", 2)[2].removesuffix(".weight"))
-            scale = module.scale
+            yield key.replace("weight", "lora_A.weight"), A
+            yield key.replace("weight", "lora_B.weight"), B
+
+
+def save_adapter(model, directory):
+    """Writes a model's adapters, and its scalar head if it has one, so that PEFT opens them."""
+    config, names = model.config, layout(model)
+    tensors = dict(matrices(model, names))
+    # "layers.0.mlp.up_proj.lora_A.weight" -> "mlp.up_proj"
+    targets = {key.split(".", 2)[2].partition(".lora_")[0] for key in tensors}
+    scale = next(module.scale for _, module in model.linears() if module.pairs())  # one for all
     # The base model lacks the rows of a grown vocabulary: whole matrices, as PEFT writes them.
     for name in WHOLE if model.grown else WHOLE[:1]:
         if name in names:
             tensors[names[name][0][0]] = model.get_parameter(name)
     tensors = {f"base_model.model.{prefixed(key, config)}": value for key, value in tensors.items()}
     score = config.head == "score"
-    facts = {
-        "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if score else "CAUSAL_LM",
-        "base_model_name_or_path": model.origin,
-        "r": model.rank,
-        "lora_alpha": scale * model.rank,
-        "target_modules": sorted(targets),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": config.arch == "gpt2",
-        "modules_to_save": ["score"] if score else None,
-        "inference_mode": True,
-    }
+    facts = {"peft_type": "LORA", "task_type": "SEQ_CLS" if score else "CAUSAL_LM"}
+    facts |= {"base_model_name_or_path": model.origin, "r": model.rank}
+    facts |= {"lora_alpha": scale * model.rank, "target_modules": sorted(targets)}
+    facts |= {"lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": config.arch == "gpt2"}
+    facts |= {"modules_to_save": ["score"] if score else None, "inference_mode": True}
     words = {}
     if score:  # PEFT has no place for these two
-        words["score_bias"] = repr(model.score_head.bias.item())
-        words["score_gain"] = repr(config.score_gain)
+        bias = model.score_head.bias.item()
+        words = {"score_bias": repr(bias), "score_gain": repr(config.score_gain)}
     files = ("adapter_model.safetensors", tensors, "adapter_config.json", facts, words)
     write_files(Path(directory), *files)
 
@@ -66,9 +61,8 @@ def load_adapter(model, directory):
     facts = read_json(directory / "adapter_config.json")
     tensors = tensors_of(directory / "adapter_model.safetensors")
     other = [key for key in OTHER_METHODS if facts.get(key)]
-    plain = facts.get("peft_type") == "LORA" and not other
-    plain = plain and type(facts.get("r")) is int and facts.get("lora_alpha")
     method = ", ".join(other) or facts.get("peft_type")
+    plain = method == "LORA" and type(facts.get("r")) is int and facts.get("lora_alpha")
     path = directory / "adapter_config.json"
     run.require(plain, f"{path} describes no plain LoRA adapter ({method})")
     model.freeze()
@@ -76,28 +70,25 @@ def load_adapter(model, directory):
     originals = {re.sub(PREFIXES, "", key): key for key in tensors}
     unread = {name: tensors[key] for name, key in originals.items()}
     for name, module in model.linears():
-        keys = names[f"{name}.weight"][0]
-        if any(key.replace("weight", "lora_A.weight") in unread for key in keys):
+        keys = [key.replace("weight", "lora_A.weight") for key in names[f"{name}.weight"][0]]
+        if any(key in unread for key in keys):
             module.attach(facts["r"], facts["lora_alpha"] / facts["r"])
-        for key, pair in zip(keys, module.pairs(), strict=False):
-            for letter, matrix in zip("AB", pair, strict=True):
-                ours = key.replace("weight", f"lora_{letter}.weight")
-                if ours not in unread:
-                    continue  # A = B = 0
-                value = unread.pop(ours)()
-                wrong = f"{directory}: {originals[ours]} has shape {tuple(value.shape)}"
-                needed = f"this model needs {tuple(matrix.shape)}"
-                run.require(value.shape == matrix.shape, f"{wrong}, {needed}")
-                matrix.copy_(value)
+    for key, matrix in matrices(model, names):
+        if key in unread:  # else it stays 0
+            value = unread.pop(key)()
+            wrong = f"{directory}: {originals[key]} has shape {tuple(value.shape)}"
+            fits = value.shape == matrix.shape
+            run.require(fits, f"{wrong}, this model needs {tuple(matrix.shape)}")
+            matrix.copy_(value)
     load_whole_matrices(model, directory, names, unread)
     if model.config.head == "score":
         words = header(directory / "adapter_model.safetensors")
         model.config.score_gain = float(words.get("score_gain", model.config.score_gain))
         bias = float(words.get("score_bias", model.score_head.bias))
         nn.init.constant_(model.score_head.bias, bias)
-    key = originals[next(iter(unread))] if unread else ""
-    stray = f"{directory} holds a tensor that has no place in {model.origin or 'this model'}"
-    run.require(not unread, f"{stray}: {key}")
+    stray = originals.get(next(iter(unread), None))
+    place = model.origin or "this model"
+    run.require(not unread, f"{directory} holds a tensor that has no place in {place}: {stray}")
     return model
 
 

@@ -5,7 +5,7 @@
     checkpoints.save(model, "somewhere", encoding)       transformers opens it
     policy, encoding = checkpoints.open_policy(config, device)      what a stage's flags ask for
 
-architectures.py has the tables of names, adapters.py the PEFT layout, tensors.py the files.
+architectures.py has the tables of names and the two files, adapters.py the PEFT layout.
 """
 
 import re
@@ -15,10 +15,9 @@ import torch
 from torch import nn
 
 import run
-from data import chat, tokenizer
+from data import architectures, chat, tokenizer
 from data.adapters import load_adapter, save_adapter
-from data.architectures import HEADS, named_tensors, prefixed, read_config, write_config
-from data.tensors import read_json, tensors_of, write_files
+from data.architectures import named_tensors, prefixed, read_json, tensors_of
 from data.world import TOKENIZER
 from model import GPT
 
@@ -41,7 +40,7 @@ def load(directory, head=None, trunk=None):
     directory = Path(directory)
     if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
         return load_merged_adapter(directory, head)
-    config = read_config(directory)
+    config = architectures.read_config(directory)
     head_of_file = config.head
     config.head = head or config.head
     if trunk is not None and head_of_file == config.head == "score":
@@ -90,7 +89,7 @@ def matching_tensors(directory, model, head_of_file):
     lacks. Files are mapped, so only one value at a time is in memory."""
     values = tensors_of_checkpoint(directory)
     for key, tensor in named_tensors(model):
-        if key.startswith(HEADS) and model.config.head != head_of_file:
+        if key.startswith(architectures.HEADS) and model.config.head != head_of_file:
             continue
         lacking = f"{directory} lacks the tensor {key} that its config.json promises"
         run.require(key in values, lacking)
@@ -101,8 +100,8 @@ def matching_tensors(directory, model, head_of_file):
         yield tensor, value
     # a file may also hold a copy of the tied embedding, or the head that was replaced
     extra = [key for key in values if not BUFFERS.search(key) and key != "lm_head.weight"]
-    unexplained = f"{directory} holds a tensor that its config.json does not explain"
-    run.require(not extra, f"{unexplained}: {', '.join(extra[:1])}")
+    wrong = f"{directory} holds a tensor that its config.json does not explain: {extra[:1]}"
+    run.require(not extra, wrong)
 
 
 def tensors_of_checkpoint(directory):
@@ -132,7 +131,8 @@ def save(model, directory, encoding=None, chat=True):
     if config.head == "score":
         config.score_bias = float(model.score_head.bias.detach())
     tensors = {prefixed(key, config): value for key, value in named_tensors(model)}
-    write_files(directory, "model.safetensors", tensors, "config.json", write_config(config))
+    facts = architectures.write_config(config)
+    architectures.write_files(directory, "model.safetensors", tensors, "config.json", facts)
     if model.rank:
         save_adapter(model, directory / "adapter")
     if encoding is not None:

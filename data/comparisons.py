@@ -56,8 +56,8 @@ def encode(config, records, encoding, context, wanted, device, say):
         labels = [label for label, _ in labels]
     limit = f"fits the model's context of {context} tokens"
     run.require(pairs, f"none of the {len(records)} records of {config.source} {limit}")
-    dropped = f"{len(records) - len(usable)} dropped ({why})"
-    say(f"{config.loss}: {len(pairs)} {kind}, {dropped}")
+    dropped = len(records) - len(usable)
+    say(f"{config.loss}: {len(pairs)} {kind}, {dropped} dropped ({why})")
 
     most = 0 if config.fresh else min(300, 8 * config.batch_size)
     held_out, training = hold_out(min(len(pairs), wanted or len(pairs)), most, config.seed)
@@ -117,7 +117,8 @@ class Source:
         elif config.online:
             share = len(self.records) // self.rounds
             questions = self.records[round * share : (round + 1) * share]
-            records, summary = self.compare_fresh(policy, questions, seed)
+            options = (self.encoding, self.label, questions, self.wanted, seed)
+            records, summary = compared(config, policy, *options)
         else:
             options = (self.records, config.agreement, seed)
             records = annotators.preferences(policy, self.encoding, *options)
@@ -125,18 +126,6 @@ class Source:
         self.say(f"dpo: round {round + 1}: {summary}")
         kind = "unpaired" if config.loss == "kto" else "preference"
         return [side for record in records for side in formats.reading(record, kind)]
-
-    def compare_fresh(self, policy, questions, seed):
-        """--online: asks questions until `wanted` pairs of fresh replies are compared (0: asks all)
-        -> Preference records, and a summary."""
-        records, asked = [], 0
-        size = self.wanted or len(questions)
-        while asked < len(questions) and (not self.wanted or len(records) < self.wanted):
-            options = (questions[asked : asked + size], self.config.max_new_tokens, seed + asked)
-            replies = annotators.two_replies(policy, self.encoding, *options)
-            records += self.label(replies, seed + asked)
-            asked = min(asked + size, len(questions))
-        return records, f"{asked} questions asked, {asked - len(records)} without a better reply"
 
 
 def load_records(config):
@@ -151,6 +140,18 @@ def load_records(config):
     run.require(config.init != "scratch", nothing)
     make = world.demonstrations if config.spin else world.prompts
     return make(config.prompts, config.seed)
+
+
+def compared(config, policy, encoding, label, questions, wanted, seed):
+    """--online: asks questions until `wanted` pairs of fresh replies are compared (0: asks all) ->
+    Preference records, and a summary."""
+    records, asked = [], 0
+    size = wanted or len(questions)
+    while asked < len(questions) and (not wanted or len(records) < wanted):
+        options = (questions[asked : asked + size], config.max_new_tokens, seed + asked)
+        records += label(annotators.two_replies(policy, encoding, *options), seed + asked)
+        asked = min(asked + size, len(questions))
+    return records, f"{asked} questions asked, {asked - len(records)} without a better reply"
 
 
 def against_own_replies(config, policy, encoding, demonstrations, seed):

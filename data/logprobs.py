@@ -5,9 +5,8 @@ from itertools import chain
 import torch
 
 import kernels
-from data.collate import collate, longest_side, reply_examples
+from data.collate import collate, in_batches, longest_side, reply_examples
 from data.forks import forked_hidden
-from data.passes import in_batches
 
 
 def token_logprobs(model, batch, temperature=1.0):

@@ -3,9 +3,8 @@ only position that has seen everything, never at padding."""
 
 import torch
 
-from data.collate import longest_side, pad
+from data.collate import in_batches, longest_side, pad
 from data.forks import forked_hidden
-from data.passes import in_batches
 
 
 def score(model, sequences):

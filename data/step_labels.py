@@ -27,18 +27,17 @@ def label_sums(config, policy, encoding, say):
         correct.append(world.result(steps[-1]) == right_result(messages))
     facts = {}
     if config.step_labels == "outcome":
-        lengths = map(len, solutions)
-        labels = [
-            [None] * (n - 1) + [1 if c else -1] for n, c in zip(lengths, correct, strict=True)
-        ]
+        ends = [1 if right else -1 for right in correct]
+        pairs = zip(solutions, ends, strict=True)
+        labels = [[None] * (len(steps) - 1) + [end] for steps, end in pairs]
     elif config.step_labels == "monte-carlo":
         exact = sum(labels, [])
         options = dict(completions=config.completions, seed=config.seed)
         labels = monte_carlo(policy, encoding, prompts, solutions, correct, **options)
         same = [a == b for a, b in zip(sum(labels, []), exact, strict=True)]
         facts["monte_carlo_agreement"] = share = sum(same) / len(same)
-        count = f"{len(same)} Monte-Carlo step labels"
-        say(f"reward: {count}, of which {share:.3f} agree with the exact ones")
+        agree = f"of which {share:.3f} agree with the exact ones"
+        say(f"reward: {len(same)} Monte-Carlo step labels, {agree}")
     records = []
     for row in zip(prompts, solutions, labels, strict=True):
         if all(step.strip() for step in row[1]):

@@ -22,8 +22,7 @@ import torch
 
 import run
 from data import annotators, world
-from data.collate import encode_steps
-from data.passes import by_length
+from data.collate import by_length, encode_steps
 from data.records import Process
 from data.scores import step_scores
 from evaluate.measures import fit_form, interval, mean, open_run, output, reward_scores, table
