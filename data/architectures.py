@@ -102,9 +102,8 @@ def named_tensors(model):
 
 def prefixed(key, config):
     """A tensor's name with the prefix that transformers' classes give the trunk."""
-    if key.startswith(HEADS):
-        return key
-    return ("transformer." if config.arch == "gpt2" else "model.") + key
+    trunk = "transformer." if config.arch == "gpt2" else "model."
+    return key if key.startswith(HEADS) else trunk + key
 
 
 def read_config(directory):
@@ -149,9 +148,9 @@ def check_values(path, raw, rope):
             valid = value is None or (number and (value > 0 or not positive))
             kind = "positive number" if positive else "number"
             run.require(valid, f"{path}: {name} should be a {kind}, but it is {value!r}")
-    arch, supported = raw.get("model_type"), ", ".join(CLASSES)
-    unknown = f"{path}: the architecture {arch!r} is not supported; {supported} are"
-    run.require(arch in CLASSES, unknown)
+    arch = raw.get("model_type")
+    unknown = f"{path}: the architecture {arch!r} is not supported"
+    run.require(arch in CLASSES, f"{unknown}; {', '.join(CLASSES)} are")
     fields = column(FIELDS, arch).items()
     counts = [theirs for ours, theirs in fields if Config.__annotations__[ours] is int]
     for name in [*counts, *OPTIONAL_COUNTS]:

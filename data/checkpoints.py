@@ -100,8 +100,8 @@ def matching_tensors(directory, model, head_of_file):
         yield tensor, value
     # a file may also hold a copy of the tied embedding, or the head that was replaced
     extra = [key for key in values if not BUFFERS.search(key) and key != "lm_head.weight"]
-    wrong = f"{directory} holds a tensor that its config.json does not explain: {extra[:1]}"
-    run.require(not extra, wrong)
+    wrong = f"{directory} holds a tensor that its config.json does not explain"
+    run.require(not extra, f"{wrong}: {''.join(extra[:1])}")
 
 
 def tensors_of_checkpoint(directory):

@@ -91,21 +91,16 @@ def rows_at_once(size, length, model):
     return max(1, min(size, 128 * 256 * 96 // (length * model.config.width)))
 
 
-def by_length(rows, length, size=256, model=None):
-    """Batches of the rows' indices, sorted by length: at most `size`, and at most as many as a
-    forward pass of the model may take."""
+def by_length(rows, length, size):
+    """Batches of at most `size` of the rows' indices, sorted by length(row) to save padding."""
     order = sorted(range(len(rows)), key=lambda i: length(rows[i]))
-    if model is not None and rows:
-        size = rows_at_once(size, length(rows[order[-1]]), model)
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def in_batches(function, rows, length, size=256, model=None):
+def in_batches(function, rows, length, model, size=256):
     """Calls function(list of b rows) -> (b, ...) until it has all rows -> (N, ...) in their order.
-
-    Rows of similar length(row) go together, which saves padding. size, model: see by_length.
-    """
-    batches = by_length(rows, length, size, model)
+    b: at most `size` rows of similar length(row), and what the model's memory allows."""
+    batches = by_length(rows, length, rows_at_once(size, max(map(length, rows)), model))
     values = torch.cat([function([rows[i] for i in batch]) for batch in batches])
     order = torch.tensor(list(chain(*batches)), device=values.device)  # (N,)
     return torch.empty_like(values).index_copy_(0, order, values)

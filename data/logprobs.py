@@ -49,11 +49,11 @@ def mismatched_logps(model, pairs):
 @torch.no_grad()
 def all_logps(model, pairs, kto=False, size=256):
     """pair_logps of any number of pairs (N, 2), without gradients."""
-    return in_batches(lambda rows: pair_logps(model, rows, kto), pairs, longest_side, size, model)
+    return in_batches(lambda rows: pair_logps(model, rows, kto), pairs, longest_side, model, size)
 
 
 @torch.no_grad()
-def reply_kl(model, ref, prompts, replies, size=256):
+def reply_kl(model, ref, prompts, replies):
     """KL(model || ref) of each whole reply (N,), in nats. prompts, replies: lists of ids, the
     replies sampled from the model.
 
@@ -70,4 +70,4 @@ def reply_kl(model, ref, prompts, replies, size=256):
         return kl.view(batch.mask.shape).sum(1)
 
     examples = reply_examples(prompts, replies)
-    return in_batches(kl_of, examples, lambda example: len(example[0]), size, model)
+    return in_batches(kl_of, examples, lambda example: len(example[0]), model)

@@ -15,9 +15,9 @@ def score(model, sequences):
 
 
 @torch.no_grad()
-def score_rows(model, sequences, size=256):
+def score_rows(model, sequences):
     """`score` of any number of sequences (N,), without gradients."""
-    return in_batches(lambda batch: score(model, batch), sequences, len, size, model)
+    return in_batches(lambda batch: score(model, batch), sequences, len, model)
 
 
 def last_hidden(model, pairs):
@@ -35,7 +35,7 @@ def pair_scores(model, pairs):
 @torch.no_grad()
 def all_pair_scores(model, pairs, size=256):
     """`pair_scores` of any number of pairs (N, 2), without gradients."""
-    return in_batches(lambda batch: pair_scores(model, batch), pairs, longest_side, size, model)
+    return in_batches(lambda batch: pair_scores(model, batch), pairs, longest_side, model, size)
 
 
 def step_scores(model, examples):
@@ -49,7 +49,7 @@ def step_scores(model, examples):
 
 
 @torch.no_grad()
-def all_step_scores(model, examples, size=128):
+def all_step_scores(model, examples):
     """`step_scores` of any number of examples (M,), without gradients."""
-    starts = range(0, len(examples), size)
-    return torch.cat([step_scores(model, examples[start : start + size]) for start in starts])
+    starts = range(0, len(examples), 128)
+    return torch.cat([step_scores(model, examples[start : start + 128]) for start in starts])

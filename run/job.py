@@ -94,8 +94,7 @@ class Job:
 
     def memory(self, **models):
         """Prints the memory that the models take."""
-        sizes = memory.footprint(models)
-        self.facts["memory_mib"] = sizes
+        self.facts["memory_mib"] = sizes = memory.footprint(models)
         self.say(f"{self.stage}: memory in MiB: {memory.describe(sizes)}")
 
     def steps(self, n, **parts):
@@ -135,13 +134,13 @@ class Job:
         """Reads the state in DIR.partial. Raises ValueError if it is damaged or another run's."""
         path = self.directory.partial / "state.pt"
         if not path.exists():
-            late = f"{self.directory.partial} had not come to writing its state"
-            self.say(f"{self.stage}: {late}: from the beginning")
+            late = f"{path.parent} had not come to writing its state: from the beginning"
+            self.say(f"{self.stage}: {late}")
             return
         try:
             saved = state.read_state(path, self.parts, self.device)
             self.first, self.size, self.cost_before = saved["first"], saved["size"], saved["cost"]
-            size = (self.directory.partial / "metrics.jsonl").stat().st_size
+            size = path.with_name("metrics.jsonl").stat().st_size
             require(size >= self.size, "metrics.jsonl is shorter than it was")
         except Exception as error:
             wrong = f"{path} is damaged, or no state of this run ({type(error).__name__})"
@@ -181,8 +180,8 @@ class Job:
 
     def peak(self):
         """The peak memory in MiB, that of the run before --resume included."""
-        before = self.cost_before.get("peak_memory_mib", 0)
-        return max(before, round(memory.peak_memory(self.device)))
+        peak = round(memory.peak_memory(self.device))
+        return max(peak, self.cost_before.get("peak_memory_mib", 0))
 
     def cost(self):
         """Time and memory that the run has taken, before --resume included."""
@@ -206,5 +205,5 @@ class Job:
         cost = self.cost()
         self.directory.write_facts(self.device, self.facts | cost | facts)
         self.directory.publish()
-        seconds, peak = f"{cost['seconds']:.0f} s", f"peak memory {cost['peak_memory_mib']} MiB"
-        self.say(f"{self.stage}: {seconds}, {peak}, written to {self.directory.out}")
+        cost = f"{cost['seconds']:.0f} s, peak memory {cost['peak_memory_mib']} MiB"
+        self.say(f"{self.stage}: {cost}, written to {self.directory.out}")
