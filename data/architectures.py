@@ -119,11 +119,8 @@ def read_config(directory):
     arch = raw["model_type"]
     fields = column(FIELDS, arch) | {name: name for name in SAME_FIELDS}
     values = {ours: raw[theirs] for ours, theirs in fields.items() if theirs in raw}
-    defaults = {
-        "kv_heads": values["heads"],
-        "head_dim": values["width"] // values["heads"],
-        "mlp_width": 4 * values["width"],
-    }
+    width, heads = values["width"], values["heads"]
+    defaults = {"kv_heads": heads, "head_dim": width // heads, "mlp_width": 4 * width}
     if arch == "gpt2":
         rope = {}
     else:

@@ -121,12 +121,10 @@ def hold_out_rated(n, batch_size, seed):
 
 
 def encode_pairs(records, encoding, context):
-    """Preference records -> pairs of (chosen, rejected) examples, (label, margin) of each, and the
-    records that they come from.
+    """Preference records -> pairs of (chosen, rejected) examples, their (label, margin), records.
 
-    Dropped: pairs with two equal sides, and pairs with a side beyond the context, since a cut could
-    remove the words that make the difference. A label below 1/2 says that "rejected" is better: the
-    two then change places.
+    Dropped: pairs with two equal sides, or with one beyond the context (a cut could remove the
+    difference). The two sides change places if a label below 1/2 says that "rejected" is better.
     """
     pairs, labels, usable = [], [], []
     for record in records:
@@ -145,13 +143,11 @@ def encode_pairs(records, encoding, context):
 
 
 def encode_unpaired(records, encoding, context, seed=0):
-    """Single judged replies -> pairs of examples, labels 1.0 (good) or 0.0 (bad), and the records
-    that they come from.
+    """Single judged replies -> pairs of examples, labels 1.0 (good) or 0.0 (bad), their records.
 
-    The second example of a pair is the same prompt with a reply to another one: how likely such
-    mismatched replies become says how far a policy has moved in general (KTO's z0). They are drawn
-    once, so that the reference reads them only once. The first of ten draws that fits is taken; a
-    record is dropped if none fits, or if it is beyond the context itself.
+    A pair's second example is the same prompt with a reply to another one: how likely such replies
+    become says how far a policy has moved in general (KTO's z0). The first of ten draws that fits
+    is taken; a record is dropped if none fits, or if it is beyond the context itself.
     """
     rng = random.Random(f"mismatched {seed}")
     pairs, labels, usable = [], [], []

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from .files import ROOT
@@ -39,10 +40,7 @@ def commands(table, doc):
 def complain(error):
     """Prints the sentence of an error that this project raised and exits with code 2. An error that
     a library raised keeps its traceback."""
-    frame = error.__traceback__
-    while frame.tb_next:
-        frame = frame.tb_next
-    file = Path(frame.tb_frame.f_code.co_filename).resolve()
+    file = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
     if ROOT not in file.parents or "site-packages" in file.parts:
         raise error
     # All ranks find the same bad input: the first one of each machine prints it, and torchrun then

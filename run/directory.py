@@ -68,9 +68,9 @@ class Directory:
         require(facts.get("stage") == self.stage, f"{other}, or {remedy}")
         for name, value in dataclasses.asdict(self.config).items():
             before = facts["flags"].get(name)
-            changed = f"{place} was run with {flag_name(name)} {before!r}, not {value!r}"
+            changed = f"--resume: {place} was run with {flag_name(name)} {before!r}, not {value!r}"
             same = name in FREE or before == value
-            require(same, f"--resume: {changed}: give the same flags, or {remedy}")
+            require(same, f"{changed}: give the same flags, or {remedy}")
         kind = "cpu" if facts["device"].startswith("cpu") else "cuda"
         moved = f"--resume: {place} was run on {kind}, and this is {device}"
         require(kind == device.type, f"{moved}: name that --device, or {remedy}")

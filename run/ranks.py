@@ -41,11 +41,11 @@ def device_of_rank(name):
     ranks = environment("WORLD_SIZE", 1)
     if ranks == 1 or chosen.type == "cpu":
         return chosen
-    one = f"--device {name} is one for all processes: leave the choice to torchrun"
-    require(chosen.index is None, one)
-    here, count = environment("LOCAL_WORLD_SIZE", ranks), torch.cuda.device_count()
-    need = f"{here} processes need a CUDA device each, and this machine has {count}"
-    require(here <= count, f"{need}: start fewer")
+    one_for_all = f"--device {name} is one for all processes: leave the choice to torchrun"
+    require(chosen.index is None, one_for_all)
+    local, count = environment("LOCAL_WORLD_SIZE", ranks), torch.cuda.device_count()
+    need = f"{local} processes need a CUDA device each, and this machine has {count}"
+    require(local <= count, f"{need}: start fewer")
     return torch.device("cuda", environment("LOCAL_RANK"))
 
 
