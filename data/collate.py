@@ -4,7 +4,7 @@ ids      <|im_start|> user \\n hi <|im_end|> \\n <|im_start|> assistant \\n hell
 mask                                                                      hello <|im_end|>
 inputs   ids[:-1]      the tokens that the model reads
 targets  ids[1:]       the token that each position predicts
-mask     mask[1:]      whether the *target* counts, from the first token of the reply on
+mask     mask[1:]      whether the *target* counts: the header's last \\n predicts hello
 weights  mask[1:]      how much it counts: 1 or 0, unless examples have numbers for a mask
 """
 

@@ -129,8 +129,8 @@ class Source:
 
 
 def load_records(config):
-    """Records of --data or the embedded world: with --online questions, with --spin demonstrations,
-    else comparisons (KTO: judged replies); the world's begin as questions too."""
+    """Records of --data: with --online questions, with --spin demonstrations, else comparisons or
+    KTO's judged replies. Or records of the embedded world, whose comparisons begin as questions."""
     if config.data:
         kind = "unpaired" if config.loss == "kto" else "preference"
         if config.fresh:

@@ -29,8 +29,8 @@ class Data(NamedTuple):
 
 
 def load_records(config, encoding, device, say):
-    """-> records and facts for run.json. Without --data --init replies: to the world's questions,
-    compared by annotators, or with --process to its long sums, with a label per step."""
+    """-> records, and facts for run.json. Without --data, replies of --init: to questions of the
+    world, compared by annotators; with --process to its long sums, with a label per step."""
     if config.data:
         kind = "process" if config.process else "preference"
         return formats.read_all(config.data, kind), {}
@@ -61,8 +61,8 @@ def encode(config, records, encoding, context, say):
 
 
 def rating_labels(records, names):
-    """Which side is better in each dimension, by its two ratings: 1 chosen, 0 rejected, 1/2 a tie
-    -> a list of (K,) lists. Raises ValueError for a record without such a rating."""
+    """Which side has the higher rating in each dimension: 1 chosen, 0 rejected, 1/2 a tie -> a list
+    of (K,) lists. Raises ValueError for a record without such a rating."""
     labels = []
     for record in records:
         for name in names:

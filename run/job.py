@@ -22,11 +22,11 @@ def due(step, steps, times=5):
 
 
 class Job:
-    """Prepares a run: directory, seed, device, precision; writes nothing. `stage` names its default
-    directory, out/<stage>.
+    """One run of a stage. Its making prepares directory, seed, device and precision, but writes
+    nothing; out/<stage> is the default directory.
 
-    Raises ValueError for a directory that must not be written, a missing --init, a missing device,
-    a --resume of another run. With --resume of a complete run the process ends, with exit code 0.
+    Raises ValueError for a directory that must not be written, a missing --init or device, or a
+    --resume of another run. With --resume of a complete run the process ends, with exit code 0.
     """
 
     def __init__(self, config, stage):
@@ -117,7 +117,8 @@ class Job:
             self.directory.open(self.size)
             self.directory.write_facts(self.device, self.facts)
         options = dict(initial=self.first, desc=self.stage, file=sys.stderr, dynamic_ncols=True)
-        self.bar = tqdm(total=n, disable=True if self.rank else None, **options)  # None: a terminal
+        quiet = True if self.rank else None  # None: no bar without a terminal
+        self.bar = tqdm(total=n, disable=quiet, **options)
         for step in range(self.first, n):
             yield step
             self.bar.update()
