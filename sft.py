@@ -25,8 +25,7 @@ import torch
 import kernels
 import run
 from data import chat, checkpoints, formats, world
-from data.collate import batch_order, collate, hold_out
-from data.passes import rows_at_once
+from data.collate import batch_order, collate, hold_out, rows_at_once
 
 
 @dataclass

@@ -29,7 +29,7 @@ import torch
 
 import run
 from data import chat, checkpoints, formats, tokenizer, world
-from data.passes import by_length
+from data.collate import by_length
 from data.records import Preference
 from data.scores import score_rows
 

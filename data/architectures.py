@@ -1,119 +1,87 @@
-"""How each architecture is written in the Hugging Face layout: the names of its tensors in
-model.safetensors and of its fields in config.json. The tables are meant to be read."""
+"""The Hugging Face layout: how each architecture's tensors are called in model.safetensors and its
+fields in config.json, and how the two files are read and written. The tables are meant to be read.
+"""
 
+import json
 import math
+import os
 import re
+from functools import partial
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
 import run
-from data.tensors import read_json
 from model import Config, Linear
 
-# Our module -> theirs; * is a layer's number. Of several names, ours is the stack.
-GPT2_MODULES = {
-    "embed": "wte",
-    "positions": "wpe",
-    "blocks.*.norm1": "h.*.ln_1",
-    "blocks.*.attn.qkv": "h.*.attn.c_attn",
-    "blocks.*.attn.out": "h.*.attn.c_proj",
-    "blocks.*.norm2": "h.*.ln_2",
-    "blocks.*.mlp.up": "h.*.mlp.c_fc",
-    "blocks.*.mlp.down": "h.*.mlp.c_proj",
-    "norm": "ln_f",
-    "lm_head": "lm_head",
-    "score_head": "score",
-}
-LLAMA_MODULES = {  # also Qwen2 and Qwen3
-    "embed": "embed_tokens",
-    "blocks.*.norm1": "layers.*.input_layernorm",
-    "blocks.*.attn.qkv": (
-        "layers.*.self_attn.q_proj layers.*.self_attn.k_proj layers.*.self_attn.v_proj"
-    ),
-    "blocks.*.attn.q_norm": "layers.*.self_attn.q_norm",
-    "blocks.*.attn.k_norm": "layers.*.self_attn.k_norm",
-    "blocks.*.attn.out": "layers.*.self_attn.o_proj",
-    "blocks.*.norm2": "layers.*.post_attention_layernorm",
-    "blocks.*.mlp.up": "layers.*.mlp.gate_proj layers.*.mlp.up_proj",
-    "blocks.*.mlp.down": "layers.*.mlp.down_proj",
-    "norm": "norm",
-    "lm_head": "lm_head",
-    "score_head": "score",
-}
-# Field of Config -> field of config.json.
-GPT2_FIELDS = {
-    "vocab_size": "vocab_size",
-    "width": "n_embd",
-    "layers": "n_layer",
-    "heads": "n_head",
-    "mlp_width": "n_inner",
-    "context": "n_positions",
-    "norm_eps": "layer_norm_epsilon",
-    "tied": "tie_word_embeddings",
-    "init_std": "initializer_range",
-}
-LLAMA_FIELDS = {
-    "vocab_size": "vocab_size",
-    "width": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "mlp_width": "intermediate_size",
-    "context": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps",
-    "tied": "tie_word_embeddings",
-    "init_std": "initializer_range",
-}
-SAME_FIELDS = ("eos_token_id", "pad_token_id", "score_bias", "score_gain")  # same name in both
-OPTIONAL_COUNTS = ("num_key_value_heads", "head_dim", "n_inner")
-LLAMA3_SCALING = (  # Config's rope_scaling, in this order
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-)
-POSITIVE_NUMBERS = (
-    "layer_norm_epsilon",
-    "rms_norm_eps",
-    "rope_theta",
-    *LLAMA3_SCALING,
-    "score_gain",
-)
-ANY_NUMBERS = ("initializer_range", "score_bias")
-# Fields that would make another architecture under the same name.
-VARIANTS = (
-    "scale_attn_by_inverse_layer_idx",
-    "attention_bias",
-    "mlp_bias",
-    "use_sliding_window",
-    "quantization_config",
-)
-ACTIVATIONS = {  # the field, and the values that mean what model.py computes
-    "gpt2": ("activation_function", "gelu_new", "gelu_pytorch_tanh"),
-    "llama": ("hidden_act", "silu", "swish"),
-}
 CLASSES = {"gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+# Our module: (GPT-2's name, the name that Llama and Qwen share); * is the layer's number.
+# Where theirs are several, ours is their stack.
+MODULES = {
+    "embed": ("wte", "embed_tokens"),
+    "positions": ("wpe", None),
+    "blocks.*.norm1": ("h.*.ln_1", "layers.*.input_layernorm"),
+    "blocks.*.attn.qkv": (
+        "h.*.attn.c_attn",
+        "layers.*.self_attn.q_proj layers.*.self_attn.k_proj layers.*.self_attn.v_proj",
+    ),
+    "blocks.*.attn.q_norm": (None, "layers.*.self_attn.q_norm"),
+    "blocks.*.attn.k_norm": (None, "layers.*.self_attn.k_norm"),
+    "blocks.*.attn.out": ("h.*.attn.c_proj", "layers.*.self_attn.o_proj"),
+    "blocks.*.norm2": ("h.*.ln_2", "layers.*.post_attention_layernorm"),
+    "blocks.*.mlp.up": ("h.*.mlp.c_fc", "layers.*.mlp.gate_proj layers.*.mlp.up_proj"),
+    "blocks.*.mlp.down": ("h.*.mlp.c_proj", "layers.*.mlp.down_proj"),
+    "norm": ("ln_f", "norm"),
+    "lm_head": ("lm_head", "lm_head"),
+    "score_head": ("score", "score"),
+}
+# Field of Config: (field of GPT-2's config.json, of Llama's and Qwen's)
+FIELDS = {
+    "vocab_size": ("vocab_size", "vocab_size"),
+    "width": ("n_embd", "hidden_size"),
+    "layers": ("n_layer", "num_hidden_layers"),
+    "heads": ("n_head", "num_attention_heads"),
+    "kv_heads": (None, "num_key_value_heads"),
+    "head_dim": (None, "head_dim"),
+    "mlp_width": ("n_inner", "intermediate_size"),
+    "context": ("n_positions", "max_position_embeddings"),
+    "norm_eps": ("layer_norm_epsilon", "rms_norm_eps"),
+    "tied": ("tie_word_embeddings", "tie_word_embeddings"),
+    "init_std": ("initializer_range", "initializer_range"),
+}
+SAME_FIELDS = ("eos_token_id", "pad_token_id", "score_bias", "score_gain")  # named so in Config
+OPTIONAL_COUNTS = ("num_key_value_heads", "head_dim", "n_inner")
+# Config's rope_scaling, in this order:
+LLAMA3_SCALING = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
+POSITIVE_NUMBERS = ["layer_norm_epsilon", "rms_norm_eps", "rope_theta", *LLAMA3_SCALING]
+POSITIVE_NUMBERS += ["score_gain"]
+NUMBERS = [*POSITIVE_NUMBERS, "initializer_range", "score_bias"]
+# Fields that would make another architecture under the same name:
+VARIANTS = "scale_attn_by_inverse_layer_idx attention_bias mlp_bias use_sliding_window".split()
+VARIANTS += ["quantization_config"]
+# The field, and the values that mean what model.py computes:
+GPT2_ACTIVATION = ("activation_function", "gelu_new", "gelu_pytorch_tanh")
+LLAMA_ACTIVATION = ("hidden_act", "silu", "swish")
 HEADS = ("lm_head", "score")  # tensors outside the trunk, whose names have no prefix
 
 
-def module_names(arch):
-    return GPT2_MODULES if arch == "gpt2" else LLAMA_MODULES
-
-
-def field_names(arch):
-    return GPT2_FIELDS if arch == "gpt2" else LLAMA_FIELDS
+def column(table, arch):
+    """{our name: theirs} of an architecture."""
+    i = 0 if arch == "gpt2" else 1
+    return {ours: theirs[i] for ours, theirs in table.items() if theirs[i]}
 
 
 def layout(model):
-    """{our parameter: (names in the checkpoint without prefix, whether they are stored
-    transposed)}. Several names are parts of one of ours."""
+    """{our parameter: (their names without prefix, whether they are stored transposed)}."""
     names, arch = {}, model.config.arch
+    modules = column(MODULES, arch)
     for name, value in model.named_parameters():
         if name == "score_head.bias" or name.endswith((".A", ".B")):
             continue  # the bias is in config.json, adapters have files of their own
         module, _, kind = name.rpartition(".")
         layer = re.search(r"\d+|$", module)[0]
-        theirs = module_names(arch)[re.sub(r"\.\d+\.", ".*.", module)].replace("*", layer)
+        theirs = modules[re.sub(r"\.\d+\.", ".*.", module)].replace("*", layer)
         # GPT-2's "Conv1D" stores matrices as (in, out)
         transposed = arch == "gpt2" and layer != "" and value.dim() == 2
         names[name] = [f"{key}.{kind}" for key in theirs.split()], transposed
@@ -134,16 +102,8 @@ def named_tensors(model):
 
 def prefixed(key, config):
     """A tensor's name with the prefix that transformers' classes give the trunk."""
-    if key.startswith(HEADS):
-        return key
-    return ("transformer." if config.arch == "gpt2" else "model.") + key
-
-
-def unprefixed(key):
-    return re.sub(r"^(transformer|model)\.", "", key)
-
-
-# ----------------------------------------------------------------------------------- config.json
+    trunk = "transformer." if config.arch == "gpt2" else "model."
+    return key if key.startswith(HEADS) else trunk + key
 
 
 def read_config(directory):
@@ -157,13 +117,10 @@ def read_config(directory):
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     check_values(path, raw, rope)
     arch = raw["model_type"]
-    fields = field_names(arch) | dict(zip(SAME_FIELDS, SAME_FIELDS, strict=True))
-    values = {ours: raw[theirs] for ours, theirs in fields.items() if raw.get(theirs) is not None}
-    defaults = {
-        "kv_heads": values["heads"],
-        "head_dim": values["width"] // values["heads"],
-        "mlp_width": 4 * values["width"],
-    }
+    fields = column(FIELDS, arch) | {name: name for name in SAME_FIELDS}
+    values = {ours: raw[theirs] for ours, theirs in fields.items() if theirs in raw}
+    width, heads = values["width"], values["heads"]
+    defaults = {"kv_heads": heads, "head_dim": width // heads, "mlp_width": 4 * width}
     if arch == "gpt2":
         rope = {}
     else:
@@ -182,36 +139,34 @@ def read_config(directory):
 def check_values(path, raw, rope):
     """Raises ValueError for fields of config.json that are missing, malformed or not supported."""
     for source in (raw, rope):
-        for name in (*POSITIVE_NUMBERS, *ANY_NUMBERS):
+        for name in NUMBERS:
             value, positive = source.get(name), name in POSITIVE_NUMBERS
             number = type(value) in (int, float) and abs(value) < math.inf
             valid = value is None or (number and (value > 0 or not positive))
             kind = "positive number" if positive else "number"
             run.require(valid, f"{path}: {name} should be a {kind}, but it is {value!r}")
-    arch, supported = raw.get("model_type"), ", ".join(CLASSES)
-    unknown = f"{path}: the architecture {arch!r} is not supported; {supported} are"
-    run.require(arch in CLASSES, unknown)
-    fields = field_names(arch)
-    counts = [theirs for ours, theirs in fields.items() if Config.__annotations__[ours] is int]
+    arch = raw.get("model_type")
+    unknown = f"{path}: the architecture {arch!r} is not supported"
+    run.require(arch in CLASSES, f"{unknown}; {', '.join(CLASSES)} are")
+    fields = column(FIELDS, arch).items()
+    counts = [theirs for ours, theirs in fields if Config.__annotations__[ours] is int]
     for name in [*counts, *OPTIONAL_COUNTS]:
         run.require(name in raw or name in OPTIONAL_COUNTS, f"{path} lacks the field {name!r}")
         value = raw.get(name, 1)
         wrong = f"{path}: {name} should be a positive number, but it is {value!r}"
         run.require(type(value) is int and value > 0, wrong)
-    odd = [name for name in VARIANTS if raw.get(name)]
+    unsupported = [name for name in VARIANTS if raw.get(name)]
     if raw.get("scale_attn_weights") is False:
-        odd.append("scale_attn_weights")
-    name, *known = ACTIVATIONS["gpt2" if arch == "gpt2" else "llama"]
+        unsupported.append("scale_attn_weights")
+    name, *known = GPT2_ACTIVATION if arch == "gpt2" else LLAMA_ACTIVATION
     if raw.get(name, known[0]) not in known:
-        odd.append(raw[name])
-    variant = f"{path}: this variant of {CLASSES[arch]} ({', '.join(map(str, odd))})"
-    run.require(not odd, f"{variant} is not supported")
+        unsupported.append(str(raw[name]))
+    variant = f"{path}: this variant of {CLASSES[arch]} ({', '.join(unsupported)})"
+    run.require(not unsupported, f"{variant} is not supported")
     scaling = "default" if arch == "gpt2" else rope.get("rope_type", rope.get("type", "default"))
     complete = scaling == "llama3" and all(rope.get(name) for name in LLAMA3_SCALING)
-    wrong = (
-        f"{path}: rope scaling of type {scaling} is not supported, or its numbers are not all there"
-    )
-    run.require(scaling == "default" or complete, f"{wrong}; llama3's is")
+    wrong = f"{path}: rope scaling of type {scaling} is not supported or lacks numbers"
+    run.require(scaling == "default" or complete, f"{wrong}; llama3's is supported")
 
 
 def write_config(config):
@@ -222,7 +177,7 @@ def write_config(config):
     if score:
         raw |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
         raw |= {"score_bias": c.score_bias, "score_gain": c.score_gain}
-    raw |= {theirs: getattr(c, ours) for ours, theirs in field_names(c.arch).items()}
+    raw |= {theirs: getattr(c, ours) for ours, theirs in column(FIELDS, c.arch).items()}
     raw |= {"bos_token_id": None, "eos_token_id": c.eos_token_id, "pad_token_id": c.pad_token_id}
     raw |= {"dtype": "float32", "torch_dtype": "float32"}
     if gpt2:
@@ -236,3 +191,60 @@ def write_config(config):
     if c.arch != "qwen2":
         raw |= {"attention_bias": False, "mlp_bias": False}
     return raw
+
+
+def tensors_of(path):
+    """{key: a function that reads the tensor} of a safetensors file. Each call opens the file
+    again, so that the pages it maps are given back."""
+    if not path.exists():
+        reason = "only safetensors are read"
+        pickles = sorted(p for p in path.parent.glob("*") if p.suffix in (".bin", ".pt", ".pth"))
+        if pickles:
+            reason += f"; {pickles[0].name} is a pickle, which could run any code: convert it"
+        raise FileNotFoundError(f"{path} does not exist: a checkpoint needs it ({reason})")
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+    except (SafetensorError, OSError) as error:
+        wrong = f"{path} is not a whole safetensors file ({error})"
+        raise ValueError(f"{wrong}: fetch or save it again") from None
+
+    def read(key):
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(key)
+
+    return {key: partial(read, key) for key in keys}
+
+
+def header(path):
+    """{name: text} in the header of a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def write_files(directory, tensors_name, tensors, facts_name, facts, words=None):
+    """Writes both files; each appears whole or not at all. words: {name: text} for the header of
+    the tensors' file, which no other tool reads."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {key: value.detach().float().cpu().contiguous() for key, value in tensors.items()}
+    metadata = {"format": "pt", **(words or {})}
+    save_file(tensors, directory / f"{tensors_name}.tmp", metadata=metadata)
+    text = json.dumps(facts, indent=2) + "\n"
+    (directory / f"{facts_name}.tmp").write_text(text, encoding="utf-8")
+    for name in (tensors_name, facts_name):
+        os.replace(directory / f"{name}.tmp", directory / name)
+
+
+def read_json(path):
+    """The JSON object in a checkpoint's file. Raises FileNotFoundError or ValueError."""
+    if not path.exists():
+        missing = f"{path} does not exist: {path.parent} is not a checkpoint directory"
+        raise FileNotFoundError(missing)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not UTF-8 or not JSON
+        wrong = f"{path} is not valid JSON ({error})"
+        raise ValueError(f"{wrong}: fetch or save the checkpoint again") from None
+    wrong = f"{path} should hold a JSON object, but it holds a {type(value).__name__}"
+    run.require(isinstance(value, dict), wrong)
+    return value

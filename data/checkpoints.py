@@ -5,7 +5,7 @@
     checkpoints.save(model, "somewhere", encoding)       transformers opens it
     policy, encoding = checkpoints.open_policy(config, device)      what a stage's flags ask for
 
-architectures.py has the tables of names, adapters.py the PEFT layout, tensors.py the files.
+architectures.py has the tables of names and the two files, adapters.py the PEFT layout.
 """
 
 import re
@@ -15,27 +15,17 @@ import torch
 from torch import nn
 
 import run
-from data import chat, tokenizer
+from data import architectures, chat, tokenizer
 from data.adapters import load_adapter, save_adapter
-from data.architectures import (
-    HEADS,
-    named_tensors,
-    prefixed,
-    read_config,
-    unprefixed,
-    write_config,
-)
-from data.tensors import read_json, tensors_of, write_files
+from data.architectures import named_tensors, prefixed, read_json, tensors_of
 from data.world import TOKENIZER
 from model import GPT
 
-# What published files hold beside the weights: the causal mask, the rotary table.
+# Published files may also hold the causal mask and the rotary table:
 BUFFERS = re.compile(r"attn\.(masked_)?bias$|rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
-# Fields of Config in which a model and the trunk that it shares must agree.
-TRUNK_FIELDS = (
-    "arch vocab_size width layers heads kv_heads head_dim mlp_width context norm_eps"
-    " rope_theta rope_scaling".split()
-)
+# Fields of Config in which a model and the trunk that it shares must agree:
+TRUNK_FIELDS = "arch vocab_size width layers heads kv_heads head_dim mlp_width context".split()
+TRUNK_FIELDS += ["norm_eps", "rope_theta", "rope_scaling"]
 
 
 @torch.no_grad()
@@ -43,14 +33,14 @@ def load(directory, head=None, trunk=None):
     """Opens a checkpoint: one file or shards, any float dtype. An adapter's directory gives its
     base model with the adapter merged.
 
-    head: None takes the checkpoint's; "score" on a language model starts a new scalar head.
+    head: "score" gives a language model a new scalar head; None keeps the checkpoint's head.
     trunk: a model with adapters. A scalar-head checkpoint of the same frozen weights shares them.
-    Raises FileNotFoundError or ValueError for anything missing, unexpected or misshapen.
+    Raises FileNotFoundError or ValueError for anything missing, unexpected or of a wrong shape.
     """
     directory = Path(directory)
     if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
         return load_merged_adapter(directory, head)
-    config = read_config(directory)
+    config = architectures.read_config(directory)
     head_of_file = config.head
     config.head = head or config.head
     if trunk is not None and head_of_file == config.head == "score":
@@ -67,8 +57,8 @@ def load(directory, head=None, trunk=None):
 def load_merged_adapter(directory, head):
     facts = read_json(directory / "adapter_config.json")
     base = facts.get("base_model_name_or_path") or ""
-    is_adapter = f"{directory} is an adapter of {base or 'a base model without a name'}"
-    run.require(Path(base).is_dir(), f"{is_adapter}, which is no directory here: name it")
+    named = f"{directory} is an adapter of {base or 'a base model without a name'}"
+    run.require(Path(base).is_dir(), f"{named}, which is no directory here: name it")
     if facts.get("task_type") == "SEQ_CLS":
         head = head or "score"
     model = load_adapter(load(base, head), directory).merge()
@@ -78,8 +68,8 @@ def load_merged_adapter(directory, head):
 
 
 def load_on_trunk(directory, config, trunk):
-    """The scalar-head model of a directory, on the trunk's own frozen weights; None where it is not
-    these weights with an adapter."""
+    """The scalar-head model of a directory, on the trunk's own frozen weights; None if it is not an
+    adapter of these weights."""
     same_shape = all(getattr(config, f) == getattr(trunk.config, f) for f in TRUNK_FIELDS)
     if not same_shape or not (directory / "adapter").is_dir():
         return None
@@ -95,26 +85,23 @@ def load_on_trunk(directory, config, trunk):
 
 
 def matching_tensors(directory, model, head_of_file):
-    """(tensor of the model, its value in the checkpoint) of each, one at a time: files are mapped,
-    and no two values are in memory at once. A head that the checkpoint does not have is left
-    out."""
+    """Yields (tensor of the model, its value in the checkpoint), without a head that the checkpoint
+    lacks. Files are mapped, so only one value at a time is in memory."""
     values = tensors_of_checkpoint(directory)
     for key, tensor in named_tensors(model):
-        if key.startswith(HEADS) and model.config.head != head_of_file:
+        if key.startswith(architectures.HEADS) and model.config.head != head_of_file:
             continue
         lacking = f"{directory} lacks the tensor {key} that its config.json promises"
         run.require(key in values, lacking)
         value = values.pop(key)()
-        if value.shape != tensor.shape or not value.is_floating_point():
-            shape = f"has shape {tuple(value.shape)} ({value.dtype})"
-            wanted = f"config.json says {tuple(tensor.shape)}"
-            raise ValueError(f"{directory}: {key} {shape}, {wanted}")
+        fits = value.shape == tensor.shape and value.is_floating_point()
+        actual = f"{directory}: {key} has shape {tuple(value.shape)} ({value.dtype})"
+        run.require(fits, f"{actual}, config.json says {tuple(tensor.shape)}")
         yield tensor, value
     # a file may also hold a copy of the tied embedding, or the head that was replaced
     extra = [key for key in values if not BUFFERS.search(key) and key != "lm_head.weight"]
-    if extra:
-        sentence = f"holds a tensor that its config.json does not explain: {extra[0]}"
-        raise ValueError(f"{directory} {sentence}")
+    wrong = f"{directory} holds a tensor that its config.json does not explain"
+    run.require(not extra, f"{wrong}: {''.join(extra[:1])}")
 
 
 def tensors_of_checkpoint(directory):
@@ -123,34 +110,29 @@ def tensors_of_checkpoint(directory):
     files = ["model.safetensors"]
     if index.exists():
         shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(f, str) for f in shards.values()):
-            remedy = "fetch the checkpoint again"
-            raise ValueError(f"{index} is not a readable index of shards: {remedy}")
+        valid = isinstance(shards, dict) and all(isinstance(f, str) for f in shards.values())
+        run.require(valid, f"{index} is not a readable index of shards: fetch the checkpoint again")
         files = sorted(set(shards.values()))
     values = {}
     for file in files:
         for key, read in tensors_of(directory / file).items():
-            name = unprefixed(key)
-            if name in values:
-                raise ValueError(
-                    f"{directory} holds the tensor {name} twice: fetch or save it again"
-                )
+            name = re.sub(r"^(transformer|model)\.", "", key)
+            twice = f"{directory} holds the tensor {name} twice: fetch or save it again"
+            run.require(name not in values, twice)
             values[name] = read
     return values
 
 
 @torch.no_grad()
 def save(model, directory, encoding=None, chat=True):
-    """Writes config.json and model.safetensors (fp32); each file appears whole or not at all. With
-    an encoding, also the tokenizer (chat: with its chat template).
-
-    Adapters are merged into the weights, and also written by themselves into `adapter/`.
-    """
+    """Writes config.json and model.safetensors (fp32), with an encoding also the tokenizer (chat:
+    with its chat template). Adapters are merged into the weights, and also written to adapter/."""
     directory, config = Path(directory), model.config
     if config.head == "score":
         config.score_bias = float(model.score_head.bias.detach())
     tensors = {prefixed(key, config): value for key, value in named_tensors(model)}
-    write_files(directory, "model.safetensors", tensors, "config.json", write_config(config))
+    facts = architectures.write_config(config)
+    architectures.write_files(directory, "model.safetensors", tensors, "config.json", facts)
     if model.rank:
         save_adapter(model, directory / "adapter")
     if encoding is not None:
@@ -158,28 +140,25 @@ def save(model, directory, encoding=None, chat=True):
 
 
 def open_vocabulary(config, default=TOKENIZER, template=""):
-    """The vocabulary that a stage's flags ask for, with the chat tokens: --tokenizer, or that of
-    --init, or the default."""
+    """The vocabulary of --tokenizer, or of --init, or the default, with the chat tokens."""
     return chat.extend(tokenizer.choose(config.tokenizer, config.init, default), template)
 
 
 def open_model(config, encoding, device, head="lm", chats=True):
-    """The model that a stage's flags ask for, --init or random weights of --shape, with adapters if
-    --lora-rank asks for them. Raises ValueError for a reward model where a language model is
-    needed.
-    """
+    """The model of --init or random weights of --shape, with the adapters of --lora-rank. Raises
+    ValueError for a reward model where a language model is needed."""
     if config.init == "scratch":
         model = GPT.from_scratch(config.shape, encoding.n_vocab, head=head)
     else:
         model = load(config.init, head=None if head == "lm" else head)
-    what = f"--init {config.init} has a scalar head and cannot write"
-    run.require(model.config.head == head, f"{what}: name a language model")
+    wrong = f"--init {config.init} has a scalar head and cannot write: name a language model"
+    run.require(model.config.head == head, wrong)
     model = tokenizer.fit(model, encoding, chat=chats).to(device)
     return model.adapt(config.lora_rank, config.lora_alpha, config.lora_targets)
 
 
 def open_policy(config, device, default=TOKENIZER):
-    """(policy, encoding) of a stage's flags. The seed decides what random weights it gets."""
+    """(policy, encoding) of a stage's flags. --seed decides the random weights."""
     torch.manual_seed(config.seed)
     encoding = open_vocabulary(config, default)
     return open_model(config, encoding, device), encoding

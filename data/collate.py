@@ -1,16 +1,15 @@
-"""From records to a batch: encoding, right-padding, and the shift, once, here. Nobody slices
-logits.
+"""From records to a batch: encoding, right-padding, and the shift. Nobody slices logits later.
 
 ids      <|im_start|> user \\n hi <|im_end|> \\n <|im_start|> assistant \\n hello <|im_end|> \\n
 mask                                                                      hello <|im_end|>
 inputs   ids[:-1]      the tokens that the model reads
 targets  ids[1:]       the token that each position predicts
-mask     mask[1:]      whether that *target* counts: the header's last token predicts the first
-                       token of the reply
-weights  likewise      by how much it counts: 1 under the mask, unless examples come with numbers
+mask     mask[1:]      whether the *target* counts: the header's last \\n predicts hello
+weights  mask[1:]      how much it counts: 1 or 0, unless examples have numbers for a mask
 """
 
 import random
+from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
@@ -34,54 +33,40 @@ class Batch(NamedTuple):
         return Batch(*(tensor[rows] for tensor in self))
 
 
-def pad(rows):
-    """Ragged lists of ids -> ids (B, T) int64, right-padded with 0, and lengths (B,)."""
+def pad(rows, dtype=torch.long):
+    """Ragged lists of numbers -> a tensor (B, T), right-padded with 0, and lengths (B,)."""
     lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    for padded, row in zip(ids, rows, strict=True):
-        padded[: len(row)] = torch.tensor(row)
-    return ids, lengths
+    values = torch.zeros(len(rows), max(map(len, rows)), dtype=dtype)
+    for padded, row in zip(values, rows, strict=True):
+        padded[: len(row)] = torch.tensor(row, dtype=dtype)
+    return values, lengths
 
 
 def collate(examples):
-    """(ids, mask or weights) examples of lists, from chat.render -> Batch, padded to the
-    longest."""
-    T = max(len(ids) for ids, _ in examples) - 1
-    inputs = torch.zeros(len(examples), T, dtype=torch.long)
-    targets = torch.full((len(examples), T), IGNORE)
-    weights = torch.zeros(len(examples), T)
-    for row, (ids, counts) in enumerate(examples):
-        n = len(ids) - 1
-        inputs[row, :n] = torch.tensor(ids[:-1])
-        targets[row, :n] = torch.tensor(ids[1:])
-        weights[row, :n] = torch.tensor(counts[1:], dtype=torch.float32)
+    """(ids, mask or weights) examples, lists from chat.render -> Batch, padded to the longest."""
+    inputs, lengths = pad([ids[:-1] for ids, _ in examples])  # (B, T), (B,)
+    targets, _ = pad([ids[1:] for ids, _ in examples])  # (B, T)
+    weights, _ = pad([weights[1:] for _, weights in examples], torch.float32)  # (B, T)
     mask = weights > 0
-    lengths = torch.tensor([len(ids) - 1 for ids, _ in examples])
     return Batch(inputs, targets.masked_fill(~mask, IGNORE), mask, weights, lengths)
 
 
 def reply_examples(prompts, replies):
-    """Prompts and sampled replies (lists of ids) -> (ids, mask) examples: each reply token
-    counts."""
-    return [
-        (prompt + reply, [False] * len(prompt) + [True] * len(reply))
-        for prompt, reply in zip(prompts, replies, strict=True)
-    ]
+    """Lists of ids: prompts, sampled replies -> (ids, mask) examples, each reply token counts."""
+    pairs = zip(prompts, replies, strict=True)
+    return [(x + y, [False] * len(x) + [True] * len(y)) for x, y in pairs]
 
 
 def longest_side(pair):
-    """The length that a pair of examples is padded by."""
+    """Tokens of the longer side of a pair of examples."""
     return max(len(ids) for ids, _ in pair)
 
 
-# ------------------------------------------------------------------------- order and held-out rows
-
-
 def epochs(lengths, batch_size, seed):
-    """Endless batches of indices: every example once per epoch, each time in another order.
+    """Endless batches of indices: every example once per epoch, each epoch in another order.
 
-    Rows of similar length go together, which saves padding; the batches come in random order. The
-    last, smaller batch is used too.
+    A batch has rows of similar length, which saves padding; the order of the batches is random. A
+    smaller last batch is used too.
     """
     rng = random.Random(f"order {seed}")
     while True:
@@ -96,13 +81,33 @@ def epochs(lengths, batch_size, seed):
 
 
 def batch_order(lengths, batch_size, seed, steps):
-    """The batches of indices of `steps` steps, from `epochs`."""
-    batches = epochs(lengths, batch_size, seed)
-    return [next(batches) for _ in range(steps)]
+    """The first `steps` batches of `epochs`."""
+    return list(islice(epochs(lengths, batch_size, seed), steps))
+
+
+def rows_at_once(size, length, model):
+    """How many of `size` rows of `length` tokens a forward pass without gradients may take: about
+    half a gigabyte."""
+    return max(1, min(size, 128 * 256 * 96 // (length * model.config.width)))
+
+
+def by_length(rows, length, size):
+    """Batches of at most `size` of the rows' indices, sorted by length(row) to save padding."""
+    order = sorted(range(len(rows)), key=lambda i: length(rows[i]))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def in_batches(function, rows, length, model, size=256):
+    """Calls function(list of b rows) -> (b, ...) until it has all rows -> (N, ...) in their order.
+    b: at most `size` rows of similar length(row), and what the model's memory allows."""
+    batches = by_length(rows, length, rows_at_once(size, max(map(length, rows)), model))
+    values = torch.cat([function([rows[i] for i in batch]) for batch in batches])
+    order = torch.tensor(list(chain(*batches)), device=values.device)  # (N,)
+    return torch.empty_like(values).index_copy_(0, order, values)
 
 
 def hold_out(n, most, seed):
-    """Indices 0 .. n-1 in random order -> those that training never sees (a tenth, at most `most`)
+    """Indices 0 .. n-1 in random order: those that training never sees (a tenth, at most `most`),
     and the others."""
     order = list(range(n))
     random.Random(seed).shuffle(order)
@@ -115,23 +120,17 @@ def hold_out_rated(n, batch_size, seed):
     return hold_out(n, min(500, 8 * batch_size), seed)
 
 
-# ------------------------------------------------------------------------------ records to examples
-
-
 def encode_pairs(records, encoding, context):
-    """Preference records -> pairs of (chosen, rejected) examples, their (label, margin), and their
-    records.
+    """Preference records -> pairs of (chosen, rejected) examples, their (label, margin), records.
 
-    Dropped: pairs with two equal sides, and pairs with a side beyond the context; a cut could
-    remove the very words that made the difference. Where a soft label below 1/2 says that
-    "rejected" is better, the two change places.
+    Dropped: pairs with two equal sides, or with one beyond the context (a cut could remove the
+    difference). The two sides change places if a label below 1/2 says that "rejected" is better.
     """
     pairs, labels, usable = [], [], []
     for record in records:
         chosen = chat.example(record.prompt, record.chosen, encoding)
         rejected = chat.example(record.prompt, record.rejected, encoding)
-        longest = longest_side((chosen, rejected))
-        if longest > context or chosen[0] == rejected[0]:
+        if longest_side((chosen, rejected)) > context or chosen[0] == rejected[0]:
             continue
         usable.append(record)
         if record.label < 0.5:
@@ -144,13 +143,11 @@ def encode_pairs(records, encoding, context):
 
 
 def encode_unpaired(records, encoding, context, seed=0):
-    """Single judged replies -> pairs of examples, labels 1.0 (good) or 0.0 (bad), and their
-    records.
+    """Single judged replies -> pairs of examples, labels 1.0 (good) or 0.0 (bad), their records.
 
-    The second example of a pair is the same prompt with a reply to another one. How likely a policy
-    finds such mismatched replies says how far it has moved in general (KTO's z0). They are drawn
-    once, so that their reference log-probs can be computed beforehand. Of ten draws the first that
-    fits is taken; a record for which none fits is dropped, as is one beyond the context.
+    A pair's second example is the same prompt with a reply to another one: how likely such replies
+    become says how far a policy has moved in general (KTO's z0). The first of ten draws that fits
+    is taken; a record is dropped if none fits, or if it is beyond the context itself.
     """
     rng = random.Random(f"mismatched {seed}")
     pairs, labels, usable = [], [], []
@@ -185,24 +182,15 @@ def encode_steps(records, encoding, context, separator="\n"):
             paths.append(([*record.steps[:t], candidate], [(t, label)]))
         for steps, ratings in paths:
             rated = [(t, float(label >= 0)) for t, label in ratings if label is not None]
-            ends_reply = len(steps) == len(record.steps)
-            ids, ends = encode_solution(record.prompt, steps, encoding, separator, ends_reply)
+            ids, ends = chat.prompt(record.prompt, encoding), []
+            for t, step in enumerate(steps):
+                if t + 1 == len(steps) == len(record.steps):  # ends the reply
+                    ids = ids + chat.completion(step, encoding)
+                else:
+                    ids = ids + encoding.encode_ordinary(step + separator)
+                ends.append(len(ids) - 1)
             total += bool(rated)
             if rated and len(ids) <= context:
                 examples.append((ids, [ends[t] for t, _ in rated]))
                 labels.append([label for _, label in rated])
     return examples, labels, total - len(examples)
-
-
-def encode_solution(prompt, steps, encoding, separator, ends_reply):
-    """A prompt and steps -> ids, and the position of each step's last token."""
-    ids, ends = chat.prompt(prompt, encoding), []
-    for step in steps[:-1]:
-        ids = ids + encoding.encode_ordinary(step + separator)
-        ends.append(len(ids) - 1)
-    if ends_reply:
-        ids = ids + chat.completion(steps[-1], encoding)
-    else:
-        ids = ids + encoding.encode_ordinary(steps[-1] + separator)
-    ends.append(len(ids) - 1)
-    return ids, ends

@@ -1,10 +1,9 @@
-"""Comparisons for dpo.py: who writes the replies, who compares them, and what the loss needs of
-them.
+"""Comparisons for dpo.py: who writes the replies, who compares them, and their encoding.
 
-    a file              preferences, or for KTO single judged replies
-    the embedded world  two replies of --init to each question, compared by simulated annotators
-    --online            two fresh replies of the policy in every round, compared by a judge
-    --spin              demonstrations against the policy's own replies, in every round
+a file              preferences, or for KTO single judged replies
+the embedded world  two replies of --init to each question, compared by simulated annotators
+--online            two fresh replies of the policy in every round, compared by a judge
+--spin              demonstrations against the policy's own replies, in every round
 """
 
 import json
@@ -20,12 +19,12 @@ from data.collate import encode_pairs, encode_unpaired, hold_out
 
 @dataclass
 class Comparisons:
-    """What a round learns from. The held-out pairs come first."""
+    """The pairs of a round, the held-out ones first."""
 
     pairs: list  # of (ids, mask) examples: chosen and rejected; KTO: a reply and a mismatched one
     labels: torch.Tensor  # (N,) the probability that chosen is better; KTO: 1 good, 0 bad
     sizes: torch.Tensor  # (N, 2) reply tokens
-    ref_logps: torch.Tensor  # (N, 2) all that the loss ever needs of the reference
+    ref_logps: torch.Tensor  # (N, 2) all that the loss needs of the reference
     held_out: int  # how many are never trained on
 
     def select(self, rows):
@@ -42,9 +41,8 @@ class Comparisons:
 
 
 def encode(config, records, encoding, context, wanted, device, say):
-    """Records -> Comparisons, `wanted` of them (0: all), without the reference's log-probs, and the
-    questions of the held-out ones. Fresh replies need no held-out ones: the next round's are as
-    good.
+    """Records -> Comparisons (at most `wanted`; 0: all), whose ref_logps are still zeros, and the
+    questions of the held-out ones. Fresh replies need none held out: the next round's are as good.
     """
     kind, why = "pairs", "too long, or two equal sides"
     if config.loss == "kto":
@@ -58,15 +56,12 @@ def encode(config, records, encoding, context, wanted, device, say):
         labels = [label for label, _ in labels]
     limit = f"fits the model's context of {context} tokens"
     run.require(pairs, f"none of the {len(records)} records of {config.source} {limit}")
-    dropped = f"{len(records) - len(usable)} dropped ({why})"
-    say(f"{config.loss}: {len(pairs)} {kind}, {dropped}")
+    dropped = len(records) - len(usable)
+    say(f"{config.loss}: {len(pairs)} {kind}, {dropped} dropped ({why})")
 
     most = 0 if config.fresh else min(300, 8 * config.batch_size)
     held_out, training = hold_out(min(len(pairs), wanted or len(pairs)), most, config.seed)
-    steps = math.ceil(
-        config.steps / (config.rounds if config.fresh else 1)
-    )  # of a round; 0: not given
-    training = training[: steps * config.batch_size or len(pairs)]  # no step reads the others
+    training = training[: config.steps * config.batch_size or None]  # no step reads the others
     order = held_out + training
     pairs = [pairs[i] for i in order]
     labels = torch.tensor([labels[i] for i in order], dtype=torch.float32, device=device)
@@ -82,7 +77,7 @@ class Source:
     def __init__(self, config, policy, encoding, device, say):
         self.config, self.encoding, self.say = config, encoding, say
         self.rounds = config.rounds if config.fresh else 1
-        self.questions = []  # watched, never trained on: their replies show KL and gold
+        self.questions = []  # never trained on: replies to them show KL and gold
         room = policy.config.context
         if config.online:
             trunk = policy if policy.rank else None
@@ -97,36 +92,33 @@ class Source:
         self.wanted = min([n for n in limits if n], default=0)  # records of a round; 0: all
 
     def keep_fitting(self, room):
-        """Drops questions of more than `room` tokens, and sets some aside to be watched."""
-        prompts = [
-            record.messages[:-1] if self.config.spin else record.messages for record in self.records
-        ]
-        total = len(prompts)
-        fitting = [i for i in range(total) if len(chat.prompt(prompts[i], self.encoding)) <= room]
-        watched, training = hold_out(len(fitting), self.config.watch, self.config.seed)
-        self.questions = [prompts[fitting[i]] for i in watched]
-        self.records = [self.records[fitting[i]] for i in training]
-        count, dropped = len(self.records), total - len(fitting)
+        """Drops questions of more than `room` tokens, and holds some out."""
+        config, records = self.config, self.records
+        prompts = [record.messages[:-1] if config.spin else record.messages for record in records]
+        lengths = [len(chat.prompt(prompt, self.encoding)) for prompt in prompts]
+        fitting = [i for i, length in enumerate(lengths) if length <= room]
+        held_out, training = hold_out(len(fitting), config.watch, config.seed)
+        self.questions = [prompts[fitting[i]] for i in held_out]
+        self.records = [records[fitting[i]] for i in training]
+        count, dropped = len(training), len(records) - len(fitting)
         rounds = f"{self.rounds} rounds, {dropped} dropped for their length"
         self.say(f"dpo: {count} questions in {rounds}")
         few = f"{count} records are too few for --rounds {self.rounds}"
         run.require(count >= self.rounds, few)
 
     def draw(self, policy, round):
-        """The records of a round (from 0), with fresh replies of the policy where they are asked
-        for."""
+        """The records of a round (from 0): those of a file, or new ones."""
         config, seed = self.config, self.config.seed + 1000003 * round  # of samples and annotators
         if config.data and not config.fresh:
             return self.records
         if config.spin:
-            records, summary = against_own_replies(
-                config, policy, self.encoding, self.records, seed
-            )
+            options = (self.encoding, self.records, seed)
+            records, summary = against_own_replies(config, policy, *options)
         elif config.online:
             share = len(self.records) // self.rounds
             questions = self.records[round * share : (round + 1) * share]
-            options = (self.label, questions, self.wanted, seed)
-            records, summary = compared(config, policy, self.encoding, *options)
+            options = (self.encoding, self.label, questions, self.wanted, seed)
+            records, summary = compared(config, policy, *options)
         else:
             options = (self.records, config.agreement, seed)
             records = annotators.preferences(policy, self.encoding, *options)
@@ -137,18 +129,17 @@ class Source:
 
 
 def load_records(config):
-    """--data, or the embedded world: comparisons (KTO: judged replies); with --online questions,
-    with --spin demonstrations. Without --data comparisons are made from questions in the first
-    round."""
-    kinds = {config.loss == "kto": "unpaired", config.online: "prompt", config.spin: "conversation"}
+    """Records of --data: with --online questions, with --spin demonstrations, else comparisons or
+    KTO's judged replies. Or records of the embedded world, whose comparisons begin as questions."""
     if config.data:
-        kind = kinds.get(True, "preference")
+        kind = "unpaired" if config.loss == "kto" else "preference"
+        if config.fresh:
+            kind = "conversation" if config.spin else "prompt"
         return formats.read_all(config.data, kind)
     nothing = "--init scratch has no replies to compare: name files with --data"
     run.require(config.init != "scratch", nothing)
-    if config.spin:
-        return world.demonstrations(config.prompts, config.seed)
-    return world.prompts(config.prompts, config.seed)
+    make = world.demonstrations if config.spin else world.prompts
+    return make(config.prompts, config.seed)
 
 
 def compared(config, policy, encoding, label, questions, wanted, seed):

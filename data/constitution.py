@@ -43,8 +43,7 @@ import torch
 
 import run
 from data import annotators, chat, formats, principles, tokenizer, world
-from data.collate import pad
-from data.passes import in_batches
+from data.collate import in_batches, pad
 from data.principles import critique_request, revision_request
 
 CLAMP = (0.4, 0.6)  # of votes after a chain of thought

@@ -1,8 +1,8 @@
-"""Pairs of sequences in one row each: what both begin with, usually the prompt, is read once.
+"""Two sequences in one row: their common beginning, usually the prompt, is read once.
 
 A row holds the shared tokens, then the rest of the first sequence, then the rest of the second.
-Positions and mask are those of each token's own sequence, so its hidden state is what it would be
-in a row of its own (a test compares them).
+Positions and mask are those of each token's own sequence, so its hidden state is the same as if the
+sequence had a row of its own (a test compares them).
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import torch
 
 
 class Forks(NamedTuple):
-    """Stands in the place of a model's cache: it has the positions, the mask, and `append`."""
+    """Replaces a model's cache: it has the positions, the mask, and `append`."""
 
     ids: torch.Tensor  # (B, T) int64, right-padded with 0
     positions: torch.Tensor  # (B, T) in the token's own sequence
@@ -24,12 +24,12 @@ class Forks(NamedTuple):
 
 
 def fork(ids, lengths):
-    """ids (2 B, t) right-padded, two rows per pair, and lengths (2 B,) -> Forks."""
+    """ids (2 B, t), right-padded, two rows per pair, and lengths (2 B,) -> Forks."""
     first, second = ids.view(-1, 2, ids.shape[1]).unbind(1)  # (B, t) each
     first_length, second_length = lengths.view(-1, 2, 1).unbind(1)  # (B, 1) each
     t = torch.arange(ids.shape[1])
     same = (first == second) & (t < first_length) & (t < second_length)  # (B, t)
-    shared = same.cumprod(1).sum(1, keepdim=True)  # (B, 1) tokens that both begin with
+    shared = same.cumprod(1).sum(1, keepdim=True)  # (B, 1) how many tokens are shared
     second_columns = t + (t >= shared) * (first_length - shared)  # (B, t)
     columns = torch.stack([t.expand_as(first), second_columns], dim=1).flatten(0, 1)  # (2 B, t)
 
@@ -48,8 +48,8 @@ def fork(ids, lengths):
 
 
 def forked_hidden(model, ids, lengths, sequences, positions):
-    """Hidden states (n, D) of the tokens at `positions` (n,) of `sequences` (n,): rows of ids (2 B,
-    t), right-padded, two rows per pair."""
+    """Hidden states (n, D) of the tokens at `positions` (n,) in the rows `sequences` (n,) of ids.
+    ids (2 B, t) and lengths (2 B,): see `fork`."""
     forks = Forks(*(tensor.to(model.device) for tensor in fork(ids, lengths)))
     hidden = model(forks.ids, forks)  # (B, T, D)
     return hidden[sequences // 2, forks.columns[sequences, positions]]

@@ -1,38 +1,34 @@
-"""The one way to a policy's log-probs. All are fp32, in nats, and only reply tokens count."""
+"""A policy's log-probs and KL: fp32, in nats, of reply tokens only."""
 
 from itertools import chain
 
 import torch
 
 import kernels
-from data.collate import collate, longest_side, reply_examples
+from data.collate import collate, in_batches, longest_side, reply_examples
 from data.forks import forked_hidden
-from data.passes import in_batches
 
 
 def token_logprobs(model, batch, temperature=1.0):
     """log pi of each target of a Batch (B, T), zero outside the mask."""
-    hidden = model(batch.inputs).flatten(
-        0, 1
-    )  # (B * T, D); the logits (B * T, V) never exist whole
+    hidden = model(batch.inputs).flatten(0, 1)  # (B * T, D)
     targets = batch.targets.flatten()  # (B * T,)
+    # the logits (B * T, V) never exist as a whole
     out = kernels.linear_logprob(hidden, model.head_weight, targets, temperature=temperature)
     return out.logprob.view(batch.mask.shape)
 
 
 def sequence_logps(model, examples):
-    """(ids, mask) examples -> log pi(reply | prompt) of each, summed over the reply's tokens
-    (B,)."""
+    """(ids, mask) examples -> log pi(reply | prompt) (B,), summed over the reply's tokens."""
     return token_logprobs(model, collate(examples).to(model.device)).sum(1)
 
 
 def pair_logps(model, pairs, kto=False):
-    """Pairs of examples -> log-probs of both replies (B, 2). A prompt is read once for both, which
-    changes nothing but the time: each reply's log-prob is that of sequence_logps. kto: the pairs
-    are of mismatched replies."""
+    """Pairs of examples -> the log-probs of both replies (B, 2), as sequence_logps gives them, but
+    a prompt is read once for both (forks.py). kto: the second reply is a mismatched one."""
     if kto:
         return mismatched_logps(model, pairs)
-    batch = collate([*chain(*pairs)])  # (2 B, T), two rows per pair
+    batch = collate(list(chain(*pairs)))  # (2 B, T), two rows per pair
     rows, positions = batch.mask.nonzero(as_tuple=True)  # (n,) of the reply tokens
     hidden = forked_hidden(model, batch.inputs, batch.lengths, rows, positions)  # (n, D)
     targets = batch.targets[rows, positions].to(model.device)  # (n,)
@@ -42,8 +38,8 @@ def pair_logps(model, pairs, kto=False):
 
 
 def mismatched_logps(model, pairs):
-    """Pairs of a reply and a reply to another prompt -> log-probs of both (B, 2), the second
-    without gradient: it is only a number to compare with."""
+    """Pairs of a reply and a reply to another prompt -> the log-probs of both (B, 2), the second
+    without gradient."""
     replies, mismatched = zip(*pairs, strict=True)
     with torch.no_grad():
         mismatched = sequence_logps(model, mismatched)
@@ -53,15 +49,15 @@ def mismatched_logps(model, pairs):
 @torch.no_grad()
 def all_logps(model, pairs, kto=False, size=256):
     """pair_logps of any number of pairs (N, 2), without gradients."""
-    return in_batches(lambda rows: pair_logps(model, rows, kto), pairs, longest_side, size, model)
+    return in_batches(lambda rows: pair_logps(model, rows, kto), pairs, longest_side, model, size)
 
 
 @torch.no_grad()
-def reply_kl(model, ref, prompts, replies, size=256):
+def reply_kl(model, ref, prompts, replies):
     """KL(model || ref) of each whole reply (N,), in nats. prompts, replies: lists of ids, the
     replies sampled from the model.
 
-    Exact for every next-token distribution along the sample, and summed: an unbiased estimate of
+    The exact KL of every next-token distribution along the sample, summed: an unbiased estimate of
     the replies' KL with far less noise than log pi - log ref.
     """
 
@@ -74,4 +70,4 @@ def reply_kl(model, ref, prompts, replies, size=256):
         return kl.view(batch.mask.shape).sum(1)
 
     examples = reply_examples(prompts, replies)
-    return in_batches(kl_of, examples, lambda example: len(example[0]), size, model)
+    return in_batches(kl_of, examples, lambda example: len(example[0]), model)

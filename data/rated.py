@@ -1,4 +1,4 @@
-"""What reward.py learns from: compared pairs, or solutions with rated steps."""
+"""The data of reward.py: compared pairs, or solutions with rated steps."""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -14,7 +14,7 @@ class Data(NamedTuple):
     examples: list  # pairs of (ids, mask) examples; --process: (ids, positions of rated steps)
     labels: list  # of each pair (label, margin); of each solution its steps' labels
     ratings: list  # of each pair, with --heads, (K,) labels by dimension
-    lengths: list  # tokens that each example is padded by
+    lengths: list  # of each example in tokens; of a pair, that of the longer side
 
     def batch(self, rows):
         return [self.examples[i] for i in rows]
@@ -29,9 +29,8 @@ class Data(NamedTuple):
 
 
 def load_records(config, encoding, device, say):
-    """Records of --data; without it, replies of --init to the world's questions, compared by
-    annotators, or with --process to its long sums, with a label per step. Also facts for
-    run.json."""
+    """-> records, and facts for run.json. Without --data, replies of --init: to questions of the
+    world, compared by annotators; with --process to its long sums, with a label per step."""
     if config.data:
         kind = "process" if config.process else "preference"
         return formats.read_all(config.data, kind), {}
@@ -62,16 +61,16 @@ def encode(config, records, encoding, context, say):
 
 
 def rating_labels(records, names):
-    """Which side is better in each dimension, by its two ratings: 1 chosen, 0 rejected, 1/2 a tie
-    -> a list of (K,) lists. Raises ValueError for a record without such a rating."""
+    """Which side has the higher rating in each dimension: 1 chosen, 0 rejected, 1/2 a tie -> a list
+    of (K,) lists. Raises ValueError for a record without such a rating."""
     labels = []
     for record in records:
         for name in names:
-            missing = f"{record.where} has no rating of {name}: write some with data.annotators"
-            run.require(name in record.ratings, f"{missing} --ratings")
+            missing = f"{record.where} has no rating of {name}"
+            remedy = "write some with data.annotators --ratings"
+            run.require(name in record.ratings, f"{missing}: {remedy}")
         ratings = [record.ratings[name] for name in names]
-        signs = [(a > b) - (a < b) for a, b in ratings]
         if record.label < 0.5:  # encode_pairs has exchanged the two sides
-            signs = [-sign for sign in signs]
-        labels.append([0.5 + 0.5 * sign for sign in signs])
+            ratings = [(b, a) for a, b in ratings]
+        labels.append([0.5 + 0.5 * ((a > b) - (a < b)) for a, b in ratings])
     return labels

@@ -1,4 +1,4 @@
-"""What a run of reinforcement learning opens: its four models, and its prompts."""
+"""The models and the prompts of a run of reinforcement learning."""
 
 import random
 from functools import partial
@@ -18,13 +18,13 @@ class Models(NamedTuple):
 
 
 def open_models(config, policy, encoding):
-    """The four models, and the ensemble's reward models. With adapters all share one frozen trunk,
-    if the reward model was adapted from the same --init."""
+    """-> Models, and the ensemble's reward models. With adapters all share one frozen trunk, if the
+    reward model was adapted from the same --init."""
     trunk = policy if policy.rank else None
     options = dict(encoding=encoding, device=policy.device, trunk=trunk)
-    reward_model = annotators.open_reward_model(config.reward, flag="--reward", **options)
-    open_one = partial(annotators.open_reward_model, flag="--ensemble", **options)
-    ensemble = [open_one(directory) for directory in config.ensemble]
+    open_one = partial(annotators.open_reward_model, **options)
+    reward_model = open_one(config.reward, flag="--reward")
+    ensemble = [open_one(directory, flag="--ensemble") for directory in config.ensemble]
     ref = policy.reference()
     critic = None
     if config.advantage == "gae":
@@ -37,8 +37,8 @@ def open_models(config, policy, encoding):
 
 
 def load_prompts(config, encoding, room, say):
-    """(ids, messages) of the prompts of --data or the embedded world that leave room for a reply:
-    at most `room` tokens. Raises ValueError if there is none."""
+    """(ids, messages) of the prompts of at most `room` tokens, from --data or the embedded world.
+    Raises ValueError if there is none."""
     if config.data:
         records = formats.read_all(config.data, "prompt")
     else:
@@ -53,11 +53,8 @@ def load_prompts(config, encoding, room, say):
 
 
 def prompt_batches(prompts, size, seed, steps):
-    """The prompts of each step: every one once, then all of them again in another order."""
-    shuffle, queue, batches = random.Random(seed), [], []
-    for _ in range(steps):
-        while len(queue) < size:
-            queue += shuffle.sample(prompts, len(prompts))
-        batches.append(queue[:size])
-        queue = queue[size:]
-    return batches
+    """The prompts of each step: all of them once, then again in another order."""
+    rng, queue = random.Random(seed), []
+    while len(queue) < steps * size:
+        queue += rng.sample(prompts, len(prompts))
+    return [queue[step * size : (step + 1) * size] for step in range(steps)]

@@ -1,29 +1,28 @@
-"""What a model with a scalar head says of replies. A score is read at the reply's last token, the
-only position that has seen everything; never at padding."""
+"""Scores of replies by a model with a scalar head. A score is read at the reply's last token, the
+only position that has seen everything, never at padding."""
 
 import torch
 
-from data.collate import longest_side, pad
+from data.collate import in_batches, longest_side, pad
 from data.forks import forked_hidden
-from data.passes import in_batches
 
 
 def score(model, sequences):
-    """Lists of ids, each ending with a reply's end-of-turn token -> the scores there (B,)."""
+    """Lists of ids that end with a reply's end-of-turn token -> the scores there (B,)."""
     ids, lengths = pad(sequences)
     scores = model.score(model(ids.to(model.device)))  # (B, T)
     return scores[torch.arange(len(sequences)), lengths - 1]
 
 
 @torch.no_grad()
-def score_rows(model, sequences, size=256):
+def score_rows(model, sequences):
     """`score` of any number of sequences (N,), without gradients."""
-    return in_batches(lambda batch: score(model, batch), sequences, len, size, model)
+    return in_batches(lambda batch: score(model, batch), sequences, len, model)
 
 
 def last_hidden(model, pairs):
     """Pairs of examples -> the hidden states (2 B, D) of their last tokens, pair after pair. A
-    prompt is read once for both sides (forks.py), which changes nothing but the time."""
+    prompt is read once for both sides (forks.py)."""
     ids, lengths = pad([ids for pair in pairs for ids, _ in pair])  # (2 B, t), (2 B,)
     return forked_hidden(model, ids, lengths, torch.arange(len(ids)), lengths - 1)
 
@@ -36,12 +35,12 @@ def pair_scores(model, pairs):
 @torch.no_grad()
 def all_pair_scores(model, pairs, size=256):
     """`pair_scores` of any number of pairs (N, 2), without gradients."""
-    return in_batches(lambda batch: pair_scores(model, batch), pairs, longest_side, size, model)
+    return in_batches(lambda batch: pair_scores(model, batch), pairs, longest_side, model, size)
 
 
 def step_scores(model, examples):
-    """Examples (ids, positions of the rated steps' last tokens) -> the scores at all these
-    positions, example by example, (M,)."""
+    """Examples (ids, positions of the rated steps' last tokens) -> the scores there (M,), example
+    by example."""
     ids, _ = pad([ids for ids, _ in examples])
     scores = model.score(model(ids.to(model.device)))  # (B, T)
     rows = [row for row, (_, positions) in enumerate(examples) for _ in positions]

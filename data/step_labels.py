@@ -1,10 +1,9 @@
-"""Labels for the steps of solutions, to train a process reward model on the embedded world's long
-sums.
+"""Labels for a process reward model: the steps of answers to the embedded world's long sums.
 
-    exact         the judge checks each step
-    outcome       only the last step has a label: whether the result is right (Cobbe et al. 2021)
-    monte-carlo   a step is good if one of K completions from there reaches the right result
-                  (Wang et al. 2024, eq. 3); nobody is asked
+exact         the judge checks each step
+outcome       only the last step has a label: whether the result is right (Cobbe et al. 2021)
+monte-carlo   a step is good if one of K completions from there reaches the right result
+              (Wang et al. 2024, eq. 3)
 """
 
 import torch
@@ -16,55 +15,44 @@ SOURCES = ["exact", "monte-carlo", "outcome"]
 
 
 def label_sums(config, policy, encoding, say):
-    """One sampled answer of the policy to each of the world's long sums, with a label per step ->
+    """Samples one answer of the policy to each of the world's long sums and labels its steps ->
     Process records, and facts for run.json."""
     prompts = [record.messages for record in world.long_sums(config.prompts, config.seed)]
     replies = annotators.sample(policy, encoding, prompts, world.LONG_TOKENS, seed=config.seed)
-    graded = [
-        world.graded(messages, text, ended)
-        for messages, (_, ended, text) in zip(prompts, replies, strict=True)
-    ]
-    solutions = [steps for steps, _ in graded]
-    exact = [labels for _, labels in graded]
-    correct = [
-        world.result(steps[-1]) == right_result(messages)
-        for messages, steps in zip(prompts, solutions, strict=True)
-    ]
-    labels, facts = exact, {}
+    solutions, labels, correct = [], [], []
+    for messages, (_, ended, text) in zip(prompts, replies, strict=True):
+        steps, exact = world.graded(messages, text, ended)
+        solutions.append(steps)
+        labels.append(exact)
+        correct.append(world.result(steps[-1]) == right_result(messages))
+    facts = {}
     if config.step_labels == "outcome":
-        labels = [
-            [None] * (len(steps) - 1) + [1 if right else -1]
-            for steps, right in zip(solutions, correct, strict=True)
-        ]
+        ends = [1 if right else -1 for right in correct]
+        pairs = zip(solutions, ends, strict=True)
+        labels = [[None] * (len(steps) - 1) + [end] for steps, end in pairs]
     elif config.step_labels == "monte-carlo":
+        exact = sum(labels, [])
         options = dict(completions=config.completions, seed=config.seed)
         labels = monte_carlo(policy, encoding, prompts, solutions, correct, **options)
-        facts["monte_carlo_agreement"] = share = agreement(labels, exact)
-        count = f"{sum(map(len, labels))} Monte-Carlo step labels"
-        say(f"reward: {count}, of which {share:.3f} agree with the exact ones")
-    records = [
-        (messages, steps, marks)
-        for messages, steps, marks in zip(prompts, solutions, labels, strict=True)
-        if all(step.strip() for step in steps)
-    ]
-    return [Process(*record, f"world sum {i}") for i, record in enumerate(records)], facts
+        same = [a == b for a, b in zip(sum(labels, []), exact, strict=True)]
+        facts["monte_carlo_agreement"] = share = sum(same) / len(same)
+        agree = f"of which {share:.3f} agree with the exact ones"
+        say(f"reward: {len(same)} Monte-Carlo step labels, {agree}")
+    records = []
+    for row in zip(prompts, solutions, labels, strict=True):
+        if all(step.strip() for step in row[1]):
+            records.append(Process(*row, f"world sum {len(records)}"))
+    return records, facts
 
 
 def right_result(messages):
     return world.result(world.solve(messages).answer)
 
 
-def agreement(labels, others):
-    """The share of steps with the same label in both."""
-    pairs = zip(sum(labels, []), sum(others, []), strict=True)
-    same = [a == b for a, b in pairs]
-    return sum(same) / len(same)
-
-
 def monte_carlo(policy, encoding, prompts, solutions, correct, completions, seed=0):
-    """Step labels: 1 where any of `completions` samples that continue behind the step reaches the
-    right result, else -1. Behind the last step nothing is left to sample: `correct` says whether
-    the solution reached it."""
+    """Step labels: 1 if any of `completions` samples that continue after the step reaches the right
+    result, else -1. After the last step nothing is left to sample: `correct` says whether the
+    solution is right."""
     labels = [[-1] * len(steps) for steps in solutions]
     prefixes = []  # (solution, step, ids up to the end of that step)
     for i, (messages, steps) in enumerate(zip(prompts, solutions, strict=True)):

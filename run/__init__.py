@@ -10,23 +10,25 @@
 
 flags.py      a dataclass becomes a command line; the flags that all stages share; what is refused
 command.py    starts a script; bad input ends in one sentence and exit code 2
-job.py        the directory of a run, its steps, its log, its end
+job.py        one run: its steps, its log, its end
+directory.py  the directory of a run, which appears complete or not at all
 ranks.py      several processes under torchrun that compute what one process would
-state.py      what --resume needs, written now and then
+state.py      what --resume needs
 optimizer.py  AdamW, the learning-rate schedule, clipping
-memory.py     how much memory the models take, and the measured peak
-files.py, directory.py, pictures.py     files that appear whole or not at all; curves
+memory.py, files.py, pictures.py     how much memory; files without halves; curves
 
 Bad input: every module of the project raises ValueError or OSError with one sentence that says what
 is wrong and what to do. Any other exception is a bug and keeps its traceback.
 """
 
-from .command import commands, guard, keep_memory, script
+from .command import commands, keep_memory, script
 from .files import ROOT, write, write_json, write_lines
 from .flags import DTYPES, Flags, check_choice, check_range, check_requires, parse, require
-from .job import Job, due, start
+from .job import Job, due
 from .memory import peak_memory
 from .optimizer import adamw, clip, linear, step
 from .pictures import lines_picture, plotting
 from .ranks import device, environment
 from .state import put_back, state_of
+
+start = Job

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from .files import ROOT
@@ -12,20 +13,18 @@ from .ranks import environment
 
 
 def script(main, Config, doc, ranks=False):
-    """Runs main(config) with the flags of the command line. ranks: whether torchrun may start
-    it."""
-
-    def command():
+    """Runs main(config) with the command line's flags. ranks: whether torchrun may start it."""
+    try:
         config = parse(Config, description=doc)
-        require(
-            ranks or environment("WORLD_SIZE", 1) == 1,
-            "only sft.py, reward.py, dpo.py and ppo.py run in several processes:"
-            " start this without torchrun",
-        )
+        alone = environment("WORLD_SIZE", 1) == 1
+        several = "only sft.py, reward.py, dpo.py and ppo.py run in several processes"
+        require(ranks or alone, f"{several}: start this without torchrun")
         keep_memory()
         main(config)
-
-    guard(command)
+    except (ValueError, OSError) as error:
+        complain(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def commands(table, doc):
@@ -38,29 +37,14 @@ def commands(table, doc):
     script(*table[command], doc)
 
 
-def guard(function, *arguments):
-    """Calls a command's function: bad input ends in one sentence and exit code 2."""
-    try:
-        function(*arguments)
-    except (ValueError, OSError) as error:
-        complain(error)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
 def complain(error):
     """Prints the sentence of an error that this project raised and exits with code 2. An error that
-    a library raised keeps its traceback.
-
-    Under torchrun all ranks find the same bad input, and the first rank of each machine prints it.
-    The others wait for torchrun to end them; one that is not ended has a problem of its own.
-    """
-    frame = error.__traceback__
-    while frame.tb_next:
-        frame = frame.tb_next
-    file = Path(frame.tb_frame.f_code.co_filename).resolve()
+    a library raised keeps its traceback."""
+    file = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
     if ROOT not in file.parents or "site-packages" in file.parts:
         raise error
+    # All ranks find the same bad input: the first one of each machine prints it, and torchrun then
+    # ends the others. A rank that is still alive after ten seconds met another error.
     if environment("LOCAL_RANK"):
         time.sleep(10)
     print(f"error: {error}", file=sys.stderr)

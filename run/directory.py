@@ -1,9 +1,8 @@
 """A run's directory. A run works in DIR.partial, which is renamed to DIR once its checkpoint is
-complete.
+complete: a killed run leaves the earlier DIR untouched, and DIR never holds half a checkpoint.
 
-So a killed run leaves the earlier one untouched, and half a checkpoint is never mistaken for a
-whole one. DIR then holds config.json, model.safetensors, the tokenizer, run.json (every flag, seed,
-versions, git commit, memory), metrics.jsonl and curves.png.
+DIR: config.json, model.safetensors, the tokenizer, run.json (every flag, seed, versions, git
+commit, memory), metrics.jsonl and curves.png.
 """
 
 import dataclasses
@@ -17,16 +16,15 @@ from pathlib import Path
 
 import torch
 
-from . import pictures
 from .files import ROOT, write_json
 from .flags import flag_name, require
 
-# Flags that do not change the result: --resume accepts other values than the killed run had.
+# Flags that do not change the result, so --resume accepts other values than the killed run had.
 FREE = {"out", "overwrite", "resume", "save_every", "device"}
 
 
 def check_inputs(config):
-    """Raises ValueError for a checkpoint among the flags that is not there."""
+    """Raises ValueError if a checkpoint that a flag names does not exist."""
     for name in ("init", "reward", "judge"):
         value = getattr(config, name, "")
         exists = value in ("", "scratch", "world") or Path(value).is_dir()
@@ -36,10 +34,11 @@ def check_inputs(config):
 
 class Directory:
     def __init__(self, config, stage):
-        """Raises ValueError if --out may not be written: it holds something else than a run."""
+        """Raises ValueError if --out may not be written: it holds files other than a run's, or a
+        run that no flag allows to replace."""
         self.config, self.stage = config, stage
         self.out = Path(config.out or f"out/{stage}")
-        nameless = f"--out {self.out} is a place and no name: name a directory of the run's own"
+        nameless = f"--out {self.out} has no name: name a directory of the run's own"
         require(self.out.name not in ("", ".."), nameless)
         if self.out.is_symlink():
             self.out = self.out.resolve()  # a link to a larger disk stays a link
@@ -51,58 +50,49 @@ class Directory:
             foreign = f"--out {self.out}: {place} holds files that are no run of ours"
             require(is_run, f"{foreign}: name another directory")
             replace = not config.out or config.overwrite or config.resume
-            taken = f"--out {self.out} already holds a run"
-            remedy = "name another directory or pass --overwrite"
-            require(replace or place == self.partial, f"{taken}: {remedy}")
+            taken = f"--out {self.out} already holds a run: name another directory"
+            require(replace or place == self.partial, f"{taken} or pass --overwrite")
 
     def check_resume(self, device):
-        """--resume needs a run with the same flags -> its run.json, and whether it is complete.
-        Raises ValueError otherwise."""
+        """Finds the run that --resume continues -> its run.json, and whether it is complete. Raises
+        ValueError if there is none, or if its flags or kind of device are other ones."""
         clash = "--resume goes on with a run and --overwrite begins another"
         require(not self.config.overwrite, f"{clash}: leave one of them out")
-        places = [place for place in (self.partial, self.out) if (place / "run.json").exists()]
+        places = (self.partial, self.out)
+        place = next((place for place in places if (place / "run.json").exists()), None)
         nothing = f"--resume: neither {self.partial} nor {self.out} holds a run"
-        require(places, f"{nothing}: leave --resume out to begin one")
-        place, remedy = places[0], "leave --resume out to begin anew"
+        require(place, f"{nothing}: leave --resume out to begin one")
+        remedy = "leave --resume out to begin anew"
         facts = json.loads((place / "run.json").read_text(encoding="utf-8"))
         other = f"--resume: {place} is no run of {self.stage}: name another directory"
         require(facts.get("stage") == self.stage, f"{other}, or {remedy}")
         for name, value in dataclasses.asdict(self.config).items():
             before = facts["flags"].get(name)
-            changed = f"{place} was run with {flag_name(name)} {before!r}, not {value!r}"
+            changed = f"--resume: {place} was run with {flag_name(name)} {before!r}, not {value!r}"
             same = name in FREE or before == value
-            require(same, f"--resume: {changed}: give the same flags, or {remedy}")
+            require(same, f"{changed}: give the same flags, or {remedy}")
         kind = "cpu" if facts["device"].startswith("cpu") else "cuda"
         moved = f"--resume: {place} was run on {kind}, and this is {device}"
         require(kind == device.type, f"{moved}: name that --device, or {remedy}")
         return facts, place == self.out
 
     def open(self, size=0):
-        """The run begins to write. size: bytes of metrics.jsonl to keep (0: a new run)."""
+        """Makes DIR.partial and opens metrics.jsonl. size: bytes of it to keep (0: a new run)."""
+        path = self.partial / "metrics.jsonl"
         try:
             if size:
-                os.truncate(self.partial / "metrics.jsonl", size)
+                os.truncate(path, size)
             else:
                 shutil.rmtree(self.partial, ignore_errors=True)
                 self.partial.mkdir(parents=True)
         except OSError as error:
-            why = str(error.strerror).lower()
-            sentence = f"--out {self.out} cannot be written ({why}): name another directory"
-            raise ValueError(sentence) from None
-        path = self.partial / "metrics.jsonl"
-        self.metrics = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open until finish)
-
-    def add_line(self, row):
-        self.metrics.write(json.dumps(row) + "\n")
-        self.metrics.flush()
-
-    def metrics_size(self):
-        """Bytes of metrics.jsonl that are safely on the disk."""
-        os.fsync(self.metrics.fileno())
-        return os.fstat(self.metrics.fileno()).st_size
+            wrong = f"--out {self.out} cannot be written ({str(error.strerror).lower()})"
+            raise ValueError(f"{wrong}: name another directory") from None
+        # a whole line at a time; open until the run's end
+        self.metrics = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
 
     def write_facts(self, device, facts):
-        """run.json: all that is needed to run this again."""
+        """Writes run.json: all that is needed to run this again."""
         ask = ["git", "-C", ROOT, "rev-parse", "HEAD"]
         git = shutil.which("git")
         commit = subprocess.run(ask, capture_output=True, text=True).stdout if git else ""
@@ -117,10 +107,6 @@ class Directory:
             "git_commit": commit.strip() or None,
         }
         write_json(self.partial / "run.json", about | facts)
-
-    def draw_curves(self):
-        self.metrics.close()
-        pictures.curves(self.partial / "metrics.jsonl", self.partial / "curves.png")
 
     def publish(self):
         """DIR.partial becomes DIR in one rename."""

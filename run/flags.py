@@ -1,5 +1,4 @@
-"""Flags: a flat dataclass becomes a command line, and wrong values are refused before anything
-runs."""
+"""Flags: a flat dataclass becomes a command line; wrong values are refused before anything runs."""
 
 import argparse
 import dataclasses
@@ -12,10 +11,8 @@ import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Integer flags for which 0 makes no sense:
-AT_LEAST_ONE = set(
-    "batch_size rounds minibatches ppo_epochs prompts group_size max_new_tokens annotators"
-    " completions".split()
-)
+AT_LEAST_ONE = "batch_size rounds minibatches ppo_epochs prompts group_size max_new_tokens".split()
+AT_LEAST_ONE += ["annotators", "completions"]
 # What the flags below require, in every script (see check_requires):
 REQUIRES = {
     "lora_alpha": {"lora_rank": True},
@@ -26,8 +23,7 @@ REQUIRES = {
 
 @dataclass
 class Flags:
-    """The flags that all four stages share. A stage's Config adds its own and may change a
-    default."""
+    """What all four stages share. A stage's Config adds flags and may change a default."""
 
     init: str = "out/sft"  # checkpoint directory to start from; "scratch": random weights
     tokenizer: str = ""  # vocabulary directory (default: that of --init, or the embedded world's)
@@ -75,7 +71,10 @@ def parse(Config, argv=None, description=None):
     layout = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=description, allow_abbrev=False, formatter_class=layout)
     shared = parser.add_argument_group("shared flags")
-    comments = field_comments(Config)
+    comments = {}  # {field: the comment behind it}; a class's own replaces the inherited one
+    for base in reversed(Config.__mro__[:-1]):
+        pattern = r"^ +(\w+): .*?  # (.*)$"
+        comments |= dict(re.findall(pattern, inspect.getsource(base), re.MULTILINE))
     for item in dataclasses.fields(Config):
         group = parser if item.name in Config.__annotations__ else shared
         add_flag(group, item, comments.get(item.name, ""))
@@ -86,28 +85,18 @@ def parse(Config, argv=None, description=None):
     return config
 
 
-def field_comments(Config):
-    """{field: the comment behind it}; a class's own comment replaces the one it inherits."""
-    comments = {}
-    for base in reversed(Config.__mro__[:-1]):
-        pattern = r"^ +(\w+): .*?  # (.*)$"
-        comments |= dict(re.findall(pattern, inspect.getsource(base), re.MULTILINE))
-    return comments
-
-
 def add_flag(group, item, comment):
     flag, text = flag_name(item.name), comment.replace("%", "%%")
     if item.type is bool:
         group.add_argument(flag, action="store_true", help=text)
-        return
-    if item.default_factory is not dataclasses.MISSING:
+    elif item.type is list:
         default = item.default_factory()
         group.add_argument(flag, nargs="+", default=default, metavar="PATH", help=text)
-        return
-    if item.default != "" and "default" not in text:
-        text += " (default: %(default)s)"
-    metavar = item.type.__name__.upper()
-    group.add_argument(flag, type=item.type, default=item.default, metavar=metavar, help=text)
+    else:
+        if item.default != "" and "default" not in text:
+            text += " (default: %(default)s)"
+        metavar = item.type.__name__.upper()
+        group.add_argument(flag, type=item.type, default=item.default, metavar=metavar, help=text)
 
 
 def check_numbers(config):
@@ -134,25 +123,22 @@ def check_range(config, *names, least=None, most=None, above=None):
     """Raises ValueError for a flag outside its range: >= least, <= most, > above."""
     for name in names:
         value = getattr(config, name)
-        if above is not None:
-            require(value > above, f"{flag_name(name)} must be more than {above}, not {value}")
-        if least is not None:
-            require(value >= least, f"{flag_name(name)} must be at least {least}, not {value}")
-        if most is not None:
-            require(value <= most, f"{flag_name(name)} must be at most {most}, not {value}")
+        must = f"{flag_name(name)} must be"
+        require(above is None or value > above, f"{must} more than {above}, not {value}")
+        require(least is None or value >= least, f"{must} at least {least}, not {value}")
+        require(most is None or value <= most, f"{must} at most {most}, not {value}")
 
 
-def check_requires(config, requires=None):
-    """Raises ValueError for a flag that was given but that nothing would read.
+def check_requires(config, requires):
+    """Raises ValueError for a flag that was given but would have no effect.
 
-    requires: {flag: {other flag: the values that it must have; True: any but the empty one; False:
+    requires: {flag: {other flag: the values that it must have; True: any non-empty value; False:
     the empty one}}. REQUIRES holds what every script requires.
     """
-    table = REQUIRES | (requires or {})
+    defaults = type(config)()
+    table = REQUIRES | requires
     for item in dataclasses.fields(config):
-        fixed = item.default_factory is dataclasses.MISSING
-        default = item.default if fixed else item.default_factory()
-        if getattr(config, item.name) == default:
+        if getattr(config, item.name) == getattr(defaults, item.name):
             continue
         flag = flag_name(item.name)
         for other_name, wanted in table.get(item.name, {}).items():
@@ -162,6 +148,5 @@ def check_requires(config, requires=None):
             elif wanted is False:
                 require(not value, f"{flag} is not read with {other}: leave one of them out")
             else:
-                names = " or ".join(wanted)
-                sentence = f"{flag} is read with {other} {names} only, not with {value}"
-                require(value in wanted, f"{sentence}: leave it out")
+                only = f"{flag} is read with {other} {' or '.join(wanted)} only, not with {value}"
+                require(value in wanted, f"{only}: leave it out")

@@ -1,6 +1,7 @@
 """A job: one run of a script, from the checks before it to the finished directory."""
 
 import contextlib
+import json
 import math
 import os
 import sys
@@ -10,28 +11,24 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from . import memory, ranks, state
+from . import memory, pictures, ranks, state
 from .directory import Directory, check_inputs
 from .flags import DTYPES, require
 
 
-def start(config, stage):
-    """Prepares a run: directory, seed, device, precision. `stage` names its default directory,
-    out/<stage>. Writes nothing.
-
-    Raises ValueError for a directory that must not be written, a missing --init, a missing device,
-    a --resume of another run. With --resume of a complete run the process ends, with exit code 0.
-    """
-    return Job(config, stage)
-
-
 def due(step, steps, times=5):
-    """Whether to look at held-out data after this step: `times` times in a run, evenly spread, the
-    last time after the last step."""
+    """True after `times` of the steps, evenly spread, the last step among them."""
     return (step + 1) * times // steps > step * times // steps
 
 
 class Job:
+    """One run of a stage. Its making prepares directory, seed, device and precision, but writes
+    nothing; out/<stage> is the default directory.
+
+    Raises ValueError for a directory that must not be written, a missing --init or device, or a
+    --resume of another run. With --resume of a complete run the process ends, with exit code 0.
+    """
+
     def __init__(self, config, stage):
         self.config, self.stage = config, stage
         self.rank = ranks.environment("RANK")
@@ -69,9 +66,9 @@ class Job:
     def forward(self, function, model, rows, counts=None, **options):
         """function(model, rows, **options) -> the values (B, ...) of all rows of the batch.
 
-        Under torchrun the function gets this rank's share of the rows (a list or a tensor), and the
-        values of all ranks are returned on each. counts: how many values each row gives, where it
-        is not one. Models among the options are handled like `model`.
+        Under torchrun the function gets this rank's share of the rows (a list or a tensor), and
+        every rank returns the values of all. counts: how many values each row gives (default: one).
+        Models among the options are handled like `model`.
         """
         share = ranks.share(rows, self.rank, self.ranks)
         options = {name: self.learners.get(id(value), value) for name, value in options.items()}
@@ -81,10 +78,10 @@ class Job:
             values = function(learner, share, **options)
         if self.ranks == 1:
             return values
-        return ranks.gather(values, counts or len(rows), self.rank, self.ranks)
+        return ranks.gather(values, counts or [1] * len(rows), self.rank, self.ranks)
 
     def micro_batches(self, rows, size):
-        """The rows in parts of `size` per rank (0: all at once). Their gradients add up; ranks
+        """Divides rows into parts of `size` per rank (0: one part). Their gradients add up; ranks
         exchange them once, in the last part's backward pass."""
         size = size * self.ranks or len(rows)
         for start in range(0, len(rows), size):
@@ -96,78 +93,76 @@ class Job:
         self.sharded = ranks.shard(model)
 
     def memory(self, **models):
-        """Says what the models take: exact numbers, a shared weight counted once."""
-        sizes = memory.footprint(models)
-        self.facts["memory_mib"] = sizes
+        """Prints the memory that the models take."""
+        self.facts["memory_mib"] = sizes = memory.footprint(models)
         self.say(f"{self.stage}: memory in MiB: {memory.describe(sizes)}")
 
     def steps(self, n, **parts):
-        """The steps 0 .. n-1, or after --resume the remaining ones, behind a progress bar.
+        """Yields the steps 0 .. n-1, or after --resume the remaining ones, with a progress bar.
 
         parts: all that a step changes and a later one reads: models, optimisers, generators,
         namespaces of plain values, objects with a state_dict; None is skipped. Their state is
-        written from time to time for --resume. Without a terminal, a line is printed every tenth
-        of the way.
+        written every --save-every steps for --resume.
         """
         self.n = n
         parts = {name: part for name, part in parts.items() if part is not None}
-        if not self.sharded:  # no rank holds all that a state would need
+        if not self.sharded:  # else no rank holds all that a state needs
             self.parts = parts
             if self.config.resume:
                 self.resume()
-        if self.ranks > 1 and not self.sharded:
-            modules = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
-            self.learners = {id(module): ranks.Replica(module) for module in modules}
+            if self.ranks > 1:
+                modules = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+                self.learners = {id(module): ranks.Replica(module) for module in modules}
         if self.rank == 0:
             self.directory.open(self.size)
             self.directory.write_facts(self.device, self.facts)
+        options = dict(initial=self.first, desc=self.stage, file=sys.stderr, dynamic_ncols=True)
         quiet = True if self.rank else None  # None: no bar without a terminal
-        options = dict(initial=self.first, desc=self.stage, disable=quiet, dynamic_ncols=True)
-        self.bar = tqdm(total=n, file=sys.stderr, **options)
+        self.bar = tqdm(total=n, disable=quiet, **options)
         for step in range(self.first, n):
             yield step
             self.bar.update()
             if step == self.first:
                 self.facts["peak_memory_mib_after_first_step"] = self.peak()
                 self.say(f"{self.stage}: peak memory {self.peak()} MiB after the first step")
-            often = self.config.save_every
-            save = (step + 1) % often == 0 if often else due(step, n, times=10)
+            every = self.config.save_every
+            save = (step + 1) % every == 0 if every else due(step, n, times=10)
             if save and self.parts and self.rank == 0:
                 self.write_state(step)
         self.bar.close()
 
     def resume(self):
-        """Goes on after the state in DIR.partial. Raises ValueError if it is damaged or foreign."""
+        """Reads the state in DIR.partial. Raises ValueError if it is damaged or another run's."""
         path = self.directory.partial / "state.pt"
         if not path.exists():
-            late = f"{self.directory.partial} had not come to writing its state"
-            self.say(f"{self.stage}: {late}: from the beginning")
+            late = f"{path.parent} had not come to writing its state: from the beginning"
+            self.say(f"{self.stage}: {late}")
             return
         try:
             saved = state.read_state(path, self.parts, self.device)
             self.first, self.size, self.cost_before = saved["first"], saved["size"], saved["cost"]
-            size = (self.directory.partial / "metrics.jsonl").stat().st_size
+            size = path.with_name("metrics.jsonl").stat().st_size
             require(size >= self.size, "metrics.jsonl is shorter than it was")
         except Exception as error:
-            why = f"({type(error).__name__}): leave --resume out to begin anew"
-            sentence = f"--resume: {path} is damaged, or no state of this run {why}"
-            raise ValueError(sentence) from None
+            wrong = f"{path} is damaged, or no state of this run ({type(error).__name__})"
+            raise ValueError(f"--resume: {wrong}: leave --resume out to begin anew") from None
         self.facts["resumed_at"].append(self.first)
         self.say(f"{self.stage}: goes on after step {self.first}")
 
     def write_state(self, step):
-        """Writes all that --resume needs to go on after this step."""
-        facts = {"first": step + 1, "size": self.directory.metrics_size(), "cost": self.cost()}
+        metrics = self.directory.metrics.fileno()
+        os.fsync(metrics)  # on the disk before a state that needs it
+        facts = {"first": step + 1, "size": os.fstat(metrics).st_size, "cost": self.cost()}
         state.write_state(self.directory.partial / "state.pt", self.parts, facts, self.device)
 
     def log(self, step, **values):
-        """One line of metrics.jsonl and of the terminal. Values: plain numbers or 0-d tensors."""
+        """Writes numbers or 0-d tensors to metrics.jsonl, and to the terminal: behind the progress
+        bar, or without a terminal as a line for every tenth of the run."""
         if self.rank:
             return
         values = {name: float(value) for name, value in values.items()}
-        # JSON has no NaN:
         row = {name: x if math.isfinite(x) else None for name, x in values.items()}
-        self.directory.add_line({"step": step, **row})
+        print(json.dumps({"step": step, **row}), file=self.directory.metrics)  # JSON has no NaN
         line = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         if not self.bar.disable:
             self.bar.set_postfix_str(line, refresh=False)
@@ -175,7 +170,7 @@ class Job:
             print(f"{self.stage} step {step + 1}/{self.n}  {line}", file=sys.stderr, flush=True)
 
     def say(self, text):
-        """A line for the reader, above the progress bar."""
+        """Prints a line above the progress bar."""
         if self.rank == 0:
             tqdm.write(text, file=sys.stderr)
 
@@ -185,18 +180,18 @@ class Job:
         return sys.stderr.isatty() and not os.environ.get("NO_COLOR")
 
     def peak(self):
-        """The peak memory of the run in MiB, also before a --resume."""
-        before = self.cost_before.get("peak_memory_mib", 0)
-        return max(before, round(memory.peak_memory(self.device)))
+        """The peak memory in MiB, that of the run before --resume included."""
+        peak = round(memory.peak_memory(self.device))
+        return max(peak, self.cost_before.get("peak_memory_mib", 0))
 
     def cost(self):
-        """What the run has taken, also before a --resume."""
+        """Time and memory that the run has taken, before --resume included."""
         spent = {"seconds": time.perf_counter() - self.began, "cpu_seconds": time.process_time()}
         spent = {name: round(self.cost_before.get(name, 0) + x, 1) for name, x in spent.items()}
         return spent | {"peak_memory_mib": self.peak()}
 
     def finish(self, save, **facts):
-        """save(directory) writes the checkpoint; then the run appears, whole."""
+        """Calls save(directory) to write the checkpoint, then gives the directory its name."""
         if self.ranks > 1:
             for module in [*self.sharded.blocks, self.sharded] if self.sharded else []:
                 module.unshard()  # a checkpoint holds whole tensors
@@ -204,10 +199,12 @@ class Job:
             dist.destroy_process_group()
         if self.rank:
             return
-        save(self.directory.partial)
-        self.directory.draw_curves()
+        partial = self.directory.partial
+        save(partial)
+        self.directory.metrics.close()
+        pictures.curves(partial / "metrics.jsonl", partial / "curves.png")
         cost = self.cost()
         self.directory.write_facts(self.device, self.facts | cost | facts)
         self.directory.publish()
-        seconds, peak = f"{cost['seconds']:.0f} s", f"peak memory {cost['peak_memory_mib']} MiB"
-        self.say(f"{self.stage}: {seconds}, {peak}, written to {self.directory.out}")
+        cost = f"{cost['seconds']:.0f} s, peak memory {cost['peak_memory_mib']} MiB"
+        self.say(f"{self.stage}: {cost}, written to {self.directory.out}")

@@ -1,4 +1,4 @@
-"""Memory: what the models take, which is exact, and the measured peak. Nothing is predicted."""
+"""Memory: the models' own, which is exact, and the measured peak. Nothing is predicted."""
 
 import re
 import sys
@@ -12,21 +12,18 @@ MIB = 2**20
 def footprint(models):
     """{name: model} -> {name: {weights, gradients, moments}} in MiB.
 
-    A weight that two models share counts for the first. Gradients and AdamW's two moments exist for
-    the parameters that are trained.
+    A weight that several models share counts for the first. Gradients and AdamW's two moments exist
+    only for trained parameters.
     """
     counted = set()
     sizes = {}
     for name, model in models.items():
         tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
-        new = tensors.keys() - counted
-        counted |= new
-        trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-        weights = sum(tensors[address] for address in new)
+        weights = sum(size for address, size in tensors.items() if address not in counted) / MIB
+        counted |= tensors.keys()
+        trained = sum(p.nbytes for p in model.parameters() if p.requires_grad) / MIB
         sizes[name] = {"weights": weights, "gradients": trained, "moments": 2 * trained}
-    return {
-        name: {part: size / MIB for part, size in parts.items()} for name, parts in sizes.items()
-    }
+    return sizes
 
 
 def describe(sizes):
@@ -41,7 +38,7 @@ def describe(sizes):
 
 
 def peak_memory(device):
-    """The peak in MiB: on CUDA of all tensors, on a CPU of the whole process with its libraries."""
+    """The peak in MiB: on CUDA of all tensors, on a CPU of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / MIB
     try:  # Linux. A child's getrusage starts at its parent's size; this line does not

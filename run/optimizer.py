@@ -1,22 +1,18 @@
-"""The optimiser of every stage: AdamW, a learning rate that rises and falls linearly, clipping."""
+"""The optimiser of every stage: AdamW, a linear rise and fall of the learning rate, clipping."""
 
 import torch
 
 
 def adamw(model, lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8):
-    """AdamW over fp32 master weights. Only matrices decay: norm gains and biases are scales."""
+    """AdamW over fp32 master weights. Only matrices decay, not norm gains and biases."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in parameters if p.dim() >= 2]
-    others = [p for p in parameters if p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    matrices = {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay}
+    vectors = {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}
+    return torch.optim.AdamW([matrices, vectors], lr=lr, betas=betas, eps=eps, fused=True)
 
 
 def linear(lr, step, steps, warmup=0):
-    """The learning rate of a step: up to `lr` over `warmup` steps, then down to 0 at the end."""
+    """The learning rate of a step: rises to `lr` over `warmup` steps, then falls to 0."""
     return lr * min((step + 1) / (warmup + 1), (steps - step) / max(1, steps - warmup))
 
 
@@ -27,7 +23,7 @@ def clip(model, max_norm):
 
 
 def step(optimizer, lr):
-    """One step at this learning rate; gradients are cleared. Returns the learning rate."""
+    """One step at this learning rate; clears the gradients. Returns the rate."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

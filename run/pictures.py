@@ -5,9 +5,8 @@ import math
 
 
 def plotting():
-    """matplotlib's pyplot, drawing into files. Imported late: it takes a second, and only the end
-    of a run needs it."""
-    import matplotlib
+    """matplotlib's pyplot, drawing into files."""
+    import matplotlib  # takes a second, and only the end of a run needs it
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -23,13 +22,12 @@ def curves(metrics, path):
         return
     pyplot = plotting()
     columns = min(4, len(names))
-    height = math.ceil(len(names) / columns)
-    size = (3.4 * columns, 2.4 * height)
-    figure, panels = pyplot.subplots(height, columns, figsize=size, squeeze=False)
+    lines = math.ceil(len(names) / columns)
+    size = (3.4 * columns, 2.4 * lines)
+    figure, panels = pyplot.subplots(lines, columns, figsize=size, squeeze=False)
     for panel, name in zip(panels.flat, names, strict=False):
-        rows_with = [row for row in rows if name in row]
-        values = [math.nan if row[name] is None else row[name] for row in rows_with]
-        panel.plot([row["step"] for row in rows_with], values, linewidth=1)
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        panel.plot(*zip(*points, strict=True), linewidth=1)  # None, where JSON has no NaN, is a gap
         panel.set_title(name, fontsize=9)
         panel.tick_params(labelsize=7)
     for panel in panels.flat[len(names) :]:

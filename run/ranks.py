@@ -1,11 +1,11 @@
 """Several processes, called ranks, that compute what one process would.
 
-torchrun starts every rank with the same script and flags, and all read the same data in the same
-order. In a step each rank computes the forward and backward pass of its share of the rows, and
-`gather` gives every rank the values of the whole batch. So everything after the forward pass
-(divisors, group baselines, metrics) is about the whole batch, as in one process. PyTorch's DDP
-averages the gradients. Every rank samples all replies, with the same generator; that keeps one
-process's curve but saves no time. Only rank 0 writes files and prints.
+torchrun starts every rank with the same script and flags; all read the same data in the same order.
+In a step each rank computes the forward and backward pass of its share of the rows, and `gather`
+gives every rank the values of the whole batch. So everything after the forward pass (divisors,
+group baselines, metrics) is about the whole batch, as in one process. PyTorch's DDP averages the
+gradients. Every rank samples all replies, with the same generator: this keeps one process's curve
+but saves no time. Only rank 0 writes files and prints.
 """
 
 import os
@@ -25,8 +25,10 @@ def environment(name, default=0):
 
 def device(name):
     """auto, cpu, cuda or cuda:N -> torch.device. Raises ValueError for a device that is missing."""
-    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    cuda, count = re.fullmatch(r"cuda(?::(\d+))?", name), torch.cuda.device_count()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    cuda = re.fullmatch(r"cuda(?::(\d+))?", name)
+    count = torch.cuda.device_count()
     require(cuda or name == "cpu", f"--device must be auto, cpu, cuda or cuda:N, not {name}")
     present = not cuda or int(cuda[1] or 0) < count
     require(present, f"--device {name} is not on this machine, which has {count} CUDA devices")
@@ -34,21 +36,20 @@ def device(name):
 
 
 def device_of_rank(name):
-    """The device of --device NAME that this process uses. Raises ValueError if a process would have
-    none of its own."""
-    chosen, ranks = device(name), environment("WORLD_SIZE", 1)
+    """This process's device under --device NAME. Raises ValueError if it has none of its own."""
+    chosen = device(name)
+    ranks = environment("WORLD_SIZE", 1)
     if ranks == 1 or chosen.type == "cpu":
         return chosen
-    one_for_all = f"--device {name} is one for all processes"
-    require(chosen.index is None, f"{one_for_all}: leave the choice to torchrun")
-    here, count = environment("LOCAL_WORLD_SIZE", ranks), torch.cuda.device_count()
-    need = f"{here} processes need a CUDA device each, and this machine has {count}"
-    require(here <= count, f"{need}: start fewer")
+    one_for_all = f"--device {name} is one for all processes: leave the choice to torchrun"
+    require(chosen.index is None, one_for_all)
+    local, count = environment("LOCAL_WORLD_SIZE", ranks), torch.cuda.device_count()
+    need = f"{local} processes need a CUDA device each, and this machine has {count}"
+    require(local <= count, f"{need}: start fewer")
     return torch.device("cuda", environment("LOCAL_RANK"))
 
 
 def join(device):
-    """Joins the group of all ranks."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device)
@@ -73,11 +74,9 @@ class Replica(DistributedDataParallel):
 
 
 def shard(model):
-    """Divides weights, gradients and moments among the ranks with PyTorch's FSDP2, in place.
-
-    A block's weights are gathered when the pass reaches it, so every rank must go forward and
-    backward equally often. Must be called before the optimiser is made.
-    """
+    """Divides weights, gradients and moments among the ranks with PyTorch's FSDP2, in place. A
+    block's weights are gathered when the pass reaches it, so every rank must go forward and
+    backward equally often."""
     from torch.distributed.fsdp import fully_shard  # slow to import, and seldom needed
 
     for block in model.blocks:
@@ -98,15 +97,12 @@ def share(rows, rank, ranks):
 def gather(values, counts, rank, ranks):
     """values (n, ...) of this rank's rows -> the whole batch's (N, ...), in order, on every rank.
 
-    counts: how many values each row of the batch has, or the number of rows if each has one. The
-    other ranks' values carry no gradient. This rank's gradient is multiplied by the number of
-    ranks, so that DDP's average becomes the sum over the whole batch. (A parameter that is used
-    after this line gets the same gradient on every rank, and an average does not change it.)
+    counts: how many values each row of the batch has. The other ranks' values carry no gradient.
+    This rank's gradient is multiplied by the number of ranks, so that DDP's average becomes the sum
+    over the whole batch. (A parameter that is used after this line gets the same gradient on every
+    rank, and an average does not change it.)
     """
-    if isinstance(counts, int):
-        row = torch.arange(counts)  # (N,) the row that each value belongs to
-    else:
-        row = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    row = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))  # (N,) of each value
     here = (row % ranks == rank).to(values.device)  # (N,) values that this rank computed
     values = values[: int(here.sum())]
     batch = torch.zeros(len(here), *values.shape[1:], dtype=values.dtype, device=values.device)

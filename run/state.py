@@ -1,8 +1,7 @@
-"""What --resume needs. From time to time all that a step changes is written to
-DIR.partial/state.pt.
+"""What --resume needs: now and then, all that a step changes is written to DIR.partial/state.pt.
 
-A killed run that is started again with --resume ends, on the same machine, with the same weights,
-bit for bit, and the same metrics.
+A run that was killed and is resumed on the same machine ends with the same weights, bit for bit,
+and the same metrics.
 """
 
 import os
@@ -25,8 +24,7 @@ def state_of(part):
 
 
 def put_back(part, state):
-    """Gives a part the state that `state_of` took. Raises what torch raises, or ValueError, for the
-    state of another part."""
+    """Gives a part the state that `state_of` took. The state of another part is an error."""
     if isinstance(part, torch.nn.Module):
         require(state.keys() == state_of(part).keys(), "other parameters are trained")
         part.load_state_dict(state, strict=False)
@@ -39,9 +37,8 @@ def put_back(part, state):
 
 
 def write_state(path, parts, facts, device):
-    """Writes the parts' states, the random generators and `facts`; a kill leaves the old file or
-    the new one. Rank 0's state serves all ranks: parameters, moments and generators are the
-    same."""
+    """Writes the parts' states, the random generators and `facts`, as one whole file. Rank 0's
+    serves all ranks: their parameters, moments and generators are the same."""
     state = facts | {"parts": {name: state_of(part) for name, part in parts.items()}}
     state["rng"] = torch.get_rng_state()
     state["cuda_rng"] = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -54,7 +51,7 @@ def write_state(path, parts, facts, device):
 
 
 def read_state(path, parts, device):
-    """Gives the parts their states and the generators theirs -> the facts that were written."""
+    """Gives parts and random generators their states -> the facts that were written."""
     state = torch.load(path, map_location=device, weights_only=True)
     for name, part in parts.items():
         put_back(part, state["parts"][name])
