@@ -9,7 +9,6 @@ is imported by the first call that needs it: without it the CPU path still works
 """
 
 import os
-from types import SimpleNamespace
 
 import torch
 
@@ -22,21 +21,17 @@ def interpreting():
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def uses_triton(tensor):
+    return tensor.is_cuda or interpreting()
+
+
 def row_ops(tensor):
-    """-> statistics, kl_statistics and gradient for this tensor's device, and whether they copy
-    logits that must not be overwritten: those should be called for a few rows at a time."""
-    if tensor.is_cuda or interpreting():
-        from . import gradient_triton, rows_triton
-
-        return SimpleNamespace(
-            statistics=rows_triton.statistics,
-            kl_statistics=rows_triton.kl_statistics,
-            gradient=gradient_triton.gradient,
-            copies=False,
-        )
-    from . import rows_torch
-
-    return rows_torch
+    """-> the module that has statistics, kl_statistics and gradient for this tensor's device."""
+    if uses_triton(tensor):
+        from . import gradient_triton as ops
+    else:
+        from . import rows_torch as ops
+    return ops
 
 
 def fused_forward(hidden):

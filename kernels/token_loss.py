@@ -42,22 +42,23 @@ class LinearTokenLoss(Function):
         stats = hidden.new_empty(4, n, dtype=dtype)  # log p_t, m, s
         if not train:
             fill(hidden, weight, targets, scale, budget, stats)
-            losses, _ = losses_and_slopes(token_loss, stats[0].clone(), index, False)
-            return losses.to(dtype)
+            return losses_and_slopes(token_loss, stats[0].clone(), index, False)[0].to(dtype)
         needs = ctx.needs_input_grad
         losses = hidden.new_empty(n, dtype=dtype)
         d_hidden = torch.zeros_like(hidden) if needs[0] else None  # (n, D)
         d_weight = torch.zeros_like(weight) if needs[1] and n == 0 else None  # (V, D)
-        for a, b, unit in unit_chunks(hidden, weight, targets, scale, budget, stats):  # S (rows, V)
-            losses[a:b], g = losses_and_slopes(token_loss, stats[0, a:b].clone(), index[a:b], True)
-            g = (g * -scale)[:, None]  # (rows, 1)
+        for start, stop, unit in unit_chunks(hidden, weight, targets, scale, budget, stats):
+            rows = slice(start, stop)  # unit: S (rows, V)
+            logprob = stats[0, rows].clone()
+            losses[rows], slopes = losses_and_slopes(token_loss, logprob, index[rows], True)
+            g = (slopes * -scale)[:, None]  # (rows, 1)
             if needs[0]:
-                d_hidden[a:b] = product(unit, weight).mul_(g)
+                d_hidden[rows] = product(unit, weight).mul_(g)
             if needs[1]:
-                scaled = (hidden[a:b] * g).to(hidden.dtype)  # (rows, D)
-                if b - a == n:  # one product, rounded once
+                scaled = (hidden[rows] * g).to(hidden.dtype)  # (rows, D)
+                if stop - start == n:  # one product, rounded once
                     d_weight = transposed_product(unit, scaled)
-                elif a == 0:  # chunks are summed in fp32 (fp64)
+                elif start == 0:  # chunks are summed in fp32 (fp64)
                     d_weight = product(unit.T, scaled)
                 else:
                     add_product_(d_weight, unit.T, scaled)
@@ -68,10 +69,7 @@ class LinearTokenLoss(Function):
     @once_differentiable
     def backward(ctx, g):
         if ctx.grads is None:
-            raise RuntimeError(
-                "linear_token_loss: backward a second time through a graph that was not kept with "
-                "retain_graph=True"
-            )
+            raise RuntimeError("linear_token_loss: a second time needs retain_graph=True before")
         scale = common_value(g)
         # The gradients are scaled in place and handed over (a copy of dW can be larger than all
         # chunks), unless the graph is kept for another backward. Only the engine knows; where this
@@ -88,7 +86,7 @@ class LinearTokenLoss(Function):
                 grads[i] = torch.mul(d, scale, out=torch.empty_like(d, dtype=ctx.dtype))
         if not keep:
             ctx.grads = None
-        return *grads, None, None, None, None, None, None
+        return *grads, *(None,) * 6
 
 
 def common_value(g):
@@ -98,9 +96,8 @@ def common_value(g):
     low, high = torch.aminmax(g)
     if low < high:
         raise ValueError(
-            f"linear_token_loss: the upstream gradient, shape {tuple(g.shape)}, ranges from "
-            f"{low:.4g} to {high:.4g} over the supervised tokens, expected one value: the gradient "
-            "was formed in the forward, so only a plain sum or mean of the losses may follow; put "
-            "per-token weights inside token_loss"
+            f"linear_token_loss: got upstream gradients from {low:.4g} to {high:.4g}, expected one "
+            "value (only a sum or mean of the losses may follow): put per-token weights inside "
+            "token_loss"
         )
     return low

@@ -106,7 +106,7 @@ def test_running_statistics_do_not_depend_on_where_the_maximum_stands():
         stats = z.new_empty(4, 3)
         scale = z.new_ones(1)
         rows_triton.logprob_kernel[(3,)](
-            z, None, targets, stats, None, scale, 3, 41, 41, 3, 0, ENTROPY=True, R=1, B=8
+            z, targets, None, stats, None, scale, 3, 41, 41, 3, 0, ENTROPY=True, R=1, B=8
         )
         for row, expected in (
             (stats[0], exact[0]),
@@ -134,7 +134,7 @@ def test_unit_gradient_in_many_blocks_matches_the_twin_in_place_and_beside():
             unit = z if in_place else torch.full((N, V), torch.nan, dtype=z.dtype)
             if kind == "logprob":
                 rows_triton.logprob_kernel[(N,)](
-                    z, None, targets, z.new_empty(4, N), unit, scale, n, V, V, N, V,
+                    z, targets, None, z.new_empty(4, N), unit, scale, n, V, V, N, V,
                     ENTROPY=False, R=1, B=8,
                 )  # fmt: skip
             else:
