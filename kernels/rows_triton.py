@@ -70,57 +70,22 @@ def store_tile(pointer, row, stride, column, inside, tile):
 
 
 @triton.jit
-def logprob_kernel(
-    logits_ptr, targets_ptr, rows_ptr, stats_ptr, unit_ptr, scale_ptr, n, V, logits_stride,
-    stats_stride, unit_stride, ENTROPY: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
+def statistics_kernel(
+    p_ptr, q_ptr, targets_ptr, rows_ptr, stats_ptr, unit_ptr, scale_ptr, n, V, p_stride, q_stride,
+    stats_stride, unit_stride, ENTROPY: tl.constexpr, REVERSE: tl.constexpr,
+    R: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """stats (4, n) <- log p_t, m, s, and H if ENTROPY. unit (n, V), if given, <- S = p - onehot in
-    a second pass, which reads from the cache if that holds the rows in flight."""
+    """Without q: stats (4, n) <- log p_t, m, s, and H if ENTROPY, of the logits p. With q: stats
+    (5, n) <- KL(p||q), m, s, m_ref, s_ref; p is the policy and q the reference if REVERSE, else p
+    is the reference and q the policy. unit (n, V), if given, <- S or the gradient of the KL for the
+    policy's z, in a second pass, which reads from the cache if that holds the rows in flight."""
     i, valid, row = load_rows(rows_ptr, n, R)
     scale = tl.load(scale_ptr)
-    # Read before the sums, at which all warps wait for each other: unit may overwrite the logits.
-    target = tl.load(targets_ptr + i, valid, other=0)  # (R,)
-    place = logits_ptr + row * logits_stride + target
-    target_z = tl.load(place, valid, other=0.0).to(scale.dtype) * scale
-    m = tl.full((R,), -float("inf"), scale.dtype)
-    total = tl.zeros((R,), scale.dtype)
-    weighted = total
-    whole = V // B * B
-    for partial in tl.static_range(2):  # whole blocks; then the partial one, if V % B > 0
-        for start in range(whole if partial else 0, V if partial else whole, B):
-            column, inside = block(start, V, valid, B, partial)
-            z = load_tile(logits_ptr, row, logits_stride, column, inside, scale)
-            m, base, log_alpha = update_max(m, z)
-            u = z - base[:, None]
-            if ENTROPY:  # v = 0: delta = log alpha
-                total, weighted = update_sums(total, weighted, log_alpha, log_alpha, tl.exp(u), u)
-            else:
-                total = tl.exp(log_alpha) * total + tl.sum(tl.exp(u), 1)
-    out = stats_ptr + i
-    tl.store(out, target_z - m - tl.log(total), valid)
-    tl.store(out + stats_stride, m, valid)
-    tl.store(out + 2 * stats_stride, tl.log(total), valid)
-    if ENTROPY:
-        tl.store(out + 3 * stats_stride, tl.log(total) - weighted / total, valid)
-    if unit_ptr is not None:
-        for start in range(0, V, B):
-            column, inside = block(start, V, valid, B, True)
-            z = load_tile(logits_ptr, row, logits_stride, column, inside, scale)
-            onehot = tl.where(column[None, :] == target[:, None], 1.0, 0.0)
-            unit = tl.exp(z - m[:, None]) / total[:, None] - onehot
-            store_tile(unit_ptr, i, unit_stride, column, inside, unit)
-
-
-@triton.jit
-def kl_kernel(
-    p_ptr, q_ptr, rows_ptr, stats_ptr, unit_ptr, scale_ptr, n, V, p_stride, q_stride, stats_stride,
-    unit_stride, REVERSE: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
-):  # fmt: skip
-    """stats (5, n) <- KL(p||q), m, s, m_ref, s_ref from the logits of p and q. p is the policy and
-    q the reference if REVERSE, else p is the reference and q the policy. unit (n, V), if given, <-
-    the gradient for the policy's z, in a second pass."""
-    i, valid, row = load_rows(rows_ptr, n, R)
-    scale = tl.load(scale_ptr)
+    if q_ptr is None:
+        # Read before the sums, at which all warps wait for each other: unit may overwrite p.
+        target = tl.load(targets_ptr + i, valid, other=0)  # (R,)
+        place = p_ptr + row * p_stride + target
+        target_z = tl.load(place, valid, other=0.0).to(scale.dtype) * scale
     m = tl.full((R,), -float("inf"), scale.dtype)
     q_m = m
     total = tl.zeros((R,), scale.dtype)
@@ -133,35 +98,48 @@ def kl_kernel(
             z = load_tile(p_ptr, row, p_stride, column, inside, scale)
             m, base, log_alpha = update_max(m, z)
             u = z - base[:, None]
-            q_z = load_tile(q_ptr, row, q_stride, column, inside, scale)
-            q_m, q_base, q_log_alpha = update_max(q_m, q_z)
-            v = q_z - q_base[:, None]
-            delta = log_alpha - q_log_alpha
-            total, weighted = update_sums(total, weighted, log_alpha, delta, tl.exp(u), u - v)
-            q_total = tl.exp(q_log_alpha) * q_total + tl.sum(tl.exp(v), 1)
+            difference = u
+            delta = log_alpha
+            if q_ptr is not None:
+                q_z = load_tile(q_ptr, row, q_stride, column, inside, scale)
+                q_m, q_base, q_log_alpha = update_max(q_m, q_z)
+                v = q_z - q_base[:, None]
+                q_total = tl.exp(q_log_alpha) * q_total + tl.sum(tl.exp(v), 1)
+                difference = u - v
+                delta = log_alpha - q_log_alpha
+            if ENTROPY or q_ptr is not None:
+                e = tl.exp(u)
+                total, weighted = update_sums(total, weighted, log_alpha, delta, e, difference)
+            else:
+                total = tl.exp(log_alpha) * total + tl.sum(tl.exp(u), 1)
     mean = weighted / total  # E_p[u - v]
     out = stats_ptr + i
-    p_place = 1 if REVERSE else 3  # the policy's m and s first
-    q_place = 3 if REVERSE else 1
-    tl.store(out, mean - tl.log(total) + tl.log(q_total), valid)
+    p_place = 3 if q_ptr is not None and not REVERSE else 1  # the policy's m and s first
     tl.store(out + p_place * stats_stride, m, valid)
     tl.store(out + (p_place + 1) * stats_stride, tl.log(total), valid)
-    tl.store(out + q_place * stats_stride, q_m, valid)
-    tl.store(out + (q_place + 1) * stats_stride, tl.log(q_total), valid)
+    if q_ptr is None:
+        tl.store(out, target_z - m - tl.log(total), valid)
+        if ENTROPY:
+            tl.store(out + 3 * stats_stride, tl.log(total) - mean, valid)
+    else:
+        q_place = 3 if REVERSE else 1
+        tl.store(out, mean - tl.log(total) + tl.log(q_total), valid)
+        tl.store(out + q_place * stats_stride, q_m, valid)
+        tl.store(out + (q_place + 1) * stats_stride, tl.log(q_total), valid)
     if unit_ptr is not None:
         for start in range(0, V, B):
             column, inside = block(start, V, valid, B, True)
             u = load_tile(p_ptr, row, p_stride, column, inside, scale) - m[:, None]
-            v = load_tile(q_ptr, row, q_stride, column, inside, scale) - q_m[:, None]
             prob = tl.exp(u) / total[:, None]
-            if REVERSE:  # p (log p - log q - KL) = p ((u - v) - E_p[u - v])
-                unit = tl.where(prob == 0, 0.0, prob * (u - v - mean[:, None]))
+            if q_ptr is None:
+                unit = prob - tl.where(column[None, :] == target[:, None], 1.0, 0.0)
             else:
-                unit = tl.exp(v) / q_total[:, None] - prob
+                v = load_tile(q_ptr, row, q_stride, column, inside, scale) - q_m[:, None]
+                if REVERSE:  # p (log p - log q - KL) = p ((u - v) - E_p[u - v])
+                    unit = tl.where(prob == 0, 0.0, prob * (u - v - mean[:, None]))
+                else:
+                    unit = tl.exp(v) / q_total[:, None] - prob
             store_tile(unit_ptr, i, unit_stride, column, inside, unit)
-
-
-# ---- launchers: the interface of rows_torch.py; `scratch` is not needed, as nothing is temporary
 
 
 def tile_shape(V):
@@ -180,27 +158,29 @@ def with_stride(x, written=False):
     return x, x.stride(0)
 
 
-def launch(kernel, matrices, vectors, stats, unit, scale, **options):
-    n, V = stats.shape[1], matrices[0].shape[1]
+def launch(p, q, targets, rows, scale, stats, unit, entropy=False, reverse=True):
+    n, V = stats.shape[1], p.shape[1]
     if n == 0:
         return
     R, B = tile_shape(V)
-    matrices, strides = zip(*(with_stride(x) for x in matrices), strict=True)
+    p, p_stride = with_stride(p)
+    q, q_stride = with_stride(q)
     unit, unit_stride = with_stride(unit, written=True)
     scale = stats.new_full((1,), scale)  # a tensor: a plain argument would be rounded to fp32
     with torch.cuda.device_of(stats):  # Triton launches on the current device
-        kernel[(triton.cdiv(n, R),)](
-            *matrices, *vectors, stats, unit, scale, n, V, *strides, stats.stride(0), unit_stride,
-            R=R, B=B, num_warps=WARPS, **options,
+        statistics_kernel[(triton.cdiv(n, R),)](
+            p, q, targets, rows, stats, unit, scale, n, V, p_stride, q_stride, stats.stride(0),
+            unit_stride, ENTROPY=entropy, REVERSE=reverse, R=R, B=B, num_warps=WARPS,
         )  # fmt: skip
 
 
 def statistics(
     logits, targets, scale, stats, *, rows=None, entropy=False, unit=None, scratch=False
 ):
-    launch(logprob_kernel, [logits], [targets, rows], stats, unit, scale, ENTROPY=entropy)
+    """See rows_torch.statistics; nothing is temporary here, so `scratch` is ignored."""
+    launch(logits, None, targets, rows, scale, stats, unit, entropy=entropy)
 
 
 def kl_statistics(logits, ref, scale, reverse, stats, *, rows=None, unit=None, scratch=False):
-    matrices = [logits, ref] if reverse else [ref, logits]
-    launch(kl_kernel, matrices, [rows], stats, unit, scale, REVERSE=reverse)
+    p, q = (logits, ref) if reverse else (ref, logits)
+    launch(p, q, None, rows, scale, stats, unit, reverse=reverse)

@@ -105,9 +105,10 @@ def test_running_statistics_do_not_depend_on_where_the_maximum_stands():
         exact = reference.logprob_rows(z, targets, entropy=True)
         stats = z.new_empty(4, 3)
         scale = z.new_ones(1)
-        rows_triton.logprob_kernel[(3,)](
-            z, targets, None, stats, None, scale, 3, 41, 41, 3, 0, ENTROPY=True, R=1, B=8
-        )
+        rows_triton.statistics_kernel[(3,)](
+            z, None, targets, None, stats, None, scale, 3, 41, 41, 0, 3, 0,
+            ENTROPY=True, REVERSE=True, R=1, B=8,
+        )  # fmt: skip
         for row, expected in (
             (stats[0], exact[0]),
             (stats[3], exact[1]),
@@ -132,15 +133,9 @@ def test_unit_gradient_in_many_blocks_matches_the_twin_in_place_and_beside():
         for in_place in (False, True):
             z, other = policy.clone(), None if kind == "logprob" else ref.clone()
             unit = z if in_place else torch.full((N, V), torch.nan, dtype=z.dtype)
-            if kind == "logprob":
-                rows_triton.logprob_kernel[(N,)](
-                    z, targets, None, z.new_empty(4, N), unit, scale, n, V, V, N, V,
-                    ENTROPY=False, R=1, B=8,
-                )  # fmt: skip
-            else:
-                first, second = (other, z) if kind == "forward" else (z, other)
-                rows_triton.kl_kernel[(N,)](
-                    first, second, None, z.new_empty(5, N), unit, scale, n, V, V, V, N, V,
-                    REVERSE=kind == "reverse", R=1, B=8,
-                )  # fmt: skip
+            p, q = (other, z) if kind == "forward" else (z, other)
+            rows_triton.statistics_kernel[(N,)](
+                p, q, targets, None, z.new_empty(5, N), unit, scale, n, V, V, V, N, V,
+                ENTROPY=False, REVERSE=kind == "reverse", R=1, B=8,
+            )  # fmt: skip
             torch.testing.assert_close(unit, expected, rtol=1e-12, atol=1e-12)
