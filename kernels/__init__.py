@@ -19,8 +19,7 @@ or when nothing requires a gradient, nothing is saved.
 
 Reading order: rows.py (the mathematics), rows_torch.py, rows_triton.py and gradient_triton.py (two
 implementations of it, chosen by dispatch.py), linear_logprob.py (what is saved for the backward)
-with backward.py, token_loss.py, linear_kl.py, linear_triton.py (logits never in memory).
-"""
+with backward.py, token_loss.py, linear_kl.py, linear_triton.py (logits never in memory)."""
 
 from typing import NamedTuple
 
@@ -51,9 +50,8 @@ def linear_logprob(
 ) -> LogProbs:  # fmt: skip
     """Log-probs of the targets under softmax(hidden @ weight.T / temperature). All three results
     have gradients for hidden and weight, whatever the upstream gradients. hidden (N, D),
-    weight (V, D), targets (N,) int32 or int64, in [0, V) or ignore_index. Within `logits_budget`
-    the backward costs two products, beyond it three; an input that needs no gradient (a frozen
-    weight, say) costs none."""
+    weight (V, D), targets (N,) int32 or int64, in [0, V) or ignore_index. The backward costs two
+    products within `logits_budget`, three beyond; a frozen hidden or weight saves one."""
     hidden, weight = checks.autocast(hidden, weight)
     checks.check_linear(hidden, weight, temperature, logits_budget)
     targets, index = checks.check_targets("hidden", hidden, len(weight), targets, ignore_index)
@@ -111,8 +109,7 @@ def linear_kl(
 ) -> torch.Tensor:  # fmt: skip
     """kl (N,): KL(policy || ref) = sum p (log p - log q) when reverse, else KL(ref || policy), over
     the vocabulary. hidden (N, D), weight (V, D), ref_hidden (N, D'), ref_weight (V, D'): the
-    reference may have its own width and dtype, and gets no gradient. mask (N,) bool: tokens that
-    count, None for all."""
+    reference may have its own width and dtype, gets no gradient. mask (N,) bool, or None: all."""
     hidden, weight, ref_hidden, ref_weight = checks.autocast(hidden, weight, ref_hidden, ref_weight)
     checks.check_linear(hidden, weight, temperature, logits_budget)
     checks.check_linear(ref_hidden, ref_weight, temperature, logits_budget, "ref_")
@@ -143,8 +140,7 @@ def logprob_rows(
 
 
 def kl_rows(logits, ref_logits, *, mask=None, reverse=True, temperature=1.0) -> torch.Tensor:
-    """linear_kl for logits (N, V) and ref_logits (N, V) that exist already; gradient for `logits`
-    only."""
+    """linear_kl for logits, ref_logits (N, V) that exist already. Only `logits` get a gradient."""
     checks.check_matrix("logits", logits, "(N, V)")
     checks.check_matrix("ref_logits", ref_logits, "(N, V)")
     checks.check_like("ref_logits", ref_logits, logits, 2)
@@ -155,7 +151,7 @@ def kl_rows(logits, ref_logits, *, mask=None, reverse=True, temperature=1.0) -> 
 
 
 def half_as_single(*tensors):
-    # fp16 is computed in fp32: its small probabilities underflow, and CPUs have no fast product
+    """fp16 is computed in fp32: small probabilities underflow, and CPUs have no fast product."""
     return [x.float() if x.dtype == torch.float16 else x for x in tensors]
 
 

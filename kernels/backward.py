@@ -7,8 +7,7 @@ With logits Z = X W^T / T, X (n, D) the hidden states, W (V, D) the head:
                      two products, and no elementwise pass over (n, V)
     slices           otherwise: for each slice of the vocabulary the logits, saved or computed
                      again, the gradient in its general form (rows.py), and its two products
-Both return dX (n, D) and dW (V, D) in the inputs' dtype, None where ctx needs no gradient.
-"""
+Both return dX (n, D) and dW (V, D) in the inputs' dtype, None where ctx needs no gradient."""
 
 import torch
 
@@ -48,8 +47,7 @@ def add_onehot_(d_hidden, d_weight, hidden, weight, targets, g):
 def slices_backward(ctx, hidden, weight, stats, factors, *, targets=None, saved=None, ref=None):
     """For any upstream gradient, with ctx.scale and ctx.budget of the forward. stats: m in row 1,
     m_ref in row 3. factors: the a, b, c, d of rows.py, (n,) or None. targets (n,) for log-probs;
-    ref (ref_hidden, ref_weight) for the KL. saved: the logits (n, V or more), or None to compute
-    them again."""
+    ref (ref_hidden, ref_weight) for the KL. saved: logits (n, V or more), None: computed again."""
     need_hidden, need_weight = ctx.needs_input_grad[:2]
     n, V = len(hidden), len(weight)
     ops = row_ops(hidden)
@@ -66,25 +64,23 @@ def slices_backward(ctx, hidden, weight, stats, factors, *, targets=None, saved=
     d_hidden = stats.new_zeros(hidden.shape) if need_hidden else None  # (n, D)
     d_weight = torch.empty_like(weight) if need_weight else None  # (V, D)
     buffer = stats.new_empty(n, padded(step)) if saved is None else None
-    if ref:
-        ref_hidden, ref_weight = ref
-        ref_buffer = stats.new_empty(n, padded(step))
+    ref_buffer = stats.new_empty(n, padded(step)) if ref else None
     # for gradients that cannot overwrite the logits: these are wider, or needed again
     dz_buffer = hidden.new_empty(n, padded(step)) if narrow or saved is not None else None
-    for start, stop in spans(V, step):
-        columns = stop - start
-        w = weight[start:stop]  # (columns, D)
+    for part in spans(V, step):
+        w = weight[part]  # (columns, D)
+        columns = len(w)
         options = dict(factors, m=stats[1], scratch=saved is None)
         if targets is not None:
-            options["column"] = targets - start  # (n,)
+            options["column"] = targets - part.start  # (n,)
         if saved is None:
             logits = buffer[:, : padded(columns)]
             logits = project_(logits, hidden, w, options.get("column"))[:, :columns]
         else:
-            logits = saved[:, start:stop]
+            logits = saved[:, part]
         if ref:
-            ref_logits = ref_buffer[:, : padded(columns)]
-            project_(ref_logits, ref_hidden, ref_weight[start:stop])
+            ref_hidden, ref_weight = ref
+            ref_logits = project_(ref_buffer[:, : padded(columns)], ref_hidden, ref_weight[part])
             options |= dict(ref=ref_logits[:, :columns], ref_m=stats[3])
         dz = logits  # (n, columns)
         if dz_buffer is not None:
@@ -96,5 +92,5 @@ def slices_backward(ctx, hidden, weight, stats, factors, *, targets=None, saved=
         if need_hidden:
             add_product_(d_hidden, dz, w)
         if need_weight:
-            torch.mm(dz.T, hidden, out=d_weight[start:stop])
+            torch.mm(dz.T, hidden, out=d_weight[part])
     return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight

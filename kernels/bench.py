@@ -7,9 +7,7 @@ All implementations of an op get the same inputs and run one after the other in 
 GPU with a cold L2; reported is the median over the rounds. Peak memory is what a run allocates
 beyond its inputs and gradients; freed memory stays with the process, as in every script. Errors are
 relative norms against fp64, on 256 tokens. The yardstick is torch.mm of the supervised hidden
-states with the head, times the products that the op cannot do without; for rows a copy of the
-logits.
-"""
+states with the head, times the products that the op cannot do without; for rows, a copy of them."""
 
 import argparse
 import datetime
@@ -169,7 +167,7 @@ def main():
     about = dict(device=device, cuda=cuda, date=datetime.date.today().isoformat())
     about |= dict(versions=versions, rounds=options.rounds, threads=torch.get_num_threads())
     host_clock, _ = measure.HOST_CLOCKS[options.threads == 1]
-    about |= dict(clock="CUDA events, cold L2" if cuda else host_clock)
+    about["clock"] = "CUDA events, cold L2" if cuda else host_clock
     about |= {} if cuda else dict(gpu="not measured yet")
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / ("-".join(device.lower().split()) + ".json")

@@ -4,8 +4,7 @@ There are two ways to cut the n x V logits so that only one piece exists at a ti
   token chunks        a few tokens, whole rows. A softmax needs whole rows: forwards walk these.
   vocabulary slices   all tokens, a few columns. Once a row's log-sum-exp is known, a backward can
                       walk these: it writes each slice of dW once, where token chunks would update
-                      all of dW every time.
-"""
+                      all of dW every time."""
 
 import math
 from typing import NamedTuple
@@ -57,8 +56,8 @@ def plan(length, one, budget, device="cpu", *, arrays=1, parts=2, saved=0, extra
 
 
 def spans(length, step):
-    """-> [(start, stop), ...] of consecutive pieces of `step`, the last one possibly shorter."""
-    return [(start, min(start + step, length)) for start in range(0, length, step)]
+    """-> slices of consecutive pieces of `step`, the last one possibly shorter."""
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
 def gather(tensor, index):
@@ -74,8 +73,7 @@ def scatter(values, index, length):
 
 
 def product(left, right, out=None):
-    """left (a, k) @ right (k, b) -> (a, b) in fp32 (fp64); a CPU rounds a bf16 product on storing
-    it."""
+    """left (a, k) @ right (k, b) -> (a, b) in fp32 (fp64). A CPU rounds bf16 products first."""
     dtype = wide(left.dtype)
     if left.dtype == dtype:
         return torch.mm(left, right, out=out)
@@ -91,8 +89,8 @@ def transposed_product(left, right):
         return left.T @ right
     out = left.new_empty(left.shape[1], right.shape[1])  # (a, b)
     step = max(FLOOR, CPU_PIECE // (left.itemsize * max(1, len(left))))
-    for start, stop in spans(len(out), step):
-        torch.mm(left[:, start:stop].T, right, out=out[start:stop])
+    for rows in spans(len(out), step):
+        torch.mm(left[:, rows].T, right, out=out[rows])
     return out
 
 

@@ -1,7 +1,6 @@
 """The gradient of rows.py in Triton, for log-probs, entropies and both KLs:
     dlogits = exp(u) [a + b (u - v)] + c onehot - d exp(v)      u = z - m,  v = z_ref - m_ref or 0
-Every entry is computed on its own, so a program takes one tile: R rows of one block of B columns.
-"""
+Entries are computed one by one, so a program takes one tile: R rows of one block of B columns."""
 
 import torch
 import triton

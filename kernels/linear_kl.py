@@ -6,8 +6,7 @@ gradient (rows.py) is
 and dX = (g/T) * (G W), dW = G^T ((g/T) * X): the upstream gradient only scales rows, so G is formed
 in the forward in place of the logits: four products in all, two of them for the logits. With a
 frozen head only G W (n, D) is saved. Beyond `logits_budget` the forward saves KL and both sides' m
-and s (log p = z - m - s), and the backward forms G again, vocabulary slice by slice: six products.
-"""
+and s (log p = z - m - s), the backward forms G again, vocabulary slice by slice: six products."""
 
 import torch
 from torch.autograd import Function
@@ -39,7 +38,6 @@ class LinearKL(Function):
     @staticmethod
     def forward(ctx, hidden, weight, ref_hidden, ref_weight, reverse, temperature, budget, train):
         n, V, P = len(hidden), len(weight), padded(len(weight))
-        ops = row_ops(hidden)
         scale = 1 / temperature
         dtype = wide(hidden.dtype)
         narrow = hidden.dtype != dtype
@@ -51,21 +49,19 @@ class LinearKL(Function):
         ref_buffer = stats.new_empty(step, P)
         buffer = stats.new_empty(step, P) if saved is None or narrow else None
         unit_buffer = hidden.new_empty(step, P) if frozen and narrow else None
-        for start, stop in spans(n, step):
-            rows = stop - start
-            logits = saved[start:stop] if buffer is None else buffer[:rows]  # (rows, P)
-            ref_logits = ref_buffer[:rows]  # (rows, P)
-            project_(logits, hidden[start:stop], weight)
-            project_(ref_logits, ref_hidden[start:stop], ref_weight)
-            unit = None  # G (rows, P)
-            if saved is not None:
-                unit = saved[start:stop]
-            elif frozen:
-                unit = unit_buffer[:rows] if narrow else logits
-            options = dict(unit=unit, scratch=True)
-            ops.kl_statistics(logits, ref_logits, scale, reverse, stats[:, start:stop], **options)
+        for rows in spans(n, step):
+            size = rows.stop - rows.start
+            logits = saved[rows] if buffer is None else buffer[:size]  # (size, P)
+            project_(logits, hidden[rows], weight)
+            ref_logits = project_(ref_buffer[:size], ref_hidden[rows], ref_weight)  # (size, P)
+            unit = None if saved is None else saved[rows]  # G (size, P)
             if frozen:
-                product(unit[:, :V], weight, out=unit_hidden[start:stop])
+                unit = unit_buffer[:size] if narrow else logits
+            options = dict(unit=unit, scratch=True)
+            op = row_ops(hidden).kl_statistics
+            op(logits, ref_logits, scale, reverse, stats[:, rows], **options)
+            if frozen:
+                product(unit[:, :V], weight, out=unit_hidden[rows])
         if train:
             ctx.save_for_backward(hidden, weight, ref_hidden, ref_weight, stats, saved, unit_hidden)
             ctx.scale, ctx.budget, ctx.reverse = scale, budget, reverse

@@ -10,8 +10,7 @@ adds its own g_lse (S + onehot), again a scale of rows. The forward saves one of
     S W (n, D)       for a frozen head: formed chunk by chunk in the forward, two products
     the logits       with an entropy, whose gradient p (log p + H) is not a scale of the rows of S
     m and s only     beyond the budget (lse = m + s): the backward computes the logits again, slice
-                     by slice, a fourth product
-"""
+                     by slice, a fourth product"""
 
 import torch
 from torch.autograd import Function
@@ -24,8 +23,7 @@ from .rows import logprob_coefficients
 
 
 def plan_forward(hidden, V, budget, entropy=False):
-    """-> step: tokens whose logits are worked on at once; save: whether S of all tokens (with an
-    entropy: their logits) fits the budget."""
+    """-> step: tokens whose logits exist at once; save: whether S (entropy: the logits) fits."""
     full = wide(hidden.dtype).itemsize
     narrow = hidden.itemsize < full
     if entropy:  # z and p. Saved logits must not change: there z is a copy
@@ -50,18 +48,18 @@ class LinearLogprob(Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, entropy, budget, train):
         scale = 1 / temperature
-        # log p_t, m, s, H (if entropy)
-        stats = hidden.new_empty(4, len(hidden), dtype=wide(hidden.dtype))
+        n, V = len(hidden), len(weight)
+        stats = hidden.new_empty(4, n, dtype=wide(hidden.dtype))  # log p_t, m, s, H (if entropy)
         saved = unit_hidden = None
         if train and not ctx.needs_input_grad[1] and not entropy:
             unit_hidden = torch.empty_like(hidden, dtype=stats.dtype)  # S W (n, D)
-            for start, stop, unit in unit_chunks(hidden, weight, targets, scale, budget, stats):
-                product(unit, weight, out=unit_hidden[start:stop])
+            for rows, unit in unit_chunks(hidden, weight, targets, scale, budget, stats):
+                product(unit, weight, out=unit_hidden[rows])
         else:
-            if train and plan_forward(hidden, len(weight), budget, entropy).save:
+            if train and plan_forward(hidden, V, budget, entropy).save:
                 # S only enters products: bf16 will do for bf16 inputs. Logits need every digit.
                 dtype = stats.dtype if entropy else hidden.dtype
-                saved = hidden.new_empty(len(hidden), padded(len(weight)), dtype=dtype)
+                saved = hidden.new_empty(n, padded(V), dtype=dtype)
             fill(hidden, weight, targets, scale, budget, stats, saved, entropy)
         if train:
             ctx.save_for_backward(hidden, weight, targets, stats, saved, unit_hidden)
@@ -104,9 +102,8 @@ def fill(hidden, weight, targets, scale, budget, stats, saved=None, entropy=Fals
         rounded = torch.mm(hidden, weight.T, out=saved[:, :V])
         step = min(step, max(FLOOR, CPU_PIECE // (P * stats.itemsize)))
     buffer = None if in_place else stats.new_empty(step, P)
-    for start, stop in spans(len(hidden), step):
-        rows = slice(start, stop)
-        logits = saved[rows] if in_place else buffer[: stop - start]  # (rows, P)
+    for rows in spans(len(hidden), step):
+        logits = saved[rows] if in_place else buffer[: rows.stop - rows.start]  # (size, P)
         narrow = None if rounded is None else rounded[rows]
         project_(logits, hidden[rows], weight, targets[rows], narrow)
         options = dict(entropy=entropy, scratch=saved is None or not entropy)
@@ -116,16 +113,15 @@ def fill(hidden, weight, targets, scale, budget, stats, saved=None, entropy=Fals
 
 
 def unit_chunks(hidden, weight, targets, scale, budget, stats):
-    """Walk the tokens in chunks whose S fits the budget -> (start, stop, S of these tokens (rows,
-    V)), and fill stats (4, n) on the way. Each S overwrites the one before."""
+    """Walk the tokens in chunks whose S fits the budget -> (slice of tokens, their S (size, V));
+    fill stats (4, n) on the way. Each S overwrites the one before."""
     n, V, P = len(hidden), len(weight), padded(len(weight))
     step = plan_forward(hidden, V, budget).step
     if hidden.dtype != stats.dtype:  # narrow: half the budget is for S, larger chunks than fp32's
         half = int(min(budget, 1 << 62)) // 2
         step = max(step, min(n, half // (P * hidden.itemsize)))
     buffer = hidden.new_empty(step, P)
-    for start, stop in spans(n, step):
-        unit = buffer[: stop - start]  # (rows, P)
-        rows = slice(start, stop)
+    for rows in spans(n, step):
+        unit = buffer[: rows.stop - rows.start]  # (size, P)
         fill(hidden[rows], weight, targets[rows], scale, budget, stats[:, rows], unit)
-        yield start, stop, unit[:, :V]
+        yield rows, unit[:, :V]

@@ -10,8 +10,7 @@ part, so that a tile of W is read from memory once and then from L2.
 
 There is no gradient here: a backward in this style would compute these products again, and a
 library is faster at that. This is for scoring, and for the forward of a backward that recomputes
-(linear_logprob.py); dispatch.py says when it runs.
-"""
+(linear_logprob.py); dispatch.py says when it runs."""
 
 import torch
 import triton
@@ -114,8 +113,7 @@ def combine_kernel(
 
 
 def blocks(n, V, D, small=False):
-    """-> tile sizes (tokens, vocabulary, width), and the vocabulary tiles that a program takes.
-    small: SMALL_TILE is the limit."""
+    """-> tile sizes (tokens, vocabulary, width), and the vocabulary tiles that a program takes."""
     limits = SMALL_TILE if small else TILE
     BN, BV, BD = (
         min(limit, max(16, triton.next_power_of_2(length)))

@@ -1,8 +1,7 @@
 """What `kernels.bench` compares: functions of the same inputs that compute the same thing.
 
 "mean" and "per token" take (hidden, weight, targets), "KL" the reference's hidden states and head
-too, "rows" takes (logits, targets). All return losses, mean or per token.
-"""
+too, "rows" takes (logits, targets). All return losses, mean or per token."""
 
 import importlib
 from functools import partial
@@ -38,8 +37,9 @@ def implementations(op):
         return {"ours": linear_cross_entropy} | peers("mean"), reference.linear_cross_entropy
     functions = {"ours": negated(linear_logprob)}
     if torch.cuda.is_available():  # both sides of dispatch.FUSED_WIDTH, which differ in a forward
-        functions["ours, fused forward"] = partial(at_fused_width, 10**9)
-        functions["ours, product + row kernel"] = partial(at_fused_width, 0)
+        for name, width in (("fused forward", 10**9), ("product + row kernel", 0)):
+            at_width = mock.patch.object(dispatch, "FUSED_WIDTH", width)
+            functions[f"ours, {name}"] = at_width(functions["ours"])
     return functions | peers("none"), negated(reference.linear_logprob)
 
 
@@ -93,8 +93,3 @@ def negated(function):
 
 def weight_first(function):
     return lambda hidden, weight, targets: function(weight, hidden, targets)
-
-
-def at_fused_width(width, *arguments):
-    with mock.patch.object(dispatch, "FUSED_WIDTH", width):
-        return negated(linear_logprob)(*arguments)

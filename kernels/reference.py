@@ -2,8 +2,7 @@
 
 Nothing here is fast or lean: the (tokens x vocabulary) logits are built whole, and autograd saves
 what it wants. Arguments, results and gradients are those of the functions of `kernels` (which also
-check their arguments; these do not).
-"""
+check their arguments; these do not)."""
 
 import torch
 

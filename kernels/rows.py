@@ -22,8 +22,7 @@ the logits (N, V), called row ops, which take in addition:
     kl_statistics  ref                      -> KL, m, s, m_ref, s_ref    optionally dKL/dz
     gradient       ref, m, m_ref, a ... d   -> dlogits in the form above
 S, the gradient of -log p_t, and dKL/dz are called unit gradients: an upstream gradient and 1/T only
-scale their rows.
-"""
+scale their rows."""
 
 import torch
 from torch.autograd import Function
@@ -56,29 +55,23 @@ def kl_coefficients(stats, scale, reverse, g):
     return dict(a=p_factor, b=None, d=g * scale * torch.exp(-ref_s))
 
 
-def row_spans(logits, stats):
-    """Row ranges: for torch, which takes several passes, what the cache holds; for Triton all."""
+def pieces(logits, index, stats):
+    """Cut the n rows (index: the supervised, each once; None: all) into pieces: for Triton one,
+    for torch, which takes several passes, what the cache holds. -> (i, at, rows): i slices what has
+    n rows; row ops take logits[at] and the row numbers `rows` (None: all), so nothing is copied."""
     n, V = stats.shape[1], logits.shape[1]
     step = max(1, n) if uses_triton(logits) else plan(n, V * stats.itemsize, float("inf")).step
-    return spans(n, step)
-
-
-def select(logits, index, start, stop):
-    """Rows start:stop of index (the supervised rows, each once), or of all rows if index is None ->
-    logits and row numbers or None. Nothing is copied: row ops take the row numbers."""
-    return (logits[start:stop], None) if index is None else (logits, index[start:stop])
+    for i in spans(n, step):
+        yield (i, i, None) if index is None else (i, slice(None), index[i])
 
 
 def rows_gradient(grad, logits, index, stats, scale, per_row, ref=None):
     """grad (N, V) <- the gradient of the logits. per_row: arguments of `gradient`, (n,) or None."""
     ops = row_ops(logits)
-    for start, stop in row_spans(logits, stats):
-        selected, rows = select(logits, index, start, stop)
-        options = {name: None if x is None else x[start:stop] for name, x in per_row.items()}
-        if ref is not None:
-            options["ref"], _ = select(ref, index, start, stop)
-        out = grad[start:stop] if index is None else grad
-        ops.gradient(selected, scale=scale, out=out, rows=rows, **options)
+    for i, at, rows in pieces(logits, index, stats):
+        options = {name: None if x is None else x[i] for name, x in per_row.items()}
+        options |= dict(rows=rows, ref=None if ref is None else ref[at])
+        ops.gradient(logits[at], scale=scale, out=grad[at], **options)
     if index is not None:  # set the other rows to 0; scaling would not do, they may hold NaN
         ignored = torch.ones(len(grad), dtype=torch.bool, device=grad.device)
         grad[ignored.index_fill_(0, index, False)] = 0
@@ -86,8 +79,7 @@ def rows_gradient(grad, logits, index, stats, scale, per_row, ref=None):
 
 class LogprobRows(Function):
     """logits (N, V), targets (n,), index (n,) or None (all rows) -> logprob, entropy or None, lse
-    (n,). The forward allocates nothing of size (N, V); the backward allocates the gradient, or
-    writes it over the logits if `overwrite`."""
+    (n,). Only the backward allocates (N, V), or writes over the logits if `overwrite`."""
 
     @staticmethod
     def forward(ctx, logits, targets, index, temperature, with_entropy, overwrite):
@@ -95,10 +87,9 @@ class LogprobRows(Function):
         scale = 1 / temperature
         # log p_t, m, s, H (unset without an entropy)
         stats = logits.new_empty(4, len(targets), dtype=wide(logits.dtype))
-        for start, stop in row_spans(logits, stats):
-            selected, rows = select(logits, index, start, stop)
+        for i, at, rows in pieces(logits, index, stats):
             options = dict(rows=rows, entropy=with_entropy)
-            ops.statistics(selected, targets[start:stop], scale, stats[:, start:stop], **options)
+            ops.statistics(logits[at], targets[i], scale, stats[:, i], **options)
         ctx.save_for_backward(logits, targets, index, stats)
         ctx.scale, ctx.overwrite = scale, overwrite
         ctx.set_materialize_grads(False)
@@ -129,10 +120,9 @@ class KLRows(Function):
         scale = 1 / temperature
         n = len(logits) if index is None else len(index)
         stats = logits.new_empty(5, n, dtype=wide(logits.dtype))  # KL, m, s, m_ref, s_ref
-        for start, stop in row_spans(logits, stats):
-            selected, rows = select(logits, index, start, stop)
-            ref, _ = select(ref_logits, index, start, stop)
-            ops.kl_statistics(selected, ref, scale, reverse, stats[:, start:stop], rows=rows)
+        for i, at, rows in pieces(logits, index, stats):
+            ref = ref_logits[at]
+            ops.kl_statistics(logits[at], ref, scale, reverse, stats[:, i], rows=rows)
         ctx.save_for_backward(logits, ref_logits, index, stats)
         ctx.reverse, ctx.scale = reverse, scale
         return stats[0].clone()

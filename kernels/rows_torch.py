@@ -3,8 +3,7 @@
 `rows` (n,) int64 are the rows of the logits (N, V) to work on, None for all (then n = N). With
 scratch=True a function may overwrite the logits, those of the reference too; otherwise it copies
 them first. Other temporaries: an array of the same size for an entropy or a forward KL, and a mask
-of one byte an entry for a KL.
-"""
+of one byte an entry for a KL."""
 
 import torch
 
@@ -55,8 +54,7 @@ def statistics(
 
 
 def kl_statistics(logits, ref, scale, reverse, stats, *, rows=None, unit=None, scratch=False):
-    """logits, ref (N, V) -> stats (5, n): KL, m, s, m_ref, s_ref. unit (n, V) receives dKL/dz;
-    without `rows` it may be the logits."""
+    """logits, ref (N, V) -> stats (5, n): KL, m, s, m_ref, s_ref. unit as above, for dKL/dz."""
     log_p = scaled(logits, rows, scale, stats.dtype, scratch)  # (n, V) z, until log_softmax_
     log_q = scaled(ref, rows, scale, stats.dtype, scratch)  # (n, V)
     stats[1], stats[2] = log_softmax_(log_p)
@@ -83,8 +81,7 @@ def gradient(
     """out <- exp(u) [a + b (u - v)] + c onehot(column) - d exp(v), where u = scale logits - m and
     v = scale ref - ref_m, or 0 without a ref. With a ref, b and d exclude each other. logits, ref
     (N, V), or a vocabulary slice of them; m, ref_m, a, b, c, d (n,); column (n,) int64 of the
-    target, outside [0, V) if in another slice. out (N, V), which may be the logits: only its `rows`
-    are written."""
+    target, outside [0, V) if in another slice. out (N, V), maybe the logits: `rows` are written."""
     u = scaled(logits, rows, scale, m.dtype, scratch).sub_(m[:, None])  # (n, V)
     v = None
     if ref is not None:

@@ -10,8 +10,7 @@ raises m to m', earlier sums are made relative to m' with alpha = exp(m - m'):
     KL(p||q): u, total of p, v, q_total of q, delta = log alpha - log alpha of q;
               KL = weighted / total - log total + log q_total.   The forward KL swaps the roles.
 Loads are 16 bytes wide where rows start at multiples of 16 bytes (the linear ops' own rows do) and
-no mask cuts through the 16 bytes. So the first pass masks `column < V` on the partial block only.
-"""
+no mask cuts through them. So the first pass masks `column < V` in the partial block only."""
 
 import torch
 import triton

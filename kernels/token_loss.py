@@ -4,10 +4,8 @@ For loss_i = f_i(log p_i), as in supervised fine-tuning (f = -log p) or PPO (the
     g_i = f_i'(log p_i),   dX = -(g/T) * (S W),   dW = -S^T ((g/T) * X),   S = softmax - onehot
 (derived in linear_logprob.py), and g is known as soon as log p is. So a chunk of logits is
 computed, used for the loss, dX and dW, and overwritten by the next: three products, O(chunk x V)
-memory. The price: later operations may only scale all losses alike, as a sum or a mean does,
-because dX and dW are already sums over tokens. Backward checks this; per-token weights belong
-inside `token_loss`.
-"""
+memory. The price: as dX and dW are sums over tokens already, later operations may only scale all
+losses alike, as a sum or mean does (backward checks this): weight tokens inside `token_loss`."""
 
 import torch
 from torch.autograd import Function
@@ -47,18 +45,18 @@ class LinearTokenLoss(Function):
         losses = hidden.new_empty(n, dtype=dtype)
         d_hidden = torch.zeros_like(hidden) if needs[0] else None  # (n, D)
         d_weight = torch.zeros_like(weight) if needs[1] and n == 0 else None  # (V, D)
-        for start, stop, unit in unit_chunks(hidden, weight, targets, scale, budget, stats):
-            rows = slice(start, stop)  # unit: S (rows, V)
+        # unit: S (size, V)
+        for rows, unit in unit_chunks(hidden, weight, targets, scale, budget, stats):
             logprob = stats[0, rows].clone()
             losses[rows], slopes = losses_and_slopes(token_loss, logprob, index[rows], True)
-            g = (slopes * -scale)[:, None]  # (rows, 1)
+            g = (slopes * -scale)[:, None]  # (size, 1)
             if needs[0]:
                 d_hidden[rows] = product(unit, weight).mul_(g)
             if needs[1]:
-                scaled = (hidden[rows] * g).to(hidden.dtype)  # (rows, D)
-                if stop - start == n:  # one product, rounded once
+                scaled = (hidden[rows] * g).to(hidden.dtype)  # (size, D)
+                if len(unit) == n:  # one product, rounded once
                     d_weight = transposed_product(unit, scaled)
-                elif start == 0:  # chunks are summed in fp32 (fp64)
+                elif rows.start == 0:  # chunks are summed in fp32 (fp64)
                     d_weight = product(unit.T, scaled)
                 else:
                     add_product_(d_weight, unit.T, scaled)
@@ -71,9 +69,8 @@ class LinearTokenLoss(Function):
         if ctx.grads is None:
             raise RuntimeError("linear_token_loss: a second time needs retain_graph=True before")
         scale = common_value(g)
-        # The gradients are scaled in place and handed over (a copy of dW can be larger than all
-        # chunks), unless the graph is kept for another backward. Only the engine knows; where this
-        # version of torch cannot tell, copies are safe.
+        # Scaled in place and handed over (a copy of dW can be larger than all chunks), unless the
+        # graph is kept for another backward. Where torch's version cannot tell, copies are safe.
         engine = torch._C._autograd
         keep = getattr(engine, "_get_current_graph_task_keep_graph", lambda: True)()
         grads = [None, None]
@@ -95,9 +92,6 @@ def common_value(g):
         return 1.0
     low, high = torch.aminmax(g)
     if low < high:
-        raise ValueError(
-            f"linear_token_loss: got upstream gradients from {low:.4g} to {high:.4g}, expected one "
-            "value (only a sum or mean of the losses may follow): put per-token weights inside "
-            "token_loss"
-        )
+        got = f"upstream gradients from {low:.4g} to {high:.4g}, expected one value (a sum or mean)"
+        raise ValueError(f"linear_token_loss: got {got}: put per-token weights inside token_loss")
     return low
