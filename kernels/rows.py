@@ -11,7 +11,7 @@ so for upstream gradients g (g_rkl, g_fkl for the two KLs) the gradient of the l
                       + p [ -g_lp + g_lse - g_H (log p + H) + g_rkl (log p - log q - KL) ] }
 With v = z_ref - m_ref for the reference (v = 0 where there is none), all terms have the form
     dlogits = exp(u) [a + b (u - v)] + c onehot - d exp(v)
-with one a, b, c, d for each row (logprob_coefficients, kl_coefficients).
+with one a, b, c, d for each row (logprob_coefficients, kl_coefficients; d is for the forward KL).
 m and s are kept apart: with logits near 1e4, their sum in fp32 would leave p three of its seven
 digits. A masked token (logit -inf) has p = 0 and adds nothing to an entropy or KL: 0 * inf counts
 as 0. Undefined, maybe NaN: gradients of an infinite KL (q = 0 < p); a row that is masked entirely.
