@@ -1,8 +1,8 @@
 """Log-probs, cross-entropy, entropy and KL without keeping the (tokens x vocabulary) logits.
 
     linear_logprob          log-prob, entropy, log-sum-exp per token; accepts any upstream gradient
-    linear_token_loss       a loss of each token's own log-prob: gradient formed in the forward,
-                            least memory
+    linear_token_loss       a loss of each token's own log-prob: its gradient is formed in the
+                            forward, least memory
     linear_cross_entropy    mean / sum / none of -log-prob
     linear_kl               full-vocabulary KL between two heads
     logprob_rows, kl_rows   the same for logits that exist already
@@ -17,13 +17,9 @@ an op holds at any time, saved or temporary (it always takes 16 rows or columns)
 it only by rounding. Every wrong argument raises a ValueError that names it. Under torch.no_grad(),
 or when nothing requires a gradient, nothing is saved.
 
-CUDA tensors run Triton kernels between the library's matrix products, CPU tensors run torch, and
-TRITON_INTERPRET=1 runs the Triton source on the CPU, for tests (dispatch.py).
-
 Reading order: rows.py (the mathematics), rows_torch.py, rows_triton.py and gradient_triton.py (two
-implementations of it), linear_logprob.py (what is saved for the backward) with backward.py,
-token_loss.py, linear_kl.py, linear_triton.py (logits that are never written to memory).
-"""
+implementations of it, chosen by dispatch.py), linear_logprob.py (what is saved for the backward)
+with backward.py, token_loss.py, linear_kl.py, linear_triton.py (logits never in memory)."""
 
 from typing import NamedTuple
 
@@ -54,16 +50,14 @@ def linear_logprob(
 ) -> LogProbs:  # fmt: skip
     """Log-probs of the targets under softmax(hidden @ weight.T / temperature). All three results
     have gradients for hidden and weight, whatever the upstream gradients. hidden (N, D),
-    weight (V, D), targets (N,) int32 or int64, in [0, V) or ignore_index. Within `logits_budget`
-    the backward costs two products, beyond it three; an input that needs no gradient (a frozen
-    weight, say) costs none."""
+    weight (V, D), targets (N,) int32 or int64, in [0, V) or ignore_index. The backward costs two
+    products within `logits_budget`, three beyond; a frozen hidden or weight saves one."""
     hidden, weight = checks.autocast(hidden, weight)
     checks.check_linear(hidden, weight, temperature, logits_budget)
-    N, V = len(hidden), len(weight)
-    targets, index = checks.check_targets("hidden", hidden, V, targets, ignore_index)
-    hidden, weight = half_as_single(gather(hidden, index), weight)
-    results = apply(LinearLogprob, hidden, weight, targets, temperature, entropy, logits_budget)
-    return LogProbs(*(scatter(x, index, N) for x in results))
+    targets, index = checks.check_targets("hidden", hidden, len(weight), targets, ignore_index)
+    arguments = (targets, temperature, entropy, logits_budget)
+    results = apply(LinearLogprob, gather(hidden, index), weight, *arguments)
+    return LogProbs(*(scatter(x, index, len(hidden)) for x in results))
 
 
 def linear_token_loss(
@@ -84,13 +78,11 @@ def linear_token_loss(
     if not callable(token_loss):
         got = type(token_loss).__name__
         raise ValueError(f"token_loss: got {got}, expected a function (logprob, index) -> losses")
-    N, V = len(hidden), len(weight)
-    targets, index = checks.check_targets("hidden", hidden, V, targets, ignore_index)
-    hidden, weight = half_as_single(gather(hidden, index), weight)
+    N = len(hidden)
+    targets, index = checks.check_targets("hidden", hidden, len(weight), targets, ignore_index)
     positions = torch.arange(N, device=hidden.device) if index is None else index  # (n,)
-    options = (token_loss, temperature, logits_budget)
-    losses = apply(LinearTokenLoss, hidden, weight, targets, positions, *options)  # (n,)
-    return scatter(losses, index, N)
+    arguments = (targets, positions, token_loss, temperature, logits_budget)
+    return scatter(apply(LinearTokenLoss, gather(hidden, index), weight, *arguments), index, N)
 
 
 def linear_cross_entropy(
@@ -117,20 +109,17 @@ def linear_kl(
 ) -> torch.Tensor:  # fmt: skip
     """kl (N,): KL(policy || ref) = sum p (log p - log q) when reverse, else KL(ref || policy), over
     the vocabulary. hidden (N, D), weight (V, D), ref_hidden (N, D'), ref_weight (V, D'): the
-    reference may have its own width and dtype, and gets no gradient. mask (N,) bool: tokens that
-    count, None for all."""
-    tensors = checks.autocast(hidden, weight, ref_hidden, ref_weight)
-    hidden, weight, ref_hidden, ref_weight = tensors
+    reference may have its own width and dtype, gets no gradient. mask (N,) bool, or None: all."""
+    hidden, weight, ref_hidden, ref_weight = checks.autocast(hidden, weight, ref_hidden, ref_weight)
     checks.check_linear(hidden, weight, temperature, logits_budget)
     checks.check_linear(ref_hidden, ref_weight, temperature, logits_budget, "ref_")
     checks.check_like("ref_hidden", ref_hidden, hidden, 1)
     checks.check_like("ref_weight", ref_weight, weight, 1)
     index = checks.check_mask(mask, hidden, len(weight))
-    N = len(hidden)
-    hidden, weight = half_as_single(gather(hidden, index), weight)
-    ref_hidden, ref_weight = half_as_single(gather(ref_hidden.detach(), index), ref_weight.detach())
-    options = (reverse, temperature, logits_budget)
-    return scatter(apply(LinearKL, hidden, weight, ref_hidden, ref_weight, *options), index, N)
+    ref = half_as_single(gather(ref_hidden.detach(), index), ref_weight.detach())
+    arguments = (*ref, reverse, temperature, logits_budget)
+    kl = apply(LinearKL, gather(hidden, index), weight, *arguments)
+    return scatter(kl, index, len(hidden))
 
 
 def logprob_rows(
@@ -151,8 +140,7 @@ def logprob_rows(
 
 
 def kl_rows(logits, ref_logits, *, mask=None, reverse=True, temperature=1.0) -> torch.Tensor:
-    """linear_kl for logits (N, V) and ref_logits (N, V) that exist already; gradient for `logits`
-    only."""
+    """linear_kl for logits, ref_logits (N, V) that exist already. Only `logits` get a gradient."""
     checks.check_matrix("logits", logits, "(N, V)")
     checks.check_matrix("ref_logits", ref_logits, "(N, V)")
     checks.check_like("ref_logits", ref_logits, logits, 2)
@@ -162,15 +150,14 @@ def kl_rows(logits, ref_logits, *, mask=None, reverse=True, temperature=1.0) -> 
     return scatter(kl, index, len(logits))
 
 
-def half_as_single(hidden, weight):
-    """fp16 is computed in fp32: its small probabilities underflow, and CPUs have no fast fp16
-    product."""
-    return (hidden.float(), weight.float()) if hidden.dtype == torch.float16 else (hidden, weight)
+def half_as_single(*tensors):
+    """fp16 is computed in fp32: small probabilities underflow, and CPUs have no fast product."""
+    return [x.float() if x.dtype == torch.float16 else x for x in tensors]
 
 
 def apply(function, hidden, weight, *arguments):
-    """function(hidden, weight, ..., train), autocast off: the op itself chooses each product's
-    dtype."""
+    """function(hidden, weight, ..., train), autocast off: the op chooses each product's dtype."""
+    hidden, weight = half_as_single(hidden, weight)
     train = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     with torch.autocast(hidden.device.type, enabled=False):
         return function.apply(hidden, weight, *arguments, train)

@@ -1,12 +1,11 @@
-"""Argument checks. Each raises one ValueError: the argument's name, what it is, what was
-expected."""
+"""Argument checks. Each raises one ValueError: the argument's name, what it is, what it must be."""
 
 import math
 from numbers import Real
 
 import torch
 
-from .chunks import gather, supervised
+from .chunks import gather
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -18,11 +17,7 @@ def autocast(*tensors):
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-
-    def cast(x):
-        return x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype in FLOATS[1:] else x
-
-    return tuple(cast(x) for x in tensors)
+    return [x.to(dtype) if getattr(x, "dtype", None) in FLOATS[1:] else x for x in tensors]
 
 
 def describe(tensor):
@@ -32,47 +27,55 @@ def describe(tensor):
     return f"shape {tuple(tensor.shape)}, {dtype} on {tensor.device}"
 
 
+def check(condition, name, got, expected):
+    if not condition:
+        raise ValueError(f"{name}: got {got}, expected {expected}")
+
+
 def check_matrix(name, tensor, shape):
-    if not isinstance(tensor, torch.Tensor) or tensor.dim() != 2 or tensor.dtype not in FLOATS:
-        expected = f"{shape} of float64, float32, bfloat16 or float16"
-        raise ValueError(f"{name}: got {describe(tensor)}, expected {expected}")
+    valid = isinstance(tensor, torch.Tensor) and tensor.dim() == 2 and tensor.dtype in FLOATS
+    check(valid, name, describe(tensor), f"{shape} of float64, float32, bfloat16 or float16")
 
 
 def check_temperature(temperature):
-    if not (isinstance(temperature, Real) and temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature: got {temperature!r}, expected a finite number > 0")
+    valid = isinstance(temperature, Real) and temperature > 0 and math.isfinite(temperature)
+    check(valid, "temperature", repr(temperature), "a finite number > 0")
 
 
 def check_linear(hidden, weight, temperature, budget, prefix=""):
     check_matrix(f"{prefix}hidden", hidden, "(N, D)")
     check_matrix(f"{prefix}weight", weight, "(V, D)")
     D = hidden.shape[1]
-    if (weight.shape[1], weight.dtype, weight.device) != (D, hidden.dtype, hidden.device):
-        expected = f"(V, {D}), dtype and device like {prefix}hidden ({describe(hidden)})"
-        raise ValueError(f"{prefix}weight: got {describe(weight)}, expected {expected}")
+    same = (weight.shape[1], weight.dtype, weight.device) == (D, hidden.dtype, hidden.device)
+    expected = f"(V, {D}), dtype and device like {prefix}hidden ({describe(hidden)})"
+    check(same, f"{prefix}weight", describe(weight), expected)
     check_temperature(temperature)
-    if not (isinstance(budget, Real) and budget >= 0):  # NaN >= 0 is false
-        raise ValueError(f"logits_budget: got {budget!r}, expected a number of bytes >= 0")
+    valid = isinstance(budget, Real) and budget >= 0  # NaN >= 0 is false
+    check(valid, "logits_budget", repr(budget), "a number of bytes >= 0")
 
 
 def check_like(name, tensor, other, dims):
     """The first `dims` dimensions and the device must agree."""
-    if tensor.shape[:dims] != other.shape[:dims] or tensor.device != other.device:
-        sizes = [str(size) for size in other.shape[:dims]] + (["..."] if dims == 1 else [])
-        expected = f"({', '.join(sizes)}) on {other.device}"
-        raise ValueError(f"{name}: got {describe(tensor)}, expected {expected}")
+    same = tensor.shape[:dims] == other.shape[:dims] and tensor.device == other.device
+    sizes = [str(size) for size in other.shape[:dims]] + (["..."] if dims == 1 else [])
+    check(same, name, describe(tensor), f"({', '.join(sizes)}) on {other.device}")
+
+
+def supervised(valid):
+    """valid (N,) bool -> positions (n,) of the tokens that count, or None if all do: no copy."""
+    index = valid.nonzero()[:, 0]  # (n,)
+    return None if index.numel() == valid.numel() else index
 
 
 def check_mask(mask, like, V):
     """-> positions (n,) of the tokens that count, or None for all."""
     N = len(like)
-    if V == 0 and N > 0:
-        raise ValueError(f"weight: got a vocabulary of 0 tokens for {N} rows, expected V >= 1")
+    check(V > 0 or N == 0, "weight", f"a vocabulary of 0 tokens for {N} rows", "V >= 1")
     if mask is None:
         return None
     is_bool = isinstance(mask, torch.Tensor) and mask.dtype == torch.bool
-    if not is_bool or mask.shape != (N,) or mask.device != like.device:
-        raise ValueError(f"mask: got {describe(mask)}, expected ({N},) bool on {like.device}")
+    valid = is_bool and mask.shape == (N,) and mask.device == like.device
+    check(valid, "mask", describe(mask), f"({N},) bool on {like.device}")
     return supervised(mask)
 
 
@@ -80,17 +83,13 @@ def check_targets(name, like, V, targets, ignore_index):
     """-> the supervised targets (n,) int64, their positions (n,) or None for all."""
     N = len(like)
     is_int = isinstance(targets, torch.Tensor) and targets.dtype in (torch.int32, torch.int64)
-    if not is_int or targets.shape != (N,) or targets.device != like.device:
-        expected = f"({N},) int32 or int64 on {like.device}, one for each row of {name}"
-        raise ValueError(f"targets: got {describe(targets)}, expected {expected}")
+    valid = is_int and targets.shape == (N,) and targets.device == like.device
+    expected = f"({N},) int32 or int64 on {like.device}, one for each row of {name}"
+    check(valid, "targets", describe(targets), expected)
     index = supervised(targets != ignore_index)
     targets = gather(targets, index).long().contiguous()  # (n,)
     if targets.numel():
         low, high = torch.stack(torch.aminmax(targets)).tolist()  # one wait for a GPU, not two
-        if low < 0 or high >= V:
-            got, expected = (
-                f"values from {low} to {high}",
-                f"[0, {V}) or ignore_index {ignore_index}",
-            )
-            raise ValueError(f"targets: got {got}, expected {expected}")
+        expected = f"[0, {V}) or ignore_index {ignore_index}"
+        check(low >= 0 and high < V, "targets", f"values from {low} to {high}", expected)
     return targets, index

@@ -4,8 +4,7 @@ There are two ways to cut the n x V logits so that only one piece exists at a ti
   token chunks        a few tokens, whole rows. A softmax needs whole rows: forwards walk these.
   vocabulary slices   all tokens, a few columns. Once a row's log-sum-exp is known, a backward can
                       walk these: it writes each slice of dW once, where token chunks would update
-                      all of dW every time.
-"""
+                      all of dW every time."""
 
 import math
 from typing import NamedTuple
@@ -57,35 +56,24 @@ def plan(length, one, budget, device="cpu", *, arrays=1, parts=2, saved=0, extra
 
 
 def spans(length, step):
-    """-> [(start, stop), ...] of consecutive pieces of `step`, the last one possibly shorter."""
-    return [(start, min(start + step, length)) for start in range(0, length, step)]
-
-
-def supervised(valid):
-    """valid (N,) bool -> positions (n,) of the tokens that count, or None if all do: no copy."""
-    index = valid.nonzero()[:, 0]  # (n,)
-    return None if index.numel() == valid.numel() else index
+    """-> slices of consecutive pieces of `step`, the last one possibly shorter."""
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
 def gather(tensor, index):
+    """Rows index of tensor; None: all, not copied."""
     return tensor if index is None else tensor.index_select(0, index)
 
 
 def scatter(values, index, length):
-    """(n,) results of the supervised tokens -> (N,), zero elsewhere. Autograd handles the
-    gradient."""
+    """(n,) results of the supervised tokens -> (N,), zero elsewhere."""
     if index is None or values is None:
         return values
     return values.new_zeros(length).index_copy(0, index, values)
 
 
-# ---- products: bf16 operands, fp32 sums, and an fp32 result wherever the library can store one
-# ----
-
-
 def product(left, right, out=None):
-    """left (a, k) @ right (k, b) -> (a, b) in fp32 (fp64). A CPU rounds a bf16 product on storing
-    it."""
+    """left (a, k) @ right (k, b) -> (a, b) in fp32 (fp64). A CPU rounds bf16 products first."""
     dtype = wide(left.dtype)
     if left.dtype == dtype:
         return torch.mm(left, right, out=out)
@@ -96,14 +84,13 @@ def product(left, right, out=None):
 
 def transposed_product(left, right):
     """left (k, a)^T @ right (k, b) -> (a, b) in their dtype, rounded once. A CPU's bf16 product
-    first makes a transposed copy of `left`: slice by slice that copy is small and stays in the
-    cache."""
+    first copies left^T: slice by slice that copy is small and stays in the cache."""
     if left.dtype != torch.bfloat16 or left.is_cuda:
         return left.T @ right
     out = left.new_empty(left.shape[1], right.shape[1])  # (a, b)
     step = max(FLOOR, CPU_PIECE // (left.itemsize * max(1, len(left))))
-    for start, stop in spans(len(out), step):
-        torch.mm(left[:, start:stop].T, right, out=out[start:stop])
+    for rows in spans(len(out), step):
+        torch.mm(left[:, rows].T, right, out=out[rows])
     return out
 
 
@@ -123,21 +110,18 @@ def project_(out, hidden, weight, column=None, rounded=None):
     """out (n, v or more) <- logits hidden (n, D) @ weight (v, D)^T in fp32 (fp64), -inf beyond v.
     rounded (n, v): that product as the library stored it, if it was computed before.
 
-    column (n,) int64: the column of each token's target, outside [0, v) if it is not in this slice.
-    A bf16 logit has 8 significant bits. Where the library stores the product rounded (on a CPU),
-    the rounding of the target's logit is nearly all of a log-prob's error, since the errors of the
-    others average out in the sum over the vocabulary. So the target's logit is computed again in
-    fp32."""
+    column (n,) int64: the column of each token's target, outside [0, v) if not in this slice. A
+    bf16 logit has 8 significant bits. Where the library stores the product rounded (on a CPU), the
+    rounding of the target's logit is nearly all of a log-prob's error, since the errors of the
+    others average out in the sum over the vocabulary. So that logit is computed again in fp32."""
     v = weight.shape[0]
     if rounded is None:
         product(hidden, weight.T, out=out[:, :v])
     else:
         out[:, :v] = rounded
-    if v < out.shape[1]:
-        out[:, v:] = -torch.inf
+    out[:, v:] = -torch.inf
     if column is not None and hidden.dtype != out.dtype and not hidden.is_cuda:
         token = ((column >= 0) & (column < v)).nonzero()[:, 0]  # targets in the slice
         place = column[token]
-        logit = (hidden[token].to(out.dtype) * weight[place].to(out.dtype)).sum(1)
-        out[token, place] = logit
+        out[token, place] = (hidden[token].to(out.dtype) * weight[place].to(out.dtype)).sum(1)
     return out

@@ -5,11 +5,9 @@
     TRITON_INTERPRET=1      the Triton source on the CPU, for tests (slow; set before importing it)
 
 Both sides offer the same three row ops (rows.py defines them), so every op is written once. Triton
-is imported by the first call that needs it: without it the CPU path still works.
-"""
+is imported by the first call that needs it: without it the CPU path still works."""
 
 import os
-from types import SimpleNamespace
 
 import torch
 
@@ -22,21 +20,17 @@ def interpreting():
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def uses_triton(tensor):
+    return tensor.is_cuda or interpreting()
+
+
 def row_ops(tensor):
-    """-> statistics, kl_statistics and gradient for this tensor's device, and whether they copy
-    logits that must not be overwritten: those should be called for a few rows at a time."""
-    if tensor.is_cuda or interpreting():
-        from . import gradient_triton, rows_triton
-
-        return SimpleNamespace(
-            statistics=rows_triton.statistics,
-            kl_statistics=rows_triton.kl_statistics,
-            gradient=gradient_triton.gradient,
-            copies=False,
-        )
-    from . import rows_torch
-
-    return rows_torch
+    """-> the module that has statistics, kl_statistics and gradient for this tensor's device."""
+    if uses_triton(tensor):
+        from . import gradient_triton as ops
+    else:
+        from . import rows_torch as ops
+    return ops
 
 
 def fused_forward(hidden):
@@ -44,10 +38,10 @@ def fused_forward(hidden):
     fp32 a library is far ahead) and small widths. Its log-probs differ from the other path's in the
     last bits, because it sums in another order. The interpreter uses it for every dtype but bf16:
     there a CPU's products, which compute the backward's logits, round, and the two would differ."""
+    is_bf16 = hidden.dtype == torch.bfloat16
+    pays = hidden.is_cuda and is_bf16 and hidden.shape[1] <= FUSED_WIDTH
     if interpreting():
-        pays = hidden.dtype != torch.bfloat16
-    else:
-        pays = hidden.is_cuda and hidden.dtype == torch.bfloat16 and hidden.shape[1] <= FUSED_WIDTH
+        pays = not is_bf16
     if not pays:
         return None
     from . import linear_triton

@@ -6,8 +6,7 @@ gradient (rows.py) is
 and dX = (g/T) * (G W), dW = G^T ((g/T) * X): the upstream gradient only scales rows, so G is formed
 in the forward in place of the logits: four products in all, two of them for the logits. With a
 frozen head only G W (n, D) is saved. Beyond `logits_budget` the forward saves KL and both sides' m
-and s (log p = z - m - s), and the backward forms G again, vocabulary slice by slice: six products.
-"""
+and s (log p = z - m - s), the backward forms G again, vocabulary slice by slice: six products."""
 
 import torch
 from torch.autograd import Function
@@ -20,15 +19,14 @@ from .rows import kl_coefficients
 
 
 def plan_forward(hidden, V, reverse, budget):
-    """-> step: tokens whose logits are worked on at once; save: whether G of all fits the
-    budget."""
+    """-> step: tokens whose logits exist at once; save: whether G of all tokens fits the budget."""
     full = wide(hidden.dtype).itemsize
     narrow = hidden.itemsize < full
-    # z, z_ref, a mask of one byte an entry, log q - log p if forward, half an array for G if narrow
+    # logits of both, a mask of one byte an entry, log q - log p if forward; half for a narrow G
     arrays = 2.25 if reverse else 3.25
     if narrow:
         arrays += 0.5
-    extra = arrays if narrow else arrays - 1  # otherwise G overwrites z where it is saved
+    extra = arrays if narrow else arrays - 1  # otherwise G overwrites the logits where it is saved
     P = padded(V)
     sizes = dict(arrays=arrays, saved=P * hidden.itemsize, extra=extra)
     return plan(len(hidden), P * full, budget, hidden.device, **sizes)
@@ -40,7 +38,6 @@ class LinearKL(Function):
     @staticmethod
     def forward(ctx, hidden, weight, ref_hidden, ref_weight, reverse, temperature, budget, train):
         n, V, P = len(hidden), len(weight), padded(len(weight))
-        ops = row_ops(hidden)
         scale = 1 / temperature
         dtype = wide(hidden.dtype)
         narrow = hidden.dtype != dtype
@@ -50,21 +47,21 @@ class LinearKL(Function):
         saved = hidden.new_empty(n, P) if train and not frozen and fits else None  # G
         unit_hidden = torch.empty_like(hidden, dtype=dtype) if frozen else None  # G W (n, D)
         ref_buffer = stats.new_empty(step, P)
-        z_buffer = stats.new_empty(step, P) if saved is None or narrow else None
+        buffer = stats.new_empty(step, P) if saved is None or narrow else None
         unit_buffer = hidden.new_empty(step, P) if frozen and narrow else None
-        for a, b in spans(n, step):
-            z = saved[a:b] if z_buffer is None else z_buffer[: b - a]  # (rows, P)
-            ref = ref_buffer[: b - a]  # (rows, P)
-            project_(z, hidden[a:b], weight)
-            project_(ref, ref_hidden[a:b], ref_weight)
-            unit = None  # G (rows, P)
-            if saved is not None:
-                unit = saved[a:b]
-            elif frozen:
-                unit = unit_buffer[: b - a] if narrow else z
-            ops.kl_statistics(z, ref, scale, reverse, stats[:, a:b], unit=unit, scratch=True)
+        for rows in spans(n, step):
+            size = rows.stop - rows.start
+            logits = saved[rows] if buffer is None else buffer[:size]  # (size, P)
+            project_(logits, hidden[rows], weight)
+            ref_logits = project_(ref_buffer[:size], ref_hidden[rows], ref_weight)  # (size, P)
+            unit = None if saved is None else saved[rows]  # G (size, P)
             if frozen:
-                product(unit[:, :V], weight, out=unit_hidden[a:b])
+                unit = unit_buffer[:size] if narrow else logits
+            options = dict(unit=unit, scratch=True)
+            op = row_ops(hidden).kl_statistics
+            op(logits, ref_logits, scale, reverse, stats[:, rows], **options)
+            if frozen:
+                product(unit[:, :V], weight, out=unit_hidden[rows])
         if train:
             ctx.save_for_backward(hidden, weight, ref_hidden, ref_weight, stats, saved, unit_hidden)
             ctx.scale, ctx.budget, ctx.reverse = scale, budget, reverse
@@ -79,8 +76,5 @@ class LinearKL(Function):
             ref = (ref_hidden, ref_weight)
             grads = slices_backward(ctx, hidden, weight, stats, factors, ref=ref)
         else:
-            unit = None if saved is None else saved[:, : len(weight)]  # G (n, V)
-            grads = unit_backward(ctx, hidden, weight, unit, unit_hidden, g * ctx.scale)
-        d_hidden, d_weight = grads
-        d_hidden = None if d_hidden is None else d_hidden.to(hidden.dtype)
-        return d_hidden, d_weight, *(None,) * 6
+            grads = unit_backward(ctx, hidden, weight, saved, unit_hidden, g * ctx.scale)
+        return *grads, *(None,) * 6

@@ -10,8 +10,7 @@ adds its own g_lse (S + onehot), again a scale of rows. The forward saves one of
     S W (n, D)       for a frozen head: formed chunk by chunk in the forward, two products
     the logits       with an entropy, whose gradient p (log p + H) is not a scale of the rows of S
     m and s only     beyond the budget (lse = m + s): the backward computes the logits again, slice
-                     by slice, a fourth product
-"""
+                     by slice, a fourth product"""
 
 import torch
 from torch.autograd import Function
@@ -24,8 +23,7 @@ from .rows import logprob_coefficients
 
 
 def plan_forward(hidden, V, budget, entropy=False):
-    """-> step: tokens whose logits are worked on at once; save: whether S of all tokens (with an
-    entropy: their logits) fits the budget."""
+    """-> step: tokens whose logits exist at once; save: whether S (entropy: the logits) fits."""
     full = wide(hidden.dtype).itemsize
     narrow = hidden.itemsize < full
     if entropy:  # z and p. Saved logits must not change: there z is a copy
@@ -37,8 +35,7 @@ def plan_forward(hidden, V, budget, entropy=False):
         # in the narrow dtype: half an array
         extra = 1.5 if narrow else 0
         saved = hidden.itemsize
-    # Narrow inputs: half the budget belongs to S in their dtype (unit_chunks), so z gets half of
-    # what it would get otherwise
+    # narrow: half the budget is for S in the narrow dtype (unit_chunks), so z gets half its share
     parts = 4 if narrow else 2
     P = padded(V)
     sizes = dict(arrays=arrays, parts=parts, saved=P * saved, extra=extra)
@@ -50,14 +47,14 @@ class LinearLogprob(Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, entropy, budget, train):
-        n, V = len(hidden), len(weight)
         scale = 1 / temperature
+        n, V = len(hidden), len(weight)
         stats = hidden.new_empty(4, n, dtype=wide(hidden.dtype))  # log p_t, m, s, H (if entropy)
         saved = unit_hidden = None
         if train and not ctx.needs_input_grad[1] and not entropy:
             unit_hidden = torch.empty_like(hidden, dtype=stats.dtype)  # S W (n, D)
-            for a, b, unit in unit_chunks(hidden, weight, targets, scale, budget, stats):
-                product(unit, weight, out=unit_hidden[a:b])
+            for rows, unit in unit_chunks(hidden, weight, targets, scale, budget, stats):
+                product(unit, weight, out=unit_hidden[rows])
         else:
             if train and plan_forward(hidden, V, budget, entropy).save:
                 # S only enters products: bf16 will do for bf16 inputs. Logits need every digit.
@@ -77,20 +74,16 @@ class LinearLogprob(Function):
             return (None,) * 7
         hidden, weight, targets, stats, saved, unit_hidden = ctx.saved_tensors
         if unit_hidden is not None or (saved is not None and not ctx.entropy):
-            unit = None if saved is None else saved[:, : len(weight)]  # S (n, V)
             # dlogits = ((g_lse - g_logprob) S + g_lse onehot) / T
             terms = ((-1, g_logprob), (1, g_lse))
             g = sum(sign * x for sign, x in terms if x is not None) * ctx.scale  # (n,)
-            grads = unit_backward(ctx, hidden, weight, unit, unit_hidden, g)
-            if g_lse is not None:
-                add_onehot_(*grads, hidden, weight, targets, g_lse * ctx.scale)
+            onehot = None if g_lse is None else (targets, g_lse * ctx.scale)
+            grads = unit_backward(ctx, hidden, weight, saved, unit_hidden, g, onehot)
         else:
-            factors = logprob_coefficients(stats, ctx.scale, g_logprob, g_lse, g_entropy)
-            options = dict(targets=targets, logits=saved)
+            factors = logprob_coefficients(stats, ctx.scale, g_logprob, g_entropy, g_lse)
+            options = dict(targets=targets, saved=saved)
             grads = slices_backward(ctx, hidden, weight, stats, factors, **options)
-        d_hidden, d_weight = grads
-        d_hidden = None if d_hidden is None else d_hidden.to(hidden.dtype)
-        return d_hidden, d_weight, None, None, None, None, None
+        return *grads, *(None,) * 5
 
 
 def fill(hidden, weight, targets, scale, budget, stats, saved=None, entropy=False):
@@ -109,17 +102,18 @@ def fill(hidden, weight, targets, scale, budget, stats, saved=None, entropy=Fals
         rounded = torch.mm(hidden, weight.T, out=saved[:, :V])
         step = min(step, max(FLOOR, CPU_PIECE // (P * stats.itemsize)))
     buffer = None if in_place else stats.new_empty(step, P)
-    for a, b in spans(len(hidden), step):
-        z = saved[a:b] if in_place else buffer[: b - a]  # (rows, P)
-        project_(z, hidden[a:b], weight, targets[a:b], None if rounded is None else rounded[a:b])
+    for rows in spans(len(hidden), step):
+        logits = saved[rows] if in_place else buffer[: rows.stop - rows.start]  # (size, P)
+        narrow = None if rounded is None else rounded[rows]
+        project_(logits, hidden[rows], weight, targets[rows], narrow)
         options = dict(entropy=entropy, scratch=saved is None or not entropy)
         if saved is not None and not entropy:
-            options["unit"] = saved[a:b]
-        ops.statistics(z, targets[a:b], scale, stats[:, a:b], **options)
+            options["unit"] = saved[rows]
+        ops.statistics(logits, targets[rows], scale, stats[:, rows], **options)
 
 
 def unit_chunks(hidden, weight, targets, scale, budget, stats):
-    """Walk the tokens in chunks whose S fits the budget -> (a, b, S of tokens a:b (rows, V)), and
+    """Walk the tokens in chunks whose S fits the budget -> (slice of tokens, their S (size, V));
     fill stats (4, n) on the way. Each S overwrites the one before."""
     n, V, P = len(hidden), len(weight), padded(len(weight))
     step = plan_forward(hidden, V, budget).step
@@ -127,20 +121,7 @@ def unit_chunks(hidden, weight, targets, scale, budget, stats):
         half = int(min(budget, 1 << 62)) // 2
         step = max(step, min(n, half // (P * hidden.itemsize)))
     buffer = hidden.new_empty(step, P)
-    for a, b in spans(n, step):
-        unit = buffer[: b - a]  # (rows, P)
-        fill(hidden[a:b], weight, targets[a:b], scale, budget, stats[:, a:b], unit)
-        yield a, b, unit[:, :V]
-
-
-def add_onehot_(d_hidden, d_weight, hidden, weight, targets, g):
-    """Add to dX (n, D) and dW (V, D) (or None) what g (n,) * onehot(targets) (n, V) contributes."""
-    g = g[:, None]  # (n, 1)
-    if d_hidden is not None:
-        d_hidden.addcmul_(weight.index_select(0, targets), g)
-    if d_weight is not None:
-        rows = (hidden * g).to(hidden.dtype)  # (n, D)
-        if d_weight.is_cuda:  # adds tokens of one target in a fixed order; index_add_ would not
-            d_weight.index_put_((targets,), rows, accumulate=True)
-        else:
-            d_weight.index_add_(0, targets, rows)
+    for rows in spans(n, step):
+        unit = buffer[: rows.stop - rows.start]  # (size, P)
+        fill(hidden[rows], weight, targets[rows], scale, budget, stats[:, rows], unit)
+        yield rows, unit[:, :V]

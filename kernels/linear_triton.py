@@ -2,29 +2,26 @@
 
 The grid is (blocks of tokens) x (parts of the vocabulary). A program walks the tiles of its part.
 A tile of logits X_block W_tile^T is summed up over D in steps of BD, in registers, and then added
-to the running statistics of rows_triton.py:
-    maximum m,   s = sum exp(z - m),   h = sum exp(z - m) (z - m),   the target's logit, if here
-The vocabulary is split because a few token blocks alone would leave most of a GPU idle. A second
-kernel combines the parts in order, by the same rule: no atomics, so the result has the same bits
-every time. Neighbouring programs take different tokens and the same part, so that a tile of W is
-read from memory once and then from L2.
+to the running statistics of rows_triton.py: the maximum m, `total`, `weighted` (v = 0), and the
+target's logit, if it is here. The vocabulary is split because a few token blocks alone would leave
+most of a GPU idle. A second kernel combines the parts in order, by the same rule: no atomics, so
+the result has the same bits every time. Neighbouring programs take different tokens and the same
+part, so that a tile of W is read from memory once and then from L2.
 
 There is no gradient here: a backward in this style would compute these products again, and a
 library is faster at that. This is for scoring, and for the forward of a backward that recomputes
-(linear_logprob.py); dispatch.py says when it runs.
-"""
+(linear_logprob.py); dispatch.py says when it runs."""
 
 import torch
 import triton
 import triton.language as tl
 
-from .rows_triton import added, raised
+from .rows_triton import update_max, update_sums
 
 # Programs to aim for: four for each of an H100's multiprocessors. Fixed, so that every GPU takes
 # the sums in the same order.
 PROGRAMS = 528
-WARPS = 8
-STAGES = 4
+WARPS, STAGES = 8, 4
 # Tokens, vocabulary, width. With 256 of the vocabulary the accumulator spills (test_hopper.py).
 TILE = (128, 128, 64)
 # For fp32 and fp64, where dispatch.py chooses a library: it runs, and fits a GPU's shared memory.
@@ -37,8 +34,8 @@ def partial_kernel(
     weight_row, weight_column, tiles, ENTROPY: tl.constexpr, UPCAST: tl.constexpr,
     BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """parts (splits, 4, n) <- m, s, h, and the target's logit or 0, of one part of the vocabulary:
-    `tiles` tiles of BV tokens."""
+    """parts (splits, 4, n) <- m, total, weighted, and the target's logit or 0, of one part of the
+    vocabulary: `tiles` tiles of BV tokens."""
     i = tl.program_id(0) * BN + tl.arange(0, BN)  # (BN,)
     valid = i < n
     split = tl.program_id(1)
@@ -47,9 +44,9 @@ def partial_kernel(
     hidden = hidden_ptr + i[:, None].to(tl.int64) * hidden_row  # (BN, 1)
     d = tl.arange(0, BD)
     m = tl.full((BN,), -float("inf"), scale.dtype)
-    s = tl.zeros((BN,), scale.dtype)
-    h = s
-    logit = s
+    total = tl.zeros((BN,), scale.dtype)
+    weighted = total
+    target_z = total
     for tile in range(split * tiles, tl.minimum(split * tiles + tiles, tl.cdiv(V, BV))):
         column = tile * BV + tl.arange(0, BV)  # (BV,)
         inside = (column < V)[None, :]  # (1, BV)
@@ -66,18 +63,18 @@ def partial_kernel(
                 w = w.to(tl.float32)
             z = tl.dot(x, w, z, input_precision="ieee", out_dtype=scale.dtype)
         z = tl.where(inside, z * scale, -float("inf"))
-        logit += tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), 1)
-        m, base, drop = raised(m, z)
+        target_z += tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), 1)
+        m, base, log_alpha = update_max(m, z)
         u = z - base[:, None]
         if ENTROPY:
-            s, h = added(s, h, drop, drop, tl.exp(u), u)
+            total, weighted = update_sums(total, weighted, log_alpha, log_alpha, tl.exp(u), u)
         else:
-            s = tl.exp(drop) * s + tl.sum(tl.exp(u), 1)
+            total = tl.exp(log_alpha) * total + tl.sum(tl.exp(u), 1)
     out = parts_ptr + split * 4 * n + i
     tl.store(out, m, valid)
-    tl.store(out + n, s, valid)
-    tl.store(out + 2 * n, h, valid)
-    tl.store(out + 3 * n, logit, valid)
+    tl.store(out + n, total, valid)
+    tl.store(out + 2 * n, weighted, valid)
+    tl.store(out + 3 * n, target_z, valid)
 
 
 @triton.jit
@@ -90,45 +87,45 @@ def combine_kernel(
     valid = i < n
     dtype = stats_ptr.dtype.element_ty
     m = tl.full((B,), -float("inf"), dtype)
-    s = tl.zeros((B,), dtype)
-    h = s
-    logit = s
+    total = tl.zeros((B,), dtype)
+    weighted = total
+    target_z = total
     for split in range(splits):
-        part_ptr = parts_ptr + split * 4 * n + i
-        part_m = tl.load(part_ptr, valid, other=0.0)
-        part_s = tl.load(part_ptr + n, valid, other=1.0)
-        part_h = tl.load(part_ptr + 2 * n, valid, other=0.0)
-        logit += tl.load(part_ptr + 3 * n, valid, other=0.0)
-        m, base, drop = raised(m, part_m[:, None])
-        alpha = tl.exp(drop)
-        part_drop = tl.where(part_m == -float("inf"), 0.0, part_m - base)
-        part_alpha = tl.exp(part_drop)
-        h = tl.where(alpha > 0, alpha * (h + drop * s), 0.0)
-        h += tl.where(part_alpha > 0, part_alpha * (part_h + part_drop * part_s), 0.0)
-        s = alpha * s + part_alpha * part_s
-    tl.store(stats_ptr + i, logit - m - tl.log(s), valid)
-    tl.store(stats_ptr + stats_stride + i, m, valid)
-    tl.store(stats_ptr + 2 * stats_stride + i, tl.log(s), valid)
+        part = parts_ptr + split * 4 * n + i
+        part_m = tl.load(part, valid, other=0.0)
+        part_total = tl.load(part + n, valid, other=1.0)
+        part_weighted = tl.load(part + 2 * n, valid, other=0.0)
+        target_z += tl.load(part + 3 * n, valid, other=0.0)
+        m, base, log_alpha = update_max(m, part_m[:, None])
+        alpha = tl.exp(log_alpha)
+        part_log_alpha = tl.where(part_m == -float("inf"), 0.0, part_m - base)
+        part_alpha = tl.exp(part_log_alpha)
+        part_weighted = part_alpha * (part_weighted + part_log_alpha * part_total)
+        weighted = tl.where(alpha > 0, alpha * (weighted + log_alpha * total), 0.0)
+        weighted += tl.where(part_alpha > 0, part_weighted, 0.0)
+        total = alpha * total + part_alpha * part_total
+    out = stats_ptr + i
+    tl.store(out, target_z - m - tl.log(total), valid)
+    tl.store(out + stats_stride, m, valid)
+    tl.store(out + 2 * stats_stride, tl.log(total), valid)
     if ENTROPY:
-        tl.store(stats_ptr + 3 * stats_stride + i, tl.log(s) - h / s, valid)
+        tl.store(out + 3 * stats_stride, tl.log(total) - weighted / total, valid)
 
 
 def blocks(n, V, D, small=False):
-    """-> tile sizes (tokens, vocabulary, width), and how many tiles of the vocabulary a program
-    takes. small: SMALL_TILE is the limit."""
+    """-> tile sizes (tokens, vocabulary, width), and the vocabulary tiles that a program takes."""
     limits = SMALL_TILE if small else TILE
-    sizes = [
+    BN, BV, BD = (
         min(limit, max(16, triton.next_power_of_2(length)))
         for limit, length in zip(limits, (n, V, D), strict=True)
-    ]
-    vocabulary_tiles = triton.cdiv(V, sizes[1])
-    splits = min(vocabulary_tiles, triton.cdiv(PROGRAMS, triton.cdiv(n, sizes[0])))
-    return *sizes, triton.cdiv(vocabulary_tiles, splits)
+    )
+    tiles = triton.cdiv(V, BV)
+    splits = min(tiles, triton.cdiv(PROGRAMS, triton.cdiv(n, BN)))
+    return BN, BV, BD, triton.cdiv(tiles, splits)
 
 
 def statistics(hidden, weight, targets, scale, stats, entropy):
-    """hidden (n, D), weight (V, D), targets (n,) int64 -> stats (4, n): log p_t, m, s, H (if
-    entropy)."""
+    """hidden (n, D), weight (V, D), targets (n,) -> stats (4, n): log p_t, m, s, H (if entropy)."""
     n, V, D = len(hidden), len(weight), hidden.shape[1]
     if n == 0:
         return

@@ -1,8 +1,6 @@
-"""How `kernels.bench` measures: inputs, one run, its time and memory, and the yardstick.
-
-Logits are peaked as a trained model's are: a target's probability is anything between 0 and 1. On
-plain random weights an implementation that drops small gradients would look fast and exact.
-"""
+"""How `kernels.bench` measures: inputs, one run, its time and memory, and the yardstick. Logits are
+peaked as a trained model's are: a target's probability is anything between 0 and 1. On plain random
+weights an implementation that drops small gradients would look fast and exact."""
 
 import contextlib
 import ctypes
@@ -24,31 +22,24 @@ def keep_memory():
             ctypes.CDLL(None).mallopt(parameter, 1 << 30)
 
 
-class Clock:
-    """Milliseconds of one run. On a GPU: CUDA events after the L2 was emptied. On a CPU: wall time,
-    or this process's own time if it has one thread, so that other processes do not count."""
+# How a CPU's time is taken, by whether torch has one thread: then other processes do not count.
+HOST_CLOCKS = {True: ("own CPU time", time.process_time), False: ("wall time", time.perf_counter)}
 
-    def __init__(self, device):
-        self.cuda = device == "cuda"
-        self.flush = torch.empty(256 << 20, dtype=torch.int8, device=device) if self.cuda else None
-        single = torch.get_num_threads() == 1
-        self.host = time.process_time if single else time.perf_counter
-        self.name = "own CPU time" if single else "wall time"
-        if self.cuda:
-            self.name = "CUDA events, cold L2"
 
-    def __call__(self, work):
-        if not self.cuda:
-            start = self.host()
-            work()
-            return (self.host() - start) * 1e3
-        self.flush.zero_()
+def milliseconds(work, device):
+    """The time of work(): on a GPU by CUDA events, after the L2 was emptied."""
+    if device == "cuda":
+        torch.zeros(256 << 20, dtype=torch.int8, device=device)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         work()
         end.record()
         end.synchronize()
         return start.elapsed_time(end)
+    _, now = HOST_CLOCKS[torch.get_num_threads() == 1]
+    start = now()
+    work()
+    return (now() - start) * 1e3
 
 
 def peak_bytes(work, device):
@@ -66,18 +57,22 @@ def peak_bytes(work, device):
     return max(itertools.accumulate(changes, initial=0))
 
 
-def inputs(N, V, D, valid, dtype, device):
-    """hidden (N, D), weight (V, D), targets (N,), ref_hidden (N, D), ref_weight (V, D). Logits have
-    standard deviation 3, the target's is raised by up to 24; the reference is the policy with a
-    tenth of noise."""
+def inputs(case, device):
+    """-> [hidden (N, D), weight (V, D)] and [targets (N,)], for a KL with ref_hidden (N, D) and
+    ref_weight (V, D); for rows [logits (N, V)] and [targets]. Logits have standard deviation 3, the
+    target's is raised by up to 24; the reference is the policy with a tenth of noise."""
+    N, V, D = case["N"], case["V"], case["D"]
     torch.manual_seed(0)
     with torch.device(device):
         weight = torch.randn(V, D) * 3 / D**0.5
         targets = torch.randint(V, (N,))
         hidden = torch.randn(N, D) + torch.rand(N, 1) * (24 / 9) * weight[targets]  # |w|^2 is 9
         ref = [x + 0.1 * x.std() * torch.randn_like(x) for x in (hidden, weight)]
-        targets = targets.where(torch.rand(N) < valid, torch.tensor(-100))
-    return hidden.to(dtype), weight.to(dtype), targets, *(x.to(dtype) for x in ref)
+        targets = targets.where(torch.rand(N) < case["valid"], torch.tensor(-100))
+    hidden, weight, *ref = (x.to(getattr(torch, case["dtype"])) for x in (hidden, weight, *ref))
+    if case["op"] == "rows":
+        return [multiplied(N, hidden, weight)], [targets]
+    return [hidden, weight], [targets, *ref] if case["op"] == "KL" else [targets]
 
 
 def run_once(function, leaves, others, upstream):
@@ -93,17 +88,14 @@ def run_once(function, leaves, others, upstream):
 
 def units_needed(case, n, hidden):
     """How many units of the yardstick (products, copies) the op cannot do without."""
-    backward, frozen = case["backward"], case["frozen"]
-    if case["op"] == "rows":  # a copy is one read and one write
+    op, backward = case["op"], case["backward"]
+    if op == "rows":  # a copy is one read and one write
         return 1.5 if backward else 0.5
-    if case["op"] == "KL":
-        if not backward or frozen:
-            return 3 if backward else 2
+    if not backward or case["frozen"]:
+        return (2 if op == "KL" else 1) + backward
+    if op == "KL":
         return 4 if kl_plan(hidden[:n], case["V"], True, BUDGET).save else 6
-    if not backward or frozen:
-        return 2 if backward else 1
-    saved = case["op"] == "mean" or logprob_plan(hidden[:n], case["V"], BUDGET).save
-    return 3 if saved else 4
+    return 3 if op == "mean" or logprob_plan(hidden[:n], case["V"], BUDGET).save else 4
 
 
 def multiplied(n, hidden, weight, *_):

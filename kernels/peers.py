@@ -1,18 +1,28 @@
 """What `kernels.bench` compares: functions of the same inputs that compute the same thing.
 
 "mean" and "per token" take (hidden, weight, targets), "KL" the reference's hidden states and head
-too, "rows" takes (logits, targets). All return losses, mean or per token.
-"""
+too, "rows" takes (logits, targets). All return losses, mean or per token."""
 
 import importlib
 from functools import partial
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
 from . import dispatch, linear_cross_entropy, linear_kl, linear_logprob, logprob_rows, reference
+from .chunks import scatter
 
-MISSING = {}  # peers that could not be imported: why
+LIGER = ("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")
+CCE = ("cut_cross_entropy", "linear_cross_entropy")
+LIBRARIES = {  # module, function, options
+    "Liger": (*LIGER, {}),
+    "Liger, fp32 sums": (*LIGER, dict(accum_dtype=torch.float32)),
+    "CCE": (*CCE, dict(impl="cce")),
+    "CCE exact": (*CCE, dict(impl="cce", filter_eps=None)),
+    "QuACK": ("quack.linear_cross_entropy", "chunked_linear_cross_entropy", {}),
+}
+MISSING = {}  # libraries that could not be imported: why
 
 
 def implementations(op):
@@ -27,8 +37,9 @@ def implementations(op):
         return {"ours": linear_cross_entropy} | peers("mean"), reference.linear_cross_entropy
     functions = {"ours": negated(linear_logprob)}
     if torch.cuda.is_available():  # both sides of dispatch.FUSED_WIDTH, which differ in a forward
-        functions["ours, fused forward"] = partial(at_fused_width, 10**9)
-        functions["ours, product + row kernel"] = partial(at_fused_width, 0)
+        for name, width in (("fused forward", 10**9), ("product + row kernel", 0)):
+            at_width = mock.patch.object(dispatch, "FUSED_WIDTH", width)
+            functions[f"ours, {name}"] = at_width(functions["ours"])
     return functions | peers("none"), negated(reference.linear_logprob)
 
 
@@ -40,34 +51,18 @@ def peers(reduction):
         "torch.compile": torch.compile(partial(eager, reduction=reduction)),
     }
     if hasattr(F, "linear_cross_entropy"):
-        library = partial(F.linear_cross_entropy, reduction=reduction)
-        functions["F.linear_cross_entropy"] = library
+        fused = partial(F.linear_cross_entropy, reduction=reduction)
+        functions["F.linear_cross_entropy"] = fused
         if reduction == "mean" and hasattr(torch.nn, "LinearCrossEntropyOptions"):
-            chunked = partial(library, options=torch.nn.LinearCrossEntropyOptions())
+            chunked = partial(fused, options=torch.nn.LinearCrossEntropyOptions())
             functions["F.linear_cross_entropy, chunked"] = chunked
-
-    def liger(module, **options):
-        loss = module.LigerFusedLinearCrossEntropyLoss(reduction=reduction, **options)
-        return lambda hidden, weight, targets: loss(weight, hidden, targets)
-
-    def cce(module, **options):
-        return partial(module.linear_cross_entropy, impl="cce", reduction=reduction, **options)
-
-    def quack(module):
-        return partial(module.chunked_linear_cross_entropy, reduction=reduction)
-
-    liger_fp32 = partial(liger, accum_dtype=torch.float32)
-    for name, module, make in (
-        ("Liger", "liger_kernel.transformers", liger),
-        ("Liger, fp32 sums", "liger_kernel.transformers", liger_fp32),
-        ("CCE", "cut_cross_entropy", cce),
-        ("CCE exact", "cut_cross_entropy", partial(cce, filter_eps=None)),
-        ("QuACK", "quack.linear_cross_entropy", quack),
-    ):
-        if reduction == "none" and make in (liger, liger_fp32, quack):
+    for name, (module, function, options) in LIBRARIES.items():
+        if reduction == "none" and "CCE" not in name:
             continue  # these have no gradient for per-token upstream gradients
         try:
-            functions[name] = make(importlib.import_module(module))
+            loss = getattr(importlib.import_module(module), function)
+            loss = partial(loss, reduction=reduction, **options)
+            functions[name] = weight_first(loss()) if "Liger" in name else loss
         except Exception as error:  # not installed, or not for this machine: go on without it
             MISSING[name] = str(error)
     return functions
@@ -80,9 +75,7 @@ def eager(hidden, weight, targets, reduction="mean"):
 def eager_compacted(hidden, weight, targets, reduction="mean"):
     index = (targets != -100).nonzero()[:, 0]
     losses = eager(hidden[index], weight, targets[index], reduction)
-    if reduction == "mean":
-        return losses
-    return losses.new_zeros(len(hidden)).index_copy(0, index, losses)
+    return losses if reduction == "mean" else scatter(losses, index, len(hidden))
 
 
 def rows_eager(logits, targets):
@@ -98,10 +91,5 @@ def negated(function):
     return lambda *arguments: -function(*arguments)[0]
 
 
-def at_fused_width(width, *arguments):
-    before = dispatch.FUSED_WIDTH
-    dispatch.FUSED_WIDTH = width
-    try:
-        return negated(linear_logprob)(*arguments)
-    finally:
-        dispatch.FUSED_WIDTH = before
+def weight_first(function):
+    return lambda hidden, weight, targets: function(weight, hidden, targets)

@@ -2,8 +2,7 @@
 
 Nothing here is fast or lean: the (tokens x vocabulary) logits are built whole, and autograd saves
 what it wants. Arguments, results and gradients are those of the functions of `kernels` (which also
-check their arguments; these do not).
-"""
+check their arguments; these do not)."""
 
 import torch
 
@@ -11,8 +10,7 @@ from .chunks import wide
 
 
 def expectation(p, difference):
-    """sum_v p * difference, (N, V) each -> (N,), with 0 * inf = 0: a token with p = 0 adds
-    nothing."""
+    """sum_v p * difference, (N, V) each -> (N,). A token with p = 0 adds nothing: 0 * inf = 0."""
     return (p * difference.masked_fill(p == 0, 0)).sum(-1)
 
 
@@ -45,11 +43,8 @@ def linear_logprob(hidden, weight, targets, *, logits_budget=None, **options):
     return logprob_rows(logits, targets, **options)
 
 
-def linear_token_loss(
-    hidden, weight, targets, token_loss, *, temperature=1.0, ignore_index=-100, logits_budget=None
-):
-    options = dict(temperature=temperature, ignore_index=ignore_index)
-    logprob = linear_logprob(hidden, weight, targets, **options)[0]  # (N,)
+def linear_token_loss(hidden, weight, targets, token_loss, *, ignore_index=-100, **options):
+    logprob, *_ = linear_logprob(hidden, weight, targets, ignore_index=ignore_index, **options)
     index = (targets != ignore_index).nonzero()[:, 0]  # (n,) positions of the supervised tokens
     losses = token_loss(logprob[index], index)  # (n,)
     return torch.zeros_like(logprob).index_copy(0, index, losses)

@@ -12,6 +12,10 @@ HEADER = """
 |---|---|---|---|---|---|---|---|---|---|""".splitlines()
 
 
+def case_of(row):
+    return tuple(row[key] for key in "op V D N valid frozen backward dtype".split())
+
+
 def report(rows):
     """Print the rows of one case."""
     peers = [row["ms"] for row in rows if not row["implementation"].startswith("ours")]
@@ -27,40 +31,24 @@ def report(rows):
         print(line, flush=True)
 
 
-def table():
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    lines = []
-    for result in results:
-        about = [result["device"], result["date"]]
-        about += [f"{name} {version}" for name, version in result["versions"].items()]
-        about += [f"threads: {result['threads']}", result["clock"]]
-        lines += [", ".join(about) + ":", *HEADER]
-        ours = {}  # case: ms
-        for row in result["rows"]:
-            if row["implementation"] == "ours":
-                ours[case_of(row)] = row["ms"]
-        for row in result["rows"]:
-            if row["backward"] and not row["frozen"]:
-                lines.append(line_of(row, ours[case_of(row)]))
-        lines.append("")
-    if not any(result["cuda"] for result in results):
-        lines += ["CUDA: not measured yet.", ""]
-    return "\n".join(lines)
-
-
-def case_of(row):
-    return tuple(row[key] for key in "op V D N valid frozen backward dtype".split())
-
-
-def line_of(row, ours_ms):
-    cells = [row["op"], row["dtype"], f"{row['V']} x {row['D']}", row["N"], f"{row['valid']:.0%}"]
-    cells += [row["implementation"], f"{row['ms']:.4g}", f"{row['peak_gb']:.2f}"]
-    cells += [f"{row['of_yardstick']:.0%}", f"{row['ms'] / ours_ms:.2f}"]
-    return "| " + " | ".join(map(str, cells)) + " |"
-
-
 def write_table():
-    text = README.read_text(encoding="utf-8")
-    before, rest = text.split(START)
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    table = ""
+    for result in results:
+        versions = [f"{name} {version}" for name, version in result["versions"].items()]
+        about = [result["device"], result["date"], *versions, f"threads: {result['threads']}"]
+        table += "\n".join([f"{', '.join(about)}, {result['clock']}:", *HEADER, ""])
+        rows = result["rows"]
+        ours = {case_of(row): row["ms"] for row in rows if row["implementation"] == "ours"}
+        for row in [row for row in rows if row["backward"] and not row["frozen"]]:
+            cells = [row["op"], row["dtype"], f"{row['V']} x {row['D']}", f"{row['N']}"]
+            cells += [f"{row['valid']:.0%}", row["implementation"], f"{row['ms']:.4g}"]
+            cells += [f"{row['peak_gb']:.2f}", f"{row['of_yardstick']:.0%}"]
+            cells += [f"{row['ms'] / ours[case_of(row)]:.2f}"]
+            table += f"| {' | '.join(cells)} |\n"
+        table += "\n"
+    if not any(result["cuda"] for result in results):
+        table += "CUDA: not measured yet.\n"
+    before, rest = README.read_text(encoding="utf-8").split(START)
     after = rest.split(END)[1]
-    README.write_text(f"{before}{START}\n{table()}{END}{after}", encoding="utf-8")
+    README.write_text(f"{before}{START}\n{table}{END}{after}", encoding="utf-8")

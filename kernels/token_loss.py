@@ -4,10 +4,8 @@ For loss_i = f_i(log p_i), as in supervised fine-tuning (f = -log p) or PPO (the
     g_i = f_i'(log p_i),   dX = -(g/T) * (S W),   dW = -S^T ((g/T) * X),   S = softmax - onehot
 (derived in linear_logprob.py), and g is known as soon as log p is. So a chunk of logits is
 computed, used for the loss, dX and dW, and overwritten by the next: three products, O(chunk x V)
-memory. The price: later operations may only scale all losses alike, as a sum or a mean does,
-because dX and dW are already sums over tokens. Backward checks this; per-token weights belong
-inside `token_loss`.
-"""
+memory. The price: as dX and dW are sums over tokens already, later operations may only scale all
+losses alike, as a sum or mean does (backward checks this): weight tokens inside `token_loss`."""
 
 import torch
 from torch.autograd import Function
@@ -42,22 +40,23 @@ class LinearTokenLoss(Function):
         stats = hidden.new_empty(4, n, dtype=dtype)  # log p_t, m, s
         if not train:
             fill(hidden, weight, targets, scale, budget, stats)
-            losses, _ = losses_and_slopes(token_loss, stats[0].clone(), index, False)
-            return losses.to(dtype)
+            return losses_and_slopes(token_loss, stats[0].clone(), index, False)[0].to(dtype)
         needs = ctx.needs_input_grad
         losses = hidden.new_empty(n, dtype=dtype)
         d_hidden = torch.zeros_like(hidden) if needs[0] else None  # (n, D)
         d_weight = torch.zeros_like(weight) if needs[1] and n == 0 else None  # (V, D)
-        for a, b, unit in unit_chunks(hidden, weight, targets, scale, budget, stats):  # S (rows, V)
-            losses[a:b], g = losses_and_slopes(token_loss, stats[0, a:b].clone(), index[a:b], True)
-            g = (g * -scale)[:, None]  # (rows, 1)
+        # unit: S (size, V)
+        for rows, unit in unit_chunks(hidden, weight, targets, scale, budget, stats):
+            logprob = stats[0, rows].clone()
+            losses[rows], slopes = losses_and_slopes(token_loss, logprob, index[rows], True)
+            g = (slopes * -scale)[:, None]  # (size, 1)
             if needs[0]:
-                d_hidden[a:b] = product(unit, weight).mul_(g)
+                d_hidden[rows] = product(unit, weight).mul_(g)
             if needs[1]:
-                scaled = (hidden[a:b] * g).to(hidden.dtype)  # (rows, D)
-                if b - a == n:  # one product, rounded once
+                scaled = (hidden[rows] * g).to(hidden.dtype)  # (size, D)
+                if len(unit) == n:  # one product, rounded once
                     d_weight = transposed_product(unit, scaled)
-                elif a == 0:  # chunks are summed in fp32 (fp64)
+                elif rows.start == 0:  # chunks are summed in fp32 (fp64)
                     d_weight = product(unit.T, scaled)
                 else:
                     add_product_(d_weight, unit.T, scaled)
@@ -68,14 +67,10 @@ class LinearTokenLoss(Function):
     @once_differentiable
     def backward(ctx, g):
         if ctx.grads is None:
-            raise RuntimeError(
-                "linear_token_loss: backward a second time through a graph that was not kept with "
-                "retain_graph=True"
-            )
+            raise RuntimeError("linear_token_loss: a second time needs retain_graph=True before")
         scale = common_value(g)
-        # The gradients are scaled in place and handed over (a copy of dW can be larger than all
-        # chunks), unless the graph is kept for another backward. Only the engine knows; where this
-        # version of torch cannot tell, copies are safe.
+        # Scaled in place and handed over (a copy of dW can be larger than all chunks), unless the
+        # graph is kept for another backward. Where torch's version cannot tell, copies are safe.
         engine = torch._C._autograd
         keep = getattr(engine, "_get_current_graph_task_keep_graph", lambda: True)()
         grads = [None, None]
@@ -88,7 +83,7 @@ class LinearTokenLoss(Function):
                 grads[i] = torch.mul(d, scale, out=torch.empty_like(d, dtype=ctx.dtype))
         if not keep:
             ctx.grads = None
-        return *grads, None, None, None, None, None, None
+        return *grads, *(None,) * 6
 
 
 def common_value(g):
@@ -97,10 +92,6 @@ def common_value(g):
         return 1.0
     low, high = torch.aminmax(g)
     if low < high:
-        raise ValueError(
-            f"linear_token_loss: the upstream gradient, shape {tuple(g.shape)}, ranges from "
-            f"{low:.4g} to {high:.4g} over the supervised tokens, expected one value: the gradient "
-            "was formed in the forward, so only a plain sum or mean of the losses may follow; put "
-            "per-token weights inside token_loss"
-        )
+        got = f"upstream gradients from {low:.4g} to {high:.4g}, expected one value (a sum or mean)"
+        raise ValueError(f"linear_token_loss: got {got}: put per-token weights inside token_loss")
     return low

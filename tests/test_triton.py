@@ -7,9 +7,8 @@ TRITON_INTERPRET=1 pytest -m gpu tests/test_triton.py     the same source as Pyt
 
 import os
 
-os.environ.setdefault(
-    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-)  # asked for by torch.use_deterministic_algorithms
+# asked for by torch.use_deterministic_algorithms
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
@@ -43,16 +42,15 @@ from test_kernels import (  # noqa: F401  collected once more, for another devic
     test_strided_and_transposed_inputs_give_the_same,
     test_targets_may_be_int32,
     test_token_loss_refuses_an_upstream_gradient_that_differs_between_tokens,
+    test_unit_gradients_of_selected_rows_are_stored_one_after_another,
     test_what_stands_in_ignored_rows_is_never_read,
     test_zero_size_inputs_give_zero_size_outputs_and_zero_gradients,
 )
 
 from kernels import linear_triton, reference, rows_torch, rows_triton
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]  # numpy's, of lanes that are masked out
+# the warnings are numpy's, of lanes that are masked out
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 
 @pytest.fixture(autouse=True)
@@ -86,9 +84,8 @@ def test_fused_forward_matches_its_twin_in_fp64(dtype, N, V, D, entropy, monkeyp
         monkeypatch.setattr(linear_triton, "PROGRAMS", programs)
         stats = torch.full((4, N), torch.nan, dtype=torch.promote_types(dtype, torch.float32))
         linear_triton.statistics(hidden, weight, targets, 1 / 0.7, stats, entropy)
-        close = (
-            dict(rtol=1e-12, atol=1e-12) if dtype == torch.float64 else dict(rtol=1e-5, atol=2e-4)
-        )
+        rtol, atol = (1e-12, 1e-12) if dtype == torch.float64 else (1e-5, 2e-4)
+        close = dict(rtol=rtol, atol=atol)
         torch.testing.assert_close(stats[0].double(), exact[0], **close)
         torch.testing.assert_close((stats[1] + stats[2]).double(), exact[2], **close)
         if entropy:
@@ -105,14 +102,11 @@ def test_running_statistics_do_not_depend_on_where_the_maximum_stands():
         exact = reference.logprob_rows(z, targets, entropy=True)
         stats = z.new_empty(4, 3)
         scale = z.new_ones(1)
-        rows_triton.logprob_kernel[(3,)](
-            z, None, targets, stats, None, scale, 3, 41, 41, 3, 0, ENTROPY=True, R=1, B=8
-        )
-        for row, expected in (
-            (stats[0], exact[0]),
-            (stats[3], exact[1]),
-            (stats[1] + stats[2], exact[2]),
-        ):
+        rows_triton.statistics_kernel[(3,)](
+            z, None, targets, None, stats, None, scale, 3, 41, 41, 0, 3, 0,
+            ENTROPY=True, REVERSE=True, R=1, B=8,
+        )  # fmt: skip
+        for row, expected in zip((stats[0], stats[3], stats[1] + stats[2]), exact):
             torch.testing.assert_close(row, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -132,15 +126,9 @@ def test_unit_gradient_in_many_blocks_matches_the_twin_in_place_and_beside():
         for in_place in (False, True):
             z, other = policy.clone(), None if kind == "logprob" else ref.clone()
             unit = z if in_place else torch.full((N, V), torch.nan, dtype=z.dtype)
-            if kind == "logprob":
-                rows_triton.logprob_kernel[(N,)](
-                    z, None, targets, z.new_empty(4, N), unit, scale, n, V, V, N, V,
-                    ENTROPY=False, R=1, B=8,
-                )  # fmt: skip
-            else:
-                first, second = (other, z) if kind == "forward" else (z, other)
-                rows_triton.kl_kernel[(N,)](
-                    first, second, None, z.new_empty(5, N), unit, scale, n, V, V, V, N, V,
-                    REVERSE=kind == "reverse", R=1, B=8,
-                )  # fmt: skip
+            p, q = (other, z) if kind == "forward" else (z, other)
+            rows_triton.statistics_kernel[(N,)](
+                p, q, targets, None, z.new_empty(5, N), unit, scale, n, V, V, V, N, V,
+                ENTROPY=False, REVERSE=kind == "reverse", R=1, B=8,
+            )  # fmt: skip
             torch.testing.assert_close(unit, expected, rtol=1e-12, atol=1e-12)
