@@ -162,15 +162,16 @@ def comparison_loss(config, job, model, heads, data, rows):
     label, margin = data.pair_labels(rows, job.device)  # (B,) each
     if heads is None:
         scores = job.forward(pair_scores, model, data.batch(rows))  # (B, 2)
+        chosen_scores, rejected_scores = scores.unbind(1)  # (B,) each
     else:
         by_head = job.forward(head_scores, model, data.batch(rows), heads=heads)  # (B, 2, K)
-        scores = by_head @ heads.mixing()  # (B, 2)
-    chosen_scores, rejected_scores = scores.unbind(1)  # (B,) each
+        chosen_by_head, rejected_by_head = by_head.unbind(1)  # (B, K) each
+        chosen_scores = chosen_by_head @ heads.mixing()  # (B,)
+        rejected_scores = rejected_by_head @ heads.mixing()  # (B,)
     loss = bradley_terry_loss(chosen_scores, rejected_scores, margin, label).mean()
     if heads is not None:
         ratings = [data.ratings[i] for i in rows]
         ratings = torch.tensor(ratings, device=job.device)  # (B, K) P(chosen is better)
-        chosen_by_head, rejected_by_head = by_head.unbind(1)  # (B, K) each
         heads_loss = bradley_terry_loss(chosen_by_head, rejected_by_head, label=ratings).mean()
         loss = heads_loss + loss if heads.learned else heads_loss
     if config.centring:
