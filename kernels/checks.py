@@ -29,12 +29,13 @@ def describe(tensor):
 
 def check(condition, name, got, expected):
     if not condition:
+        got = got if isinstance(got, str) else describe(got)
         raise ValueError(f"{name}: got {got}, expected {expected}")
 
 
 def check_matrix(name, tensor, shape):
     valid = isinstance(tensor, torch.Tensor) and tensor.dim() == 2 and tensor.dtype in FLOATS
-    check(valid, name, describe(tensor), f"{shape} of float64, float32, bfloat16 or float16")
+    check(valid, name, tensor, f"{shape} of float64, float32, bfloat16 or float16")
 
 
 def check_temperature(temperature):
@@ -47,8 +48,8 @@ def check_linear(hidden, weight, temperature, budget, prefix=""):
     check_matrix(f"{prefix}weight", weight, "(V, D)")
     D = hidden.shape[1]
     same = (weight.shape[1], weight.dtype, weight.device) == (D, hidden.dtype, hidden.device)
-    expected = f"(V, {D}), dtype and device like {prefix}hidden ({describe(hidden)})"
-    check(same, f"{prefix}weight", describe(weight), expected)
+    expected = f"(V, {D}), {hidden.dtype} on {hidden.device}, like {prefix}hidden"
+    check(same, f"{prefix}weight", weight, expected)
     check_temperature(temperature)
     valid = isinstance(budget, Real) and budget >= 0  # NaN >= 0 is false
     check(valid, "logits_budget", repr(budget), "a number of bytes >= 0")
@@ -58,7 +59,7 @@ def check_like(name, tensor, other, dims):
     """The first `dims` dimensions and the device must agree."""
     same = tensor.shape[:dims] == other.shape[:dims] and tensor.device == other.device
     sizes = [str(size) for size in other.shape[:dims]] + (["..."] if dims == 1 else [])
-    check(same, name, describe(tensor), f"({', '.join(sizes)}) on {other.device}")
+    check(same, name, tensor, f"({', '.join(sizes)}) on {other.device}")
 
 
 def supervised(valid):
@@ -75,7 +76,7 @@ def check_mask(mask, like, V):
         return None
     is_bool = isinstance(mask, torch.Tensor) and mask.dtype == torch.bool
     valid = is_bool and mask.shape == (N,) and mask.device == like.device
-    check(valid, "mask", describe(mask), f"({N},) bool on {like.device}")
+    check(valid, "mask", mask, f"({N},) bool on {like.device}")
     return supervised(mask)
 
 
@@ -85,7 +86,7 @@ def check_targets(name, like, V, targets, ignore_index):
     is_int = isinstance(targets, torch.Tensor) and targets.dtype in (torch.int32, torch.int64)
     valid = is_int and targets.shape == (N,) and targets.device == like.device
     expected = f"({N},) int32 or int64 on {like.device}, one for each row of {name}"
-    check(valid, "targets", describe(targets), expected)
+    check(valid, "targets", targets, expected)
     index = supervised(targets != ignore_index)
     targets = gather(targets, index).long().contiguous()  # (n,)
     if targets.numel():
