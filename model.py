@@ -5,7 +5,7 @@
     norm            LayerNorm                         RMSNorm
     feed-forward    down(GELU(up x))                  down(SiLU(gate x) * up x)      (SwiGLU)
     biases          everywhere                        nowhere
-    heads           one key/value head per query      several queries may share one (grouped)
+    heads           as many key/value as query heads  maybe fewer key/value heads (grouped)
 
 Qwen2 is Llama with a bias on queries, keys and values; Qwen3 instead norms each query and key.
 
@@ -380,9 +380,9 @@ class GPT(nn.Module):
         longest = max(map(len, prompts))  # no row of the cache is longer
         capacity = min(longest + max_new_tokens, context)
         cache, hidden = self.prefill(prompts, longest, capacity, samples)  # hidden (B, D)
-        reply = torch.arange(len(replies), device=self.device)  # (B,) each cache row's reply
+        index = torch.arange(len(replies), device=self.device)  # (B,) each cache row's reply
         most = (context - cache.lengths).clamp(max=max_new_tokens)  # (B,) new tokens per reply
-        steps = []  # (reply, token, log-prob) of every step, moved to lists once, at the end
+        steps = []  # (index, token, log-prob) of every step, moved to lists once, at the end
         for step in range(max_new_tokens):
             logits = self.logits(hidden).float()  # (B, V)
             token = sample(logits, temperature, top_k, top_p, generator)  # (B,)
@@ -391,9 +391,9 @@ class GPT(nn.Module):
                 logprob = kernels.logprob_rows(
                     logits, token, temperature=temperature or 1.0
                 ).logprob
-            steps.append((reply, token, logprob))
+            steps.append((index, token, logprob))
             if stream:
-                stream(reply.tolist(), token.tolist())
+                stream(index.tolist(), token.tolist())
             unfinished = ~torch.isin(token, stops) & (step + 1 < most)  # (B,)
             count = int(unfinished.sum())
             if count == 0:
@@ -401,14 +401,14 @@ class GPT(nn.Module):
             if count < len(unfinished):
                 rows = unfinished.nonzero().squeeze(1)
                 cache.select(rows)
-                reply, token, most = reply[rows], token[rows], most[rows]
+                index, token, most = index[rows], token[rows], most[rows]
             longest = min(longest + 1, capacity)
             cache.begin(1, longest)
             hidden = self(token[:, None], cache)[:, 0]  # (B, D)
             cache.lengths = cache.lengths + 1
-        for reply, token, logprob in steps:
-            values = logprob.tolist() if return_logprobs else [None] * len(reply)
-            for i, t, value in zip(reply.tolist(), token.tolist(), values, strict=True):
+        for index, token, logprob in steps:
+            values = logprob.tolist() if return_logprobs else [None] * len(index)
+            for i, t, value in zip(index.tolist(), token.tolist(), values, strict=True):
                 replies[i].append(t)
                 logprobs[i].append(value)
         return result
@@ -484,7 +484,7 @@ class GPT(nn.Module):
         return copy.deepcopy(self, frozen)  # deepcopy does not copy what its memo lists
 
     def reference(self):
-        """A frozen copy. Of a model with adapters: the weights below them, which it shares."""
+        """A frozen copy; under adapters the weights below them, shared (files are merged)."""
         model = self.share()
         for _, module in model.linears():
             module.A = module.B = None

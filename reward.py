@@ -27,7 +27,7 @@ the last of its steps' probabilities (evaluate/best_of_n.py). data/step_labels.p
     python reward.py --process --init out/sums     the world's long sums, answered by out/sums
     python reward.py --process --data prm800k.jsonl          PRM800K, Math-Shepherd, ...
 
-Watch: loss (from ln 2 = .693 down; twice that with learned weights), held_out_loss (at 75 %
+Watch: loss (from about ln 2 = .693 down; twice that with learned weights), held_out_loss (at 75 %
 agreement at least .56), held_out_accuracy (there at most .75; a gap to accuracy: noise is being
 memorised), margin (the mean difference of scores: grows, then levels off).
 
@@ -96,11 +96,11 @@ def check(config):
 def bradley_terry_loss(chosen_scores, rejected_scores, margin=0.0, label=1.0):
     """Negative log-likelihood of each comparison, (B,) or (B, K) like the scores, in nats.
 
-    chosen_scores, rejected_scores (B,). margin: by how much the chosen reply should win (Touvron et
-    al. 2023b, eq. 2). label: the probability that "chosen" is the better one, 1 for a plain choice.
-    Both a number or (B,).
+    margin: by how much the chosen reply should win (Touvron et al. 2023b, eq. 2). label: the
+    probability that "chosen" is the better one, 1 for a plain choice. Each is a number or shaped
+    like the scores.
     """
-    difference = chosen_scores - rejected_scores - margin  # (B,) log-odds
+    difference = chosen_scores - rejected_scores - margin  # log-odds
     return -label * F.logsigmoid(difference) - (1 - label) * F.logsigmoid(-difference)
 
 
@@ -212,7 +212,7 @@ def held_out_metrics(config, job, model, data, rows, encoding):
 @torch.no_grad()
 def normalise(model, pairs):
     """Shifts and scales the head so that the replies of these pairs have mean score 0 and standard
-    deviation 1. The gain is folded into the head's weight, the shift into its bias. Neither changes
+    deviation 1. Both are folded into the head's weight and bias. Neither changes
     who wins a comparison."""
     scores = torch.cat(all_pair_scores(model, pairs).unbind(1))  # (2 N,)
     gain = 1 / scores.std().clamp(min=1e-6)

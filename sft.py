@@ -4,7 +4,7 @@
 
 m_t is 1 on the assistant's tokens and on the end-of-turn token after them, 0 on all others (role
 markers too): the model learns to answer, not to ask. Pretraining is the same loss with m_t = 1, but
---prompt-weight (0.1) on a question before its answer, which nobody can predict.
+--prompt-weight (0.1) on a question's tokens, which nobody can predict.
 
     python sft.py --pretrain                      raw documents of the embedded world  -> out/base
     python sft.py                                 its demonstrations, from out/base    -> out/sft
@@ -62,7 +62,7 @@ def sequence_losses(model, examples):
     """(ids, weights) examples -> sum_t -m_t log pi(y_t | y_<t) of each example, in nats (B,).
 
     A token's loss depends only on its own log-prob, so the kernel forms the gradient in its forward
-    pass, chunk by chunk, and the (B * T, V) logits never exist as a whole.
+    pass, chunk by chunk, without (B * T, V) logits. Weights must go into weighted_nll.
     """
     batch = collate(examples).to(model.device)  # inputs ids[:-1], targets ids[1:], m_t; (B, T)
     weights = batch.weights.flatten()  # (B * T,) m_t
@@ -159,7 +159,7 @@ def main(config):
             micro_loss.backward()  # gradients add up to those of the whole batch
             loss += micro_loss.detach()
         grad_norm = run.clip(model, max_norm=1.0)  # the norm before clipping
-        lr = run.linear(config.lr, step, config.steps, warmup=config.steps // 20)
+        lr = run.linear(config.lr, step, config.steps, warmup=config.steps // 20)  # then down to 0
         run.step(optimizer, lr)  # and clears the gradients
         metrics = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": divisor}
         if held_out and run.due(step, config.steps, times=10):

@@ -1,26 +1,26 @@
 """The mathematics of one row of logits. The other files wrap it in matrix products.
 
 With z = logits / T, m = max z, u = z - m, s = log sum exp u:   lse = m + s,   log p = u - s
-    log-prob of target t    log p_t                  d/dz_v:   onehot_v - p_v
-    lse                     m + s                    d/dz_v:   p_v
-    entropy                 H = -sum p log p         d/dz_v:  -p_v (log p_v + H)
-    reverse KL(p||q)        sum p (log p - log q)    d/dz_v:   p_v (log p_v - log q_v - KL)
-    forward KL(q||p)        sum q (log q - log p)    d/dz_v:   p_v - q_v
+    log-prob of target t    log p_t                  d/dz_j:   onehot_j - p_j
+    lse                     m + s                    d/dz_j:   p_j
+    entropy                 H = -sum p log p         d/dz_j:  -p_j (log p_j + H)
+    reverse KL(p||q)        sum p (log p - log q)    d/dz_j:   p_j (log p_j - log q_j - KL)
+    forward KL(q||p)        sum q (log q - log p)    d/dz_j:   p_j - q_j
 so for upstream gradients g (g_rkl, g_fkl for the two KLs) the gradient of the logits is
     dlogits = (1/T) { g_lp onehot + g_fkl (p - q)
                       + p [ -g_lp + g_lse - g_H (log p + H) + g_rkl (log p - log q - KL) ] }
-With v = z_ref - m_ref for the reference (v = 0 where there is none), all terms have the form
+With v = z_ref - m_ref for the reference q (v = 0 if there is none), all terms have the form
     dlogits = exp(u) [a + b (u - v)] + c onehot - d exp(v)
 with one a, b, c, d for each row (logprob_coefficients, kl_coefficients; d is for the forward KL).
 m and s are kept apart: with logits near 1e4, their sum in fp32 would leave p three of its seven
-digits. A masked token (logit -inf) has p = 0 and adds nothing to an entropy or KL: 0 * inf counts
+digits. A masked token (logit -inf) has p = 0; sums of p (...) skip it (q alike): 0 * inf counts
 as 0. Undefined, maybe NaN: gradients of an infinite KL (q = 0 < p); a row that is masked entirely.
 
 rows_torch.py (CPU) and rows_triton.py with gradient_triton.py (CUDA) implement three functions of
 the logits (N, V), called row ops, which take in addition:
     statistics     targets                  -> log p_t, m, s, H          optionally S = p - onehot
     kl_statistics  ref                      -> KL, m, s, m_ref, s_ref    optionally dKL/dz
-    gradient       ref, m, m_ref, a ... d   -> dlogits in the form above
+    gradient       targets, ref, m's, a...d -> dlogits in the form above
 S, the gradient of -log p_t, and dKL/dz are called unit gradients: an upstream gradient and 1/T only
 scale their rows."""
 
@@ -151,7 +151,7 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1") -> torch.Tensor:
 
     TRAP: these are right as *values*. Differentiated through `logprobs` as a loss on fixed samples,
     k1 has the gradient E[grad log p] = 0 and k3 that of the forward KL; only k2 gives grad KL(p||q)
-    = E[r grad log p]. Inside a reward, which adds E[k grad log p], use k1: it gives grad KL(p||q).
+    = E[r grad log p]. As reward -k (loss gradient E[k grad log p]) use k1: it gives grad KL(p||q).
     k3 gives grad KL(p||q) - grad KL(q||p), which is 0 to first order in log p - log q."""
     if kind not in ("k1", "k2", "k3"):
         raise ValueError(f"kind: got {kind!r}, expected 'k1', 'k2' or 'k3'")

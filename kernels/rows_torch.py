@@ -2,8 +2,8 @@
 
 `rows` (n,) int64 are the rows of the logits (N, V) to work on, None for all (then n = N). With
 scratch=True a function may overwrite the logits, those of the reference too; otherwise it copies
-them first. Other temporaries: an array of the same size for an entropy or a forward KL, and a mask
-of one byte an entry for a KL."""
+them first. Other temporaries: an array of the same size for an entropy or a forward KL, and maybe a
+mask of one byte an entry."""
 
 import torch
 
@@ -38,7 +38,7 @@ def statistics(
     receives S = p - onehot (not with an entropy); without `rows` it may be the logits. One
     exponential per entry, in torch's softmax."""
     z = scaled(logits, rows, scale, stats.dtype, scratch)  # (n, V)
-    m = z.amax(1)  # (n,) like the next line before the softmax, which overwrites z
+    m = z.amax(1)  # (n,) this and the next line come before softmax overwrites z
     target_logit = z.gather(1, targets[:, None])[:, 0]  # (n,)
     p = torch.softmax(z, 1, out=torch.empty_like(z) if entropy else z)  # (n, V)
     s = -p.amax(1).log()  # (n,) max p = exp(m - m - s); it is at least 1/V, so the log is safe
@@ -78,10 +78,10 @@ def gradient(
     logits, m, scale, out, *, a, b=None, c=None, d=None,
     column=None, ref=None, ref_m=None, rows=None, scratch=False,
 ):  # fmt: skip
-    """out <- exp(u) [a + b (u - v)] + c onehot(column) - d exp(v), where u = scale logits - m and
-    v = scale ref - ref_m, or 0 without a ref. With a ref, b and d exclude each other. logits, ref
-    (N, V), or a vocabulary slice of them; m, ref_m, a, b, c, d (n,); column (n,) int64 of the
-    target, outside [0, V) if in another slice. out (N, V), maybe the logits: `rows` are written."""
+    """out <- exp(u) [a + b (u - v)] + c onehot(column) - d exp(v), where u = scale logits - m and v
+    = scale ref - ref_m, or 0 without a ref. With a ref, b and d exclude each other. logits, ref (N,
+    V), or a vocabulary slice of them; m, ref_m, a, b, c, d (n,); column (n,) int64: target - start
+    of the slice, maybe outside it. out (N, V), maybe the logits: only `rows` change."""
     u = scaled(logits, rows, scale, m.dtype, scratch).sub_(m[:, None])  # (n, V)
     v = None
     if ref is not None:

@@ -22,8 +22,8 @@ TILE, WARPS = 8192, 8  # elements in a tile, 32 a thread
 @triton.jit
 def update_max(m, z):
     """The maximum m (R,) of earlier blocks and the next block z (R, B) -> the new maximum; the base
-    to subtract, which is the maximum, or 0 while all logits are -inf; and log alpha = old base -
-    new base, (R,) each, the latter two always finite."""
+    to subtract, which is the maximum, or 0 while all logits are -inf; and log alpha = m - base, or
+    0 if m = -inf, (R,) each, the last two finite."""
     new = tl.maximum(m, tl.max(z, 1))
     base = tl.where(new == -float("inf"), 0.0, new)
     return new, base, tl.where(m == -float("inf"), 0.0, m - base)
@@ -33,9 +33,9 @@ def update_max(m, z):
 def update_sums(total, weighted, log_alpha, delta, e, difference):
     """The sums (R,) of earlier blocks -> with one more block, e = exp(u), u - v (R, B)."""
     alpha = tl.exp(log_alpha)
-    block = tl.sum(tl.where(e == 0, 0.0, e * difference), 1)  # 0, not 0 * inf
-    # alpha = 0: the earlier sums vanish, also where delta is infinite
-    weighted = tl.where(alpha > 0, alpha * (weighted + delta * total), 0.0) + block
+    added = tl.sum(tl.where(e == 0, 0.0, e * difference), 1)  # 0, not 0 * inf
+    # alpha = 0: the earlier sums vanish, even where they are infinite
+    weighted = tl.where(alpha > 0, alpha * (weighted + delta * total), 0.0) + added
     return alpha * total + tl.sum(e, 1), weighted
 
 
@@ -75,13 +75,13 @@ def statistics_kernel(
     R: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Without q: stats (4, n) <- log p_t, m, s, and H if ENTROPY, of the logits p. With q: stats
-    (5, n) <- KL(p||q), m, s, m_ref, s_ref; p is the policy and q the reference if REVERSE, else p
-    is the reference and q the policy. unit (n, V), if given, <- S or the gradient of the KL for the
-    policy's z, in a second pass, which reads from the cache if that holds the rows in flight."""
+    (5, n) <- KL(p||q), m, s, m_ref, s_ref; p is the policy and q the reference if REVERSE, else
+    vice versa. unit (n, V), if given, <- p - onehot or the policy's dKL/dz, in a second pass, which
+    reads from the cache if that holds the rows in flight. `is None` is tested at compile time."""
     i, valid, row = load_rows(rows_ptr, n, R)
     scale = tl.load(scale_ptr)
     if q_ptr is None:
-        # Read before the sums, at which all warps wait for each other: unit may overwrite p.
+        # Read now: a warp that is past the sums may already be writing unit over p.
         target = tl.load(targets_ptr + i, valid, other=0)  # (R,)
         place = p_ptr + row * p_stride + target
         target_z = tl.load(place, valid, other=0.0).to(scale.dtype) * scale
