@@ -6,8 +6,8 @@
 y_w is the chosen reply, y_l the rejected one, pi_ref the SFT model, log pi(y|x) the *sum* over the
 reply's tokens, its end-of-turn token included. The policy that maximises reward r - beta KL(pi ||
 pi_ref) is pi_ref exp(r / beta) / Z(x). So its beta h is r - beta log Z(x), and Z cancels in the
-difference: fitting comparisons with beta h is reward modelling and policy optimisation in one
-step. `--loss` names a relative (`batch_losses` shows which function each calls):
+model P(w wins) = sigmoid(r_w - r_l): fitting it with beta h is reward modelling and policy
+optimisation in one step. `--loss` names a relative (`batch_losses` calls it):
 
     cdpo    noisy labels: smoothed, so the odds stay finite      robust  noisy labels: unbiased
     ipo     regress the gap h_w - h_l to a fixed value           hinge   no loss beyond a margin
@@ -62,7 +62,7 @@ LR = {"orpo": 1e-3}  # a base model has more to learn; other losses: 1e-4
 class Config(run.Flags):
     loss: str = "dpo"  # dpo, cdpo, robust, ipo, hinge, simpo, orpo or kto
     beta: float = 0.0  # KL strength: larger stays closer to the reference (default: .2, see BETA)
-    label_smoothing: float = 0.0  # assumed share of flipped labels (default: cdpo .25, robust .1)
+    label_smoothing: float = 0.0  # assumed share of flipped labels (0: cdpo .25, robust .1)
     gamma: float = 0.5  # simpo: target margin, not scaled by beta
     lam: float = 0.03  # orpo: weight of the odds-ratio term (for real models .1)
     summed: bool = False  # ipo: sum log-probs, as in the paper (default: average them)
@@ -77,7 +77,7 @@ class Config(run.Flags):
     refresh_ref: bool = False  # --online: the reference is the policy at the round's start
     labels: int = 0  # comparisons over all rounds (0: all); of a file's, up to 300 are held out
     max_new_tokens: int = world.MAX_NEW_TOKENS  # longest reply to sample
-    watch: int = 128  # replies sampled from time to time, to see KL and gold (0: none)
+    watch: int = 128  # replies sampled to see KL and gold, the true score (0: none)
     steps: int = 0  # optimiser steps (default: one and a half epochs)
     lr: float = 0.0  # peak learning rate (default: 1e-4, orpo 1e-3; for real models 5e-7 to 1e-6)
 
@@ -133,7 +133,7 @@ def dpo_loss(
 
     label_smoothing e, a number or (B,): conservative DPO (Mitchell 2023), (1-e) l(+) + e l(-),
     where l(-) is the loss of the flipped label. A pair then aims at finite log-odds, log((1-e) /
-    e): its worth if a share e of the labels is wrong, or if e is a soft label.
+    e): its worth if a share e of labels is wrong, or if 1-e is a soft label.
     """
     chosen_ratio = chosen_logps - ref_chosen_logps  # (B,) h_w
     rejected_ratio = rejected_logps - ref_rejected_logps  # (B,) h_l
@@ -154,7 +154,7 @@ def robust_dpo_loss(
     """DPO without bias from a share `label_smoothing` of flipped labels, (B,)
     (Chowdhury et al. 2024, eq. 12)."""
     logps = chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
-    flipped_loss = dpo_loss(*logps, -beta)  # log sigmoid(-x): as if rejected had been chosen
+    flipped_loss = dpo_loss(*logps, -beta)  # -log sigmoid(-x): as if rejected were chosen
     return unbiased(dpo_loss(*logps, beta), flipped_loss, label_smoothing)
 
 
@@ -326,7 +326,7 @@ def main(config):
     job.memory(policy=policy)
 
     rounds, count = source.rounds, len(data.pairs) - data.held_out
-    steps = config.steps or rounds * math.ceil(1.5 * count / config.batch_size)  # 1.5 epochs
+    steps = config.steps or rounds * math.ceil(1.5 * count / config.batch_size)
     optimizer = run.adamw(policy, config.lr)
     # A later round's replies cannot be sampled again after a kill: their policy is gone.
     saved = data if config.fresh else None
@@ -354,7 +354,7 @@ def main(config):
         losses.mean().backward()
         grad_norm = run.clip(policy, max_norm=1.0)
         lr = run.linear(config.lr, step, steps, warmup=steps // 10)
-        run.step(optimizer, lr)
+        run.step(optimizer, lr)  # and zero_grad
         metrics = {"loss": losses.detach().mean(), **batch_metrics(config, logps.detach(), batch)}
         metrics |= {"grad_norm": grad_norm, "lr": lr}
         if data.held_out and run.due(step, steps):

@@ -5,9 +5,9 @@
 
 Four models: the policy pi and its critic V are trained; the reference pi_ref (the SFT model) and
 the reward model r are not. Each iteration samples a reply to every prompt of a batch and turns it
-into a Markov decision process, one step per token (r, A, R and "old": at sampling):
+into a Markov decision process, a step per token (r, A, R, old: fixed at sampling):
 
-    reward      r_t = -beta (log pi(y_t) - log pi_ref(y_t)),  plus the score at the last token
+    reward      r_t = -beta (log pi(y_t) - log pi_ref(y_t)),  plus score r(x, y) at the last
     advantage   A_t = sum_k (gamma lam)^k delta_{t+k},  delta_t = r_t + gamma V_{t+1} - V_t
                                                                   (Schulman et al. 2016, eq. 16)
     policy      minimise  - min(ratio A, clip(ratio, 1-eps, 1+eps) A),  ratio = pi / pi_old
@@ -26,7 +26,7 @@ they sample each prompt K times and compare G = sum_t r_t, one number per reply.
                                                                                (Liu et al. 2025)
 
 DEVIATION: all keep PPO's clipped ratio and the KL in the reward. The RLOO paper takes one unclipped
-step per batch, which is the same at --minibatches 1. The GRPO paper adds k3 to the loss; the
+step per batch, as does --minibatches 1. The GRPO paper adds KL estimate k3 to the loss; the
 gradient of k3 is not that of KL(pi || pi_ref) (tests/test_optimum.py).
 
     python ppo.py                                          out/sft against out/reward -> out/ppo
@@ -137,7 +137,7 @@ def whiten(values, mask):
 
 
 def rloo_advantages(scores):
-    """REINFORCE leave-one-out. scores (N prompts, K samples) -> each minus the mean of the K - 1
+    """REINFORCE leave-one-out. scores G (N prompts, K each) -> each minus the mean of the K - 1
     others, same shape. Raises ValueError for K < 2: one sample has no others."""
     K = scores.shape[1]
     run.require(K > 1, f"scores: shape {tuple(scores.shape)}, expected (N, K) with K at least 2")
@@ -145,7 +145,7 @@ def rloo_advantages(scores):
 
 
 def grpo_advantages(scores, scale=True):
-    """scores (N prompts, K samples) -> each minus its group's mean, same shape; `scale` also
+    """scores G (N prompts, K each) -> each minus its group's mean, same shape; `scale` also
     divides by the group's sample standard deviation + 1e-4."""
     centred = scores - scores.mean(1, keepdim=True)
     return centred / (scores.std(1, keepdim=True) + 1e-4) if scale else centred
@@ -224,7 +224,7 @@ class Rollout(NamedTuple):
     returns: torch.Tensor | None  # (B, T)
     advantages: torch.Tensor  # (B, T)
     scores: torch.Tensor  # (B,)
-    kl: torch.Tensor  # (B, T) k1 = log pi - log pi_ref, whose mean over samples is the KL
+    kl: torch.Tensor  # (B, T) k1 = log pi - log pi_ref; the mean row sum estimates KL
     ended: torch.Tensor  # (B,) bool
 
 

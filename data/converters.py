@@ -212,6 +212,11 @@ def preference(where, prompt, chosen, rejected, label=1.0, margin=0.0, ratings=N
     return Preference(chosen[:-1], chosen[-1:], rejected[-1:], where, label, margin, ratings or {})
 
 
+def is_two_numbers(value):
+    numbers = isinstance(value, list) and all(isinstance(x, int | float) for x in value)
+    return numbers and len(value) == 2
+
+
 def pair(record, where, *columns):
     r"""{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}, with optional label, margin, ratings;
     {"chosen": "\n\nHuman: hi\n\nAssistant: hello", "rejected": "\n\nHuman: hi\n\nAssistant: no"}"""
@@ -229,9 +234,7 @@ def pair(record, where, *columns):
     input_field = "input" if question == ["instruction"] else None  # Alpaca's
     prompt = prompt_of(record, question[0], input_field) if question else []
     ratings = record.get("ratings") or {}
-    numbers = [number for two in ratings.values() for number in two]
-    are_numbers = all(isinstance(number, int | float) for number in numbers)
-    if not are_numbers or any(len(two) != 2 for two in ratings.values()):
+    if not isinstance(ratings, dict) or not all(map(is_two_numbers, ratings.values())):
         raise ValueError("the field ratings of a pair needs two numbers for each dimension")
     sides = (record[chosen], record[rejected])
     return preference(where, prompt, *sides, float(label), float(margin), ratings)
