@@ -95,9 +95,11 @@ TEMPLATES = {
 def template_name(encoding: Encoding) -> str:
     """The template of a vocabulary: the one that `extend` or its directory chose, else llama3 if it
     has Llama 3's tokens, else chatml."""
+    if hasattr(encoding, "template"):
+        return encoding.template
     special = encoding._special_tokens
     is_llama3 = set(TEMPLATES["llama3"].tokens) <= set(special) and START not in special
-    return getattr(encoding, "template", "llama3" if is_llama3 else "chatml")
+    return "llama3" if is_llama3 else "chatml"
 
 
 def extend(encoding: Encoding, template: str = "") -> Encoding:
@@ -146,11 +148,12 @@ def end_of_text_id(encoding: Encoding) -> int | None:
     return next((special[token] for token in ENDS_OF_TEXT if token in special), None)
 
 
-def _pieces(text: str, encoding: Encoding) -> list:
-    """A text of the template, never of a message: '<|im_start|>user\\n' -> [id, 'user\\n']."""
+@lru_cache(maxsize=256)
+def _pieces(text: str, encoding: Encoding) -> tuple:
+    """A text of the template, never of a message: '<|im_start|>user\\n' -> (id, 'user\\n')."""
     ids = _chat_tokens(encoding)
     any_token = "(" + "|".join(map(re.escape, ids)) + ")"
-    return [ids.get(piece, piece) for piece in re.split(any_token, text) if piece]
+    return tuple(ids.get(piece, piece) for piece in re.split(any_token, text) if piece)
 
 
 def _encode(pieces: list, encoding: Encoding) -> list[int]:
@@ -174,7 +177,7 @@ def render(messages: list[dict], encoding: Encoding, last_only=False, following=
     ids = []
     mask = []
     replaced = template.begin == ALPACA and messages[0]["role"] == "system"
-    pending = [] if replaced else _pieces(template.begin, encoding)  # not encoded yet
+    pending = [] if replaced else [*_pieces(template.begin, encoding)]  # not encoded yet
     for i, message in enumerate(messages):
         pending += _pieces(template.opening[message["role"]], encoding)
         if message["role"] == "assistant":
@@ -182,7 +185,7 @@ def render(messages: list[dict], encoding: Encoding, last_only=False, following=
             answer = completion(message["content"], encoding)
             ids += header + answer
             mask += [False] * len(header) + [i in supervised] * len(answer)
-            pending = _pieces(template.separator, encoding)
+            pending = [*_pieces(template.separator, encoding)]
         else:
             pending += [message["content"], *_pieces(template.end + template.separator, encoding)]
     rest = _encode([*pending, *_pieces(following, encoding)], encoding)
