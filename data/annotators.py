@@ -395,14 +395,9 @@ def main(config):
         prompts = world.prompts(config.prompts, config.seed, config.held_out)
         pairs = two_replies(*writer, prompts, seed=config.seed)
     run.require(pairs, "no prompt got two different replies: there is nothing to compare")
-    dials = dict(
-        ratings=config.ratings,
-        annotators=config.annotators,
-        length_bias=config.length_bias,
-        flattery_bias=config.flattery_bias,
-        position_bias=config.position_bias,
-        abstain=config.abstain,
-    )
+    dials = dict(length_bias=config.length_bias, flattery_bias=config.flattery_bias)
+    dials |= dict(position_bias=config.position_bias, abstain=config.abstain)
+    dials |= dict(annotators=config.annotators, ratings=config.ratings)
     records, rows, gaps = compare(pairs, judge, config.agreement, config.seed, **dials)
     run.require(records, "every vote was a tie: ask more annotators, or an odd number of them")
     write(records, config.out)
