@@ -1,6 +1,7 @@
 """A job: one run of a script, from the checks before it to the finished directory."""
 
 import contextlib
+import gc
 import json
 import math
 import os
@@ -196,6 +197,8 @@ class Job:
             for module in [*self.sharded.blocks, self.sharded] if self.sharded else []:
                 module.unshard()  # a checkpoint holds whole tensors
             dist.barrier()
+            self.learners.clear()  # or DDP, the group's last owner, joins its threads with the GIL,
+            gc.collect()  # which they may be waiting for
             dist.destroy_process_group()
         if self.rank:
             return

@@ -2,6 +2,7 @@
 whatever share of a batch each reads; one of them writes; and what does not run that way says so in
 one sentence."""
 
+import gc
 import json
 import os
 import socket
@@ -98,6 +99,7 @@ def rank(number, ports, home):
         stage(text, "--out", f"ranks-{number}/{case}")
     os.environ["MASTER_PORT"] = str(ports[-2])
     cut(CASES["sft"], "--out=resumed", "--save-every=2")
+    gc.collect()  # the DDP of the run that was cut, before its group: see Job.finish
     dist.destroy_process_group()
     os.environ["MASTER_PORT"] = str(ports[-1])
     stage(CASES["sft"], "--out=resumed", "--resume")
