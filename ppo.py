@@ -50,6 +50,7 @@ from typing import NamedTuple
 
 import torch
 
+import kernels
 import run
 from data import chat, checkpoints, world
 from data.collate import Batch, collate, reply_examples
@@ -339,7 +340,7 @@ def main(config):
             "kl": old.kl.sum(1).mean(),  # k1: unbiased, noisy
             "ended": old.ended.float().mean(),
             "beta": beta,
-            "kl_k3": (torch.expm1(-old.kl) + old.kl).sum(1).mean(),  # k3 = exp(-k1) - 1 + k1
+            "kl_k3": kernels.kl_estimate(old.kl, torch.zeros_like(old.kl), "k3").sum(1).mean(),
             "length": old.batch.mask.sum(1).float().mean(),
         }
         metrics |= update(config, job, models, parts, old, step)

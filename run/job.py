@@ -124,8 +124,8 @@ class Job:
             yield step
             self.bar.update()
             if step == self.first:
-                self.facts["peak_memory_mib_after_first_step"] = self.peak()
-                self.say(f"{self.stage}: peak memory {self.peak()} MiB after the first step")
+                self.facts["peak_memory_mib_after_first_step"] = peak = self.peak()
+                self.say(f"{self.stage}: peak memory {peak} MiB after the first step")
             every = self.config.save_every
             save = (step + 1) % every == 0 if every else due(step, n, times=10)
             if save and self.parts and self.rank == 0:
