@@ -317,7 +317,7 @@ def main(config):
     check(config)
     job = run.start(config, "dpo")
     policy, encoding = checkpoints.open_policy(config, job.device)
-    source = Source(config, policy, encoding, job.device, job.say)  # not config.fresh: one round
+    source = Source(config, policy, encoding, job)  # not config.fresh: one round
     records = source.draw(policy, round=0)
     run.require(records, "no two replies could be told apart: there is nothing to learn")
     ref = policy  # before its first step the policy is its own reference

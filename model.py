@@ -34,7 +34,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
-from kernels.sampling import sample
+from kernels.checks import autocast_dtype
+from kernels.sampling import decode, decode_fixed, fixes_shapes, sample
 
 TARGETS = "qkv,out,up,down"  # the matrices of a block, as `adapt` names them
 
@@ -83,6 +84,7 @@ def rotate(x, cos, sin):
     """RoPE (Su et al. 2021, eq. 34) on x (B, H, T, d). cos, sin: (1, T, d/2) or (B, 1, T, d/2)."""
     # DEVIATION: the paper pairs neighbours, here (x_i, x_{i+d/2}) is a pair: published weights have
     # their rows in that order. q . k is the same sum in another order.
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)  # bf16 stays bf16
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -91,11 +93,12 @@ class Cache:
     """Keys and values of every layer; each row has its own length. Use: begin(), model(ids, cache),
     then add the real tokens to `lengths`. New tokens overwrite padding that no query sees."""
 
-    def __init__(self, config, batch, capacity, device, dtype):
-        shape = (config.layers, batch, config.kv_heads, capacity, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (layers, B, Hkv, capacity, d)
-        self.values = torch.zeros_like(self.keys)
-        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)  # (B,) tokens per row
+    def __init__(self, model, batch, capacity):
+        c, dtype = model.config, autocast_dtype(model.embed.weight)
+        shape = (c.layers, batch, c.kv_heads, capacity, c.head_dim)
+        self.keys = torch.zeros(shape, device=model.device, dtype=dtype)
+        self.values = torch.zeros_like(self.keys)  # (layers, B, Hkv, capacity, d)
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=model.device)  # (B,)
 
     def begin(self, T, longest):
         """Announces T new tokens per row, at positions (B, T) below `longest`."""
@@ -169,7 +172,7 @@ class Linear(nn.Linear):
         return list(zip(self.A.chunk(len(self.parts)), self.B.split(self.parts), strict=True))
 
     def forward(self, x):
-        y = super().forward(x)
+        y = super().forward(x.to(self.weight.dtype))  # a frozen matrix may be bf16 (run/memory.py)
         if self.A is None:
             return y
         low = (F.linear(x, self.A) * self.scale).chunk(len(self.parts), dim=-1)  # (..., r) per part
@@ -212,7 +215,11 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, Hkv, longest, d)
             k, v, mask = k.to(q.dtype), v.to(q.dtype), cache.mask  # autocast may make q bf16
-        options = dict(is_causal=mask is None, enable_gqa=self.heads != self.kv_heads)
+        groups = self.heads // self.kv_heads
+        if q.is_cuda and groups > 1 and (mask is not None or q.dtype == torch.float32):
+            # on a GPU flash attention alone groups heads; the fallback holds (B, H, T, T)
+            k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))  # (B, H, longest, d)
+        options = dict(is_causal=mask is None, enable_gqa=k.shape[1] != self.heads)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)  # (B, H, T, d)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -367,64 +374,57 @@ class GPT(nn.Module):
     ):  # fmt: skip
         """Continues each prompt (a list of ids) -> the new tokens only, the stop token included:
         `samples` lists for the first prompt, then for the second, ... The context may end a reply
-        early. temperature 0: greedy; top_k 0, top_p 1: off; stop_id: one or several ids.
-        stream(indices of replies, their new tokens) is called after every step.
+        early. temperature 0: greedy; top_k 0, top_p 1: off; stop_id: one or several ids; stream:
+        called after every step with indices of replies and their new tokens.
         return_logprobs=True adds a second list: the log-prob (nats, fp32) of each new token at this
         temperature (at 1 when greedy), before top-k and top-p. In RL both stay off: tokens must
         come from the distribution that these log-probs describe. Raises ValueError for a prompt
         that is empty or leaves no room for a reply."""
-        context = self.config.context
+        context, device = self.config.context, self.device
         for row, prompt in enumerate(prompts):
             if not 0 < len(prompt) < context:
                 limits = f"it must have 1 to {context - 1}, for a context of {context}"
                 raise ValueError(f"prompt {row} has {len(prompt)} tokens; {limits}")
-        replies = [[] for _ in range(len(prompts) * samples)]
-        logprobs = [[] for _ in replies]
-        result = (replies, logprobs) if return_logprobs else replies
         if not prompts or max_new_tokens < 1:
-            return result
-        stops = torch.tensor([] if stop_id is None else stop_id, device=self.device).reshape(-1)
-        longest = max(map(len, prompts))  # no row of the cache is longer
-        capacity = min(longest + max_new_tokens, context)
-        cache = Cache(self.config, len(prompts), capacity, self.device, self.embed.weight.dtype)
+            empty = [[] for _ in range(len(prompts) * samples)]
+            return (empty, empty) if return_logprobs else empty
+        longest = max(map(len, prompts))
+        capacity = min(longest + max_new_tokens, context)  # no row of the cache is longer
+        cache = Cache(self, len(prompts), capacity)
         cache.begin(longest, longest)
         padded = [prompt + [0] * (longest - len(prompt)) for prompt in map(list, prompts)]
-        hidden = self(torch.tensor(padded, device=self.device), cache)  # (prompts, T, D)
-        cache.lengths = torch.tensor(list(map(len, prompts)), device=self.device)  # (prompts,)
-        rows = torch.arange(len(prompts), device=self.device)  # each is read once for all samples
+        hidden = self(torch.tensor(padded, device=device), cache)  # (prompts, T, D)
+        cache.lengths = torch.tensor(list(map(len, prompts)), device=device)  # (prompts,)
+        rows = torch.arange(len(prompts), device=device)  # each is read once for all samples
         hidden = hidden[rows, cache.lengths - 1].repeat_interleave(samples, dim=0)  # (B, D)
         if samples > 1:
             cache.select(rows.repeat_interleave(samples))
         head = self.head_weight  # (V, D)
-        index = torch.arange(len(replies), device=self.device)  # (B,) each cache row's reply
-        most = (context - cache.lengths).clamp(max=max_new_tokens)  # (B,) new tokens per reply
-        steps = []  # (index, token, log-prob) of every step, moved to lists once, at the end
-        for step in range(max_new_tokens):
+        fixed = fixes_shapes(device) and not stream
+
+        def advance(token, rows=None):
+            """Reads one more token (B,) of each reply -> the hidden states there (B, D)."""
+            if rows is not None:  # (B,) the others have finished
+                cache.select(rows)
+            cache.begin(1, capacity if fixed else min(cache.longest + 1, capacity))
+            hidden = self(token[:, None], cache)[:, 0]  # (B, D)
+            cache.lengths.add_(1).clamp_(max=capacity - 1)  # a finished reply may go on unread
+            return hidden
+
+        def draw(hidden):
+            """hidden (B, D) -> the next tokens (B,) and, if asked for, their log-probs (B,)."""
             logits = F.linear(hidden, head).float()  # (B, V)
             token = sample(logits, temperature, top_k, top_p, generator)  # (B,)
-            value = None
-            if return_logprobs:  # (B,) log softmax(logits / temperature) at the token
-                value = kernels.logprob_rows(logits, token, temperature=temperature or 1.0).logprob
-            steps.append((index, token, value))
-            if stream:
-                stream(index.tolist(), token.tolist())
-            unfinished = ~torch.isin(token, stops) & (step + 1 < most)  # (B,)
-            rows = unfinished.nonzero().squeeze(1)
-            if len(rows) == 0:
-                break
-            if len(rows) < len(unfinished):
-                cache.select(rows)
-                index, token, most = index[rows], token[rows], most[rows]
-            longest = min(longest + 1, capacity)
-            cache.begin(1, longest)
-            hidden = self(token[:, None], cache)[:, 0]  # (B, D)
-            cache.lengths = cache.lengths + 1
-        for index, token, logprob in steps:
-            values = logprob.tolist() if return_logprobs else [None] * len(index)
-            for i, t, value in zip(index.tolist(), token.tolist(), values, strict=True):
-                replies[i].append(t)
-                logprobs[i].append(value)
-        return result
+            if not return_logprobs:
+                return token, None
+            options = dict(temperature=temperature or 1.0, ignore_index=None)
+            return token, kernels.logprob_rows(logits, token, **options).logprob
+
+        most = [min(max_new_tokens, context - len(p)) for p in prompts for _ in range(samples)]
+        stops = torch.tensor([] if stop_id is None else stop_id, device=device).reshape(-1)
+        loop, option = (decode_fixed, generator) if fixed else (decode, stream)
+        result = loop(advance, draw, hidden, most, stops, option)
+        return result if return_logprobs else result[0]
 
     def adapt(self, rank, alpha=0.0, targets=TARGETS, new_ids=()):
         """From now on only adapters of this rank, a scalar head and the rows of new_ids and of ids

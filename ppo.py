@@ -190,7 +190,8 @@ def token_advantages(config, scores, kl, values, batch, beta):
         rewards = -beta * kl  # (B, T)
         last = batch.lengths - 1  # (B,) a row's last target: end-of-turn, unless the reply was cut
         rewards[torch.arange(len(scores)), last] += scores
-        advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
+        host = (x.cpu() for x in (rewards, values, mask))  # a loop over tokens is no GPU's work
+        advantages, returns = (x.to(kl) for x in gae(*host, config.gamma, config.lam))
         return whiten(advantages, mask), returns
     scores = scores.view(-1, config.group_size)  # (N, K)
     penalties = beta * kl.sum(1).view_as(scores)  # (N, K)
@@ -252,7 +253,8 @@ def rollout(config, job, models, prompts, stops, generator, beta):
     K, device = group_size(config), models.policy.device
     options = dict(stop_id=stops, generator=generator, return_logprobs=True, samples=K)
     setting = config.max_new_tokens, config.temperature
-    replies, sampled_logprobs = models.policy.generate(prompts, *setting, **options)
+    with job.autocast():
+        replies, sampled_logprobs = models.policy.generate(prompts, *setting, **options)
     prompts = [prompt for prompt in prompts for _ in range(K)]  # K adjacent replies to each
     batch = collate(reply_examples(prompts, replies)).to(device)
     rows = torch.arange(len(replies), device=device)
@@ -261,11 +263,10 @@ def rollout(config, job, models, prompts, stops, generator, beta):
         flat = [logprob for reply in sampled_logprobs for logprob in reply]
         old_logprobs = torch.zeros(batch.mask.shape, device=device)  # (B, T)
         old_logprobs[batch.mask] = torch.tensor(flat, device=device)  # both in row order
-    else:  # the sampler used float32: read again at training's precision
+    else:  # bfloat16 rounds otherwise when a token is read alone: read again as in training
         old_logprobs = job.forward(row_logprobs, models.policy, rows, **reading)
     ref_logprobs = job.forward(row_logprobs, models.ref, rows, **reading)  # (B, T)
     kl = (old_logprobs - ref_logprobs).masked_fill(~batch.mask, 0.0)  # (B, T)
-
     # end-of-turn comes first; after the end of text the reward model has never read a score
     ended = torch.tensor([reply[-1] == stops[0] for reply in replies], device=device)  # (B,)
     sequences = [prompt + reply for prompt, reply in zip(prompts, replies, strict=True)]
@@ -327,7 +328,6 @@ def main(config):
     batches = prompt_batches(prompts, size, config.seed, config.steps)
     named = {name: model for name, model in models._asdict().items() if model}
     job.memory(**named, **{f"ensemble_{i + 1}": model for i, model in enumerate(ensemble)})
-
     stops = chat.stop_ids(encoding)
     parts = SimpleNamespace(  # what job.steps saves, and restores in place
         policy=policy,

@@ -68,15 +68,18 @@ def sequence_losses(model, examples):
     pass, chunk by chunk, without (B * T, V) logits. Weights must go into weighted_nll.
     """
     batch = collate(examples).to(model.device)  # inputs ids[:-1], targets ids[1:], m_t; (B, T)
-    weights = batch.weights.flatten()  # (B * T,) m_t
+    supervised = batch.index  # (n,) the targets with m_t > 0, among the B * T
+    weights = batch.weights.flatten()[supervised]  # (n,) m_t
 
-    def weighted_nll(logprob, index):  # (n,) log-probs, positions among the B * T
+    def weighted_nll(logprob, index):  # log-probs of some of the n, and their positions
         return -weights[index] * logprob
 
-    hidden = model(batch.inputs).flatten(0, 1)  # (B * T, D)
-    targets = batch.targets.flatten()  # (B * T,) -100 (skipped) where m_t is 0
-    losses = kernels.linear_token_loss(hidden, model.head_weight, targets, weighted_nll)  # (B * T,)
-    return losses.view_as(batch.inputs).sum(1)
+    hidden = model(batch.inputs).flatten(0, 1)[supervised]  # (n, D) before each target
+    targets = batch.targets.flatten()[supervised]  # (n,)
+    options = dict(ignore_index=None)  # no target is skipped: no wait for a GPU to say so
+    losses = kernels.linear_token_loss(hidden, model.head_weight, targets, weighted_nll, **options)
+    by_token = losses.new_zeros(batch.mask.numel()).index_copy(0, supervised, losses)  # (B * T,)
+    return by_token.view_as(batch.inputs).sum(1)
 
 
 def total_weight(examples):

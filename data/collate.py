@@ -27,12 +27,26 @@ class Batch(NamedTuple):
     mask: torch.Tensor  # (B, T) bool
     weights: torch.Tensor  # (B, T) fp32, 0 where mask is False
     lengths: torch.Tensor  # (B,) real positions per row
+    index: torch.Tensor  # (n,) where mask is True, in the flattened batch
 
     def to(self, device):
-        return Batch(*(tensor.to(device) for tensor in self))
+        return Batch(*(to_device(tensor, device) for tensor in self))
 
     def select(self, rows):
-        return Batch(*(tensor[rows] for tensor in self))
+        selected = [tensor[rows] for tensor in self[:-1]]
+        return Batch(*selected, true_index(selected[2]))
+
+
+def true_index(mask):
+    """The positions (n,) at which a mask (B, T), flattened, is True."""
+    return mask.flatten().nonzero().squeeze(1)
+
+
+def to_device(tensor, device):
+    """The tensor on a device; to a GPU from pinned memory, so that the host does not wait."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def pad(rows, dtype=torch.long):
@@ -50,7 +64,8 @@ def collate(examples):
     targets, _ = pad([ids[1:] for ids, _ in examples])  # (B, T)
     weights, _ = pad([weights[1:] for _, weights in examples], torch.float32)  # (B, T)
     mask = weights > 0
-    return Batch(inputs, targets.masked_fill(~mask, IGNORE), mask, weights, lengths)
+    targets = targets.masked_fill(~mask, IGNORE)
+    return Batch(inputs, targets, mask, weights, lengths, true_index(mask))
 
 
 def reply_examples(prompts, replies):

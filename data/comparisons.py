@@ -76,14 +76,14 @@ def encode(config, records, encoding, context, wanted, device, say):
 class Source:
     """Where the records of each round come from. Records: Preference, or for KTO Unpaired."""
 
-    def __init__(self, config, policy, encoding, device, say):
-        self.config, self.encoding, self.say = config, encoding, say
+    def __init__(self, config, policy, encoding, job):
+        self.config, self.encoding, self.job = config, encoding, job
         self.rounds = config.rounds if config.fresh else 1
         self.questions = []  # never trained on: replies to them show KL and gold
         room = policy.config.context
         if config.online:
             trunk = policy if policy.rank else None
-            options = dict(encoding=encoding, device=device, trunk=trunk)
+            options = dict(encoding=encoding, device=job.device, trunk=trunk)
             self.label, judge_room = annotators.labeller(config.judge, config.agreement, **options)
             room = min(room, judge_room)
         self.records = load_records(config)
@@ -105,12 +105,16 @@ class Source:
         self.records = [records[fitting[i]] for i in training]
         count, dropped = len(training), len(records) - len(fitting)
         rounds = f"{self.rounds} rounds, {dropped} dropped for their length"
-        self.say(f"dpo: {count} questions in {rounds}")
+        self.job.say(f"dpo: {count} questions in {rounds}")
         few = f"{count} records are too few for --rounds {self.rounds}"
         run.require(count >= self.rounds, few)
 
     def draw(self, policy, round):
         """The records of a round (from 0): those of a file, or new ones."""
+        with self.job.autocast():
+            return self.records_of(policy, round)
+
+    def records_of(self, policy, round):
         config, seed = self.config, self.config.seed + 1000003 * round  # of samples and annotators
         if config.data and not config.fresh:
             return self.records
@@ -126,7 +130,7 @@ class Source:
             options = (self.records, config.agreement, seed)
             records = annotators.preferences(policy, self.encoding, *options)
             summary = f"{len(self.records)} questions asked"
-        self.say(f"dpo: round {round + 1}: {summary}")
+        self.job.say(f"dpo: round {round + 1}: {summary}")
         kind = "unpaired" if config.loss == "kto" else "preference"
         return [side for record in records for side in formats.reading(record, kind)]
 

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from data.collate import to_device
+
 
 class Forks(NamedTuple):
     """Replaces a model's cache: it has the positions, the mask, and `append`."""
@@ -50,6 +52,8 @@ def fork(ids, lengths):
 def forked_hidden(model, ids, lengths, sequences, positions):
     """Hidden states (n, D) of the tokens at `positions` (n,) in the rows `sequences` (n,) of ids.
     ids (2 B, t) and lengths (2 B,): see `fork`."""
-    forks = Forks(*(tensor.to(model.device) for tensor in fork(ids, lengths)))
-    hidden = model(forks.ids, forks)  # (B, T, D)
-    return hidden[sequences // 2, forks.columns[sequences, positions]]
+    forks = fork(ids, lengths)
+    index = sequences // 2 * forks.ids.shape[1] + forks.columns[sequences, positions]  # (n,)
+    forks = Forks(*(to_device(tensor, model.device) for tensor in forks))
+    hidden = model(forks.ids, forks).flatten(0, 1)  # (B * T, D)
+    return hidden[to_device(index, model.device)]

@@ -5,17 +5,19 @@ from itertools import chain
 import torch
 
 import kernels
-from data.collate import collate, in_batches, longest_side, reply_examples
+from data.collate import collate, in_batches, longest_side, reply_examples, to_device
 from data.forks import forked_hidden
 
 
 def token_logprobs(model, batch, temperature=1.0):
     """log pi of each target of a Batch (B, T), zero outside the mask."""
-    hidden = model(batch.inputs).flatten(0, 1)  # (B * T, D)
-    targets = batch.targets.flatten()  # (B * T,)
-    # the logits (B * T, V) never exist as a whole
-    out = kernels.linear_logprob(hidden, model.head_weight, targets, temperature=temperature)
-    return out.logprob.view(batch.mask.shape)
+    hidden = model(batch.inputs).flatten(0, 1)[batch.index]  # (n, D) before the targets
+    targets = batch.targets.flatten()[batch.index]  # (n,)
+    # The logits (n, V) never exist as a whole. No target is skipped: no wait for a GPU to say so.
+    options = dict(temperature=temperature, ignore_index=None)
+    logprob = kernels.linear_logprob(hidden, model.head_weight, targets, **options).logprob  # (n,)
+    logprobs = logprob.new_zeros(batch.mask.numel())  # (B * T,)
+    return logprobs.index_copy(0, batch.index, logprob).view(batch.mask.shape)
 
 
 def sequence_logps(model, examples):
@@ -31,11 +33,10 @@ def pair_logps(model, pairs, kto=False):
     batch = collate(list(chain(*pairs)))  # (2 B, T), two rows per pair
     rows, positions = batch.mask.nonzero(as_tuple=True)  # (n,) of the reply tokens
     hidden = forked_hidden(model, batch.inputs, batch.lengths, rows, positions)  # (n, D)
-    targets = batch.targets[rows, positions].to(model.device)  # (n,)
-    # no target is skipped here: saying so saves waiting for a GPU
+    targets = to_device(batch.targets[rows, positions], model.device)  # (n,)
     out = kernels.linear_logprob(hidden, model.head_weight, targets, ignore_index=None)
     logprob = out.logprob  # (n,)
-    mask = batch.mask.to(model.device)
+    mask = to_device(batch.mask, model.device)
     return logprob.new_zeros(mask.shape).masked_scatter(mask, logprob).sum(1).view(-1, 2)
 
 

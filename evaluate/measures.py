@@ -70,10 +70,11 @@ def answer(model, encoding, conversations, chats, max_new_tokens=world.MAX_NEW_T
 def own_replies(policy, ref, encoding, questions, max_new_tokens, job):
     """A policy in training answers -> metrics: KL to the reference (nats per reply) and, if the
     questions are the embedded world's, gold, the exact judge's score. Shows the first reply."""
-    replies = annotators.sample(policy, encoding, questions, max_new_tokens)
     prompts = [chat.prompt(messages, encoding) for messages in questions]
+    with job.autocast():
+        replies = annotators.sample(policy, encoding, questions, max_new_tokens)
+        metrics = {"kl": reply_kl(policy, ref, prompts, [ids for ids, _, _ in replies]).mean()}
     job.say(chat.painted_reply(prompts[0], replies[0][0], encoding, job.colour))
-    metrics = {"kl": reply_kl(policy, ref, prompts, [ids for ids, _, _ in replies]).mean()}
     if all(map(world.solve, questions)):
         verdicts = annotators.world_judge(zip(questions, replies, strict=True))
         metrics["gold"] = mean([verdict["gold"] for verdict in verdicts])

@@ -1,6 +1,16 @@
-"""Drawing tokens from logits, in plain torch: a step of generation has few rows."""
+"""Drawing tokens from logits, step by step, in plain torch. `GPT.generate` reads the prompts and
+says how a token is drawn and read; here are the two loops over the steps.
+
+decode        a finished reply leaves the batch at once: the least work
+decode_fixed  for a GPU, where a small step takes longer to launch than to compute: shapes never
+              change, so that a step is recorded once, as a CUDA graph, and replayed
+"""
 
 import torch
+
+CHECK_EVERY = 16  # decode_fixed: steps between two looks at whether all replies have finished
+PLAIN_STEPS = 2  # decode_fixed: steps before the recording, in which all kernels are compiled
+WORTH_RECORDING = 32  # decode_fixed: fewer steps cost less than their recording
 
 
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
@@ -18,4 +28,92 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         beyond[:, 0] = False  # keep the most likely token even at top_p 0
         removed = torch.zeros_like(beyond).scatter(1, ids, beyond)  # in the vocabulary's order
         logits = logits.masked_fill(removed, -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+    probs = logits.softmax(-1)  # (B, V)
+    if fixes_shapes(probs.device):
+        # multinomial makes the host wait. P(token = argmax p / E) = p for E from Exp(1)
+        return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
+    return torch.multinomial(probs, 1, generator=generator).squeeze(1)
+
+
+def fixes_shapes(device):
+    """Whether replies are decoded in steps of one shape."""
+    return device.type == "cuda"
+
+
+def decode(advance, draw, hidden, most, stops, stream=None):
+    """-> (tokens, log-probs) of each reply, lists.
+
+    draw(hidden (n, D)) -> the next tokens (n,) and their log-probs (n,), or None for these.
+    advance(tokens (n,), rows) -> the hidden states there; rows (n,): the replies that go on, if not
+    all of them do. hidden (B, D): at the prompts' ends. most: the longest length of each reply.
+    stops: the ids that end one. stream(indices of replies, tokens) is called after each step.
+    """
+    index = torch.arange(len(hidden), device=hidden.device)  # (B,) the reply of each row
+    longest = torch.tensor(most, device=hidden.device)  # (B,)
+    steps = []  # (index, token, log-prob) of every step, moved to lists once, at the end
+    for step in range(max(most)):
+        token, logprob = draw(hidden)  # (n,)
+        steps.append((index, token, logprob))
+        if stream:
+            stream(index.tolist(), token.tolist())
+        unfinished = ~torch.isin(token, stops) & (step + 1 < longest)  # (n,)
+        rows = unfinished.nonzero().squeeze(1)
+        if len(rows) == 0:
+            break
+        if len(rows) == len(unfinished):
+            rows = None
+        else:
+            index, token, longest = index[rows], token[rows], longest[rows]
+        hidden = advance(token, rows)  # (n, D)
+    replies, logprobs = [[] for _ in most], [[] for _ in most]
+    for index, token, logprob in steps:
+        values = [None] * len(index) if logprob is None else logprob.tolist()
+        for i, t, value in zip(index.tolist(), token.tolist(), values, strict=True):
+            replies[i].append(t)
+            logprobs[i].append(value)
+    return replies, logprobs
+
+
+def decode_fixed(advance, draw, hidden, most, stops, generator=None):
+    """`decode` with all B replies in every step. What follows a reply's end is dropped."""
+    B, device = len(hidden), hidden.device
+    hidden = hidden.clone()  # (B, D) changed in place, like all that a step reads or writes
+    tokens = torch.zeros(max(most), B, dtype=torch.long, device=device)
+    logprobs = torch.zeros(max(most), B, device=device)
+    lengths = torch.zeros(B, dtype=torch.long, device=device)
+    unfinished = torch.ones(B, dtype=torch.bool, device=device)
+    done = torch.zeros(1, dtype=torch.long, device=device)  # the number of steps
+    longest = torch.tensor(most, device=device)  # (B,)
+
+    def step():
+        token, logprob = draw(hidden)  # (B,)
+        tokens.index_copy_(0, done, token[None])
+        if logprob is not None:
+            logprobs.index_copy_(0, done, logprob[None])
+        lengths.add_(unfinished)
+        done.add_(1)
+        unfinished.logical_and_(~torch.isin(token, stops) & (done < longest))
+        hidden.copy_(advance(token))
+
+    take_step = step
+    for count in range(max(most)):
+        if count == PLAIN_STEPS and max(most) > WORTH_RECORDING:
+            take_step = recorded(step, device, generator)
+        take_step()
+        if (count + 1) % CHECK_EVERY == 0 and not unfinished.any():
+            break
+    lengths = lengths.tolist()
+    rows = [x.T.tolist() for x in (tokens, logprobs)]  # B lists
+    return [[row[:n] for row, n in zip(x, lengths, strict=True)] for x in rows]
+
+
+def recorded(step, device, generator):
+    """step() as a CUDA graph -> a function that replays it; elsewhere step itself."""
+    if device.type != "cuda":
+        return step
+    graph = torch.cuda.CUDAGraph()
+    if generator is not None:  # each replay goes on with its random numbers
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay

@@ -42,7 +42,7 @@ class Flags:
     shape: str = "llama:4x96x128"  # of random weights: architecture:layers x width x context
     seed: int = 0  # of weights, data and order
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    dtype: str = "auto"  # of matrix products: float32 or bfloat16 (auto: bfloat16 on CUDA)
+    dtype: str = "auto"  # of matrix products: float32 or bfloat16 (auto: bfloat16 on a recent GPU)
 
     @property
     def source(self):

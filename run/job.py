@@ -52,8 +52,9 @@ class Job:
                 self.say(f"{stage}: {self.directory.out} is already complete")
                 sys.exit(0)
         check_inputs(config)
-        default = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.dtype = DTYPES.get(config.dtype, default)
+        self.dtype = DTYPES.get(config.dtype) or ranks.default_dtype(self.device)
+        if self.device.type == "cuda":  # cuDNN's attention plans anew for each shape of a batch
+            torch.backends.cuda.enable_cudnn_sdp(False)
         torch.manual_seed(config.seed)
         if self.ranks > 1:  # last: nobody writes before everybody has checked
             ranks.join(self.device)
@@ -94,7 +95,9 @@ class Job:
         self.sharded = ranks.shard(model)
 
     def memory(self, **models):
-        """Prints the memory that the models take."""
+        """Prints the memory that the models take, once frozen matrices are at the run's precision.
+        The first model is the one that is saved."""
+        memory.hold_frozen(list(models.values()), self.dtype)
         self.facts["memory_mib"] = sizes = memory.footprint(models)
         self.say(f"{self.stage}: memory in MiB: {memory.describe(sizes)}")
 

@@ -9,6 +9,23 @@ import torch
 MIB = 2**20
 
 
+@torch.no_grad()
+def hold_frozen(models, dtype):
+    """Holds the frozen matrices of the models' blocks in dtype, in place: less memory, and nothing
+    to cast in every pass. The first model is saved at the end, so a matrix of its own, or one that
+    others share with it, is only rounded if that loses nothing: published weights are mostly bf16.
+    """
+    if dtype == torch.float32:
+        return
+    saved = {id(parameter) for parameter in models[0].parameters()}
+    for model in models:
+        for _, module in model.linears():
+            rounded = module.weight.to(dtype)
+            same = id(module.weight) not in saved or torch.equal(rounded.float(), module.weight)
+            if same and not module.weight.requires_grad:
+                module.weight.data = rounded
+
+
 def footprint(models):
     """{name: model} -> {name: {weights, gradients, moments}} in MiB.
 

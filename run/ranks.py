@@ -35,6 +35,12 @@ def device(name):
     return torch.device(name)
 
 
+def default_dtype(device):
+    """bfloat16 on a GPU that multiplies it (compute capability 8.0 and newer), else float32."""
+    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if fast else torch.float32
+
+
 def device_of_rank(name):
     """This process's device under --device NAME. Raises ValueError if it has none of its own."""
     chosen = device(name)

@@ -5,7 +5,10 @@ import pytest
 import torch
 
 import kernels
+import sft
+from data.forks import Forks
 from kernels import reference
+from model import GPT, Config
 
 pytestmark = pytest.mark.gpu
 
@@ -144,3 +147,79 @@ def test_scoring_with_a_narrow_head_allocates_no_logits():
         before = torch.cuda.memory_allocated()
         kernels.linear_logprob(hidden, weight, targets, entropy=True)
     assert torch.cuda.max_memory_allocated() - before < 16 << 20
+
+
+@pytest.fixture
+def gpt():
+    return GPT(Config(61, 128, 2, 4, 2, 32, 256, 256, "llama", init_std=0.1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_recorded_step_gives_the_replies_of_plain_steps(gpt, dtype, monkeypatch):
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10]]
+    options = dict(stop_id=[3, 17], return_logprobs=True)
+    with torch.autocast("cuda", dtype, enabled=dtype == torch.bfloat16):
+        ours, logprobs = gpt.generate(prompts, 100, temperature=0, **options)
+        monkeypatch.setattr("model.fixes_shapes", lambda device: False)
+        plain, expected = gpt.generate(prompts, 100, temperature=0, **options)
+    assert list(map(len, ours)) == list(map(len, logprobs))
+    if dtype == torch.float32:  # in bf16 two tokens may change places
+        assert ours == plain
+        for a, b in zip(logprobs, expected, strict=True):
+            torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=0, atol=1e-3)
+
+
+def test_recorded_steps_draw_new_numbers_each_time_and_repeat_with_the_seed(gpt):
+    def generate(seed):
+        generator = torch.Generator("cuda").manual_seed(seed)
+        return gpt.generate([[1]] * 64, 100, generator=generator)
+
+    first = generate(0)
+    assert first == generate(0) != generate(1)
+    columns = {tuple(reply[t] for reply in first) for t in range(100)}
+    assert len(columns) == 100  # a replay that drew the same numbers would repeat its tokens
+
+
+def test_sampled_logprobs_are_those_of_training_in_recorded_steps(gpt):
+    replies, logprobs = gpt.generate([[1, 2], [3]] * 8, 100, 0.7, return_logprobs=True)
+    for prompt, reply, sampled in zip([[1, 2], [3]] * 8, replies, logprobs, strict=True):
+        with torch.no_grad():
+            logits = gpt.logits(gpt(torch.tensor([prompt + reply])))[0, len(prompt) - 1 : -1] / 0.7
+        again = logits.log_softmax(-1).gather(1, torch.tensor(reply)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(sampled), again, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_heads_with_a_mask_hold_no_square_of_the_length(dtype):
+    B, T = 2, 4096
+    model = GPT(Config(61, 512, 1, 8, 2, 64, 512, T, "llama"))
+    forks = Forks(
+        torch.randint(61, (B, T)),
+        torch.arange(T).expand(B, T),
+        torch.ones(T, T, dtype=torch.bool).tril().expand(B, 1, T, T),
+        None,
+    )
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with torch.no_grad(), torch.autocast("cuda", dtype, enabled=dtype == torch.bfloat16):
+        masked = model(forks.ids, forks)
+        plain = model(forks.ids)
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak < B * 8 * T * T * 4  # the scores of all heads in fp32
+    torch.testing.assert_close(masked, plain, rtol=0, atol=2e-2)
+
+
+def test_a_step_of_sft_waits_for_the_gpu_only_where_its_loss_is_read(gpt):
+    examples = [([1, 2, 3, 4, 5], [0, 0, 1, 1, 1]), ([6, 7, 8], [0, 1, 1])] * 4
+
+    def work():
+        with torch.autocast("cuda", torch.bfloat16):
+            losses = sft.sequence_losses(gpt, examples)
+        return losses.sum()
+
+    work()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import kernels
 from data import checkpoints
 from data.architectures import layout, read_config
-from model import GPT, rope_frequencies, sample
+from model import GPT, Cache, rope_frequencies, sample
 
 ARCHS = ["gpt2", "llama"]
 SPELLINGS = ["config.json", "config_v4.json"]
@@ -654,6 +654,51 @@ def test_what_is_streamed_is_what_is_returned(writer, ragged):
     assert heard == replies == generate()
 
 
+@pytest.fixture
+def fixed_shapes(monkeypatch):
+    """A GPU's loop over steps and its way to draw, on the CPU, without recording."""
+    monkeypatch.setattr("model.fixes_shapes", lambda device: True)
+    monkeypatch.setattr("kernels.sampling.fixes_shapes", lambda device: True)
+
+
+@torch.no_grad()
+def test_steps_of_one_shape_give_the_same_greedy_replies(writer, ragged, fixed_shapes):
+    alone = [greedy_by_hand(writer, prompt, 40) for prompt in ragged]
+    stops = sorted({reply[2 + i] for i, reply in enumerate(alone[:4])})
+    for options in (dict(), dict(stop_id=stops), dict(stop_id=alone[0][3])):
+        ends = options.get("stop_id", ())
+        ends = ends if isinstance(ends, (list, tuple)) else [ends]
+        replies, logprobs = writer.generate(
+            ragged, 40, temperature=0, return_logprobs=True, **options
+        )
+        assert replies == [greedy_by_hand(writer, prompt, 40, ends) for prompt in ragged]
+        assert list(map(len, logprobs)) == list(map(len, replies))
+    prompts = [[1] * 63, [2] * 60, [3], [4] * 50]  # the context ends three of them
+    replies = writer.generate(prompts, 10, temperature=0)
+    assert replies == [greedy_by_hand(writer, prompt, 10) for prompt in prompts]
+
+
+@torch.no_grad()
+def test_steps_of_one_shape_sample_with_the_logprobs_of_training(writer, ragged, fixed_shapes):
+    options = dict(stop_id=list(range(0, 60, 8)), return_logprobs=True, samples=3)
+    generator = torch.Generator().manual_seed(1)
+    replies, logprobs = writer.generate(ragged, 20, 0.7, generator=generator, **options)
+    assert len(set(map(len, replies))) > 2 and len(replies) == 3 * len(ragged)
+    prompts = [prompt for prompt in ragged for _ in range(3)]
+    for prompt, reply, sampled in zip(prompts, replies, logprobs, strict=True):
+        assert not set(reply[:-1]) & set(options["stop_id"])
+        logits = all_logits(writer, prompt + reply)[len(prompt) - 1 : -1] / 0.7
+        again = F.log_softmax(logits, -1).gather(1, torch.tensor(reply)[:, None]).squeeze(1)
+        torch.testing.assert_close(torch.tensor(sampled), again, rtol=1e-5, atol=1e-5)
+
+
+def test_steps_of_one_shape_end_soon_after_the_last_reply(tiny, ragged, fixed_shapes, monkeypatch):
+    model, drawn = tiny(), []
+    monkeypatch.setattr("model.sample", lambda logits, *_: drawn.append(0) or logits.argmax(-1))
+    replies = model.generate(ragged, 50, stop_id=list(range(61)))
+    assert all(len(reply) == 1 for reply in replies) and len(drawn) == 16
+
+
 @torch.no_grad()
 def test_top_k_1_and_a_tiny_top_p_are_greedy(tiny, ragged):
     model = tiny()
@@ -684,7 +729,11 @@ def test_the_generator_decides_what_is_sampled(tiny, ragged):
         (dict(top_k=3, top_p=0.7), [4 / 7, 3 / 7, 0, 0]),  # after top-k the first two hold .78
     ],
 )
-def test_tokens_are_drawn_with_the_probabilities_that_were_asked_for(options, expected):
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_tokens_are_drawn_with_the_probabilities_that_were_asked_for(
+    options, expected, on_gpu, monkeypatch
+):
+    monkeypatch.setattr("kernels.sampling.fixes_shapes", lambda device: on_gpu)
     n = 40000
     order = [2, 0, 3, 1]  # shuffled, so that a sorted order cannot pass for the vocabulary's
     probabilities = torch.zeros(4)
@@ -695,6 +744,24 @@ def test_tokens_are_drawn_with_the_probabilities_that_were_asked_for(options, ex
     wanted = torch.tensor(expected)
     assert torch.all((shares - wanted).abs() <= 4.5 * (wanted * (1 - wanted) / n).sqrt() + 1e-4)
     assert torch.all(shares[wanted == 0] == 0)
+
+
+def test_the_cache_and_rope_keep_the_precision_of_autocast(tiny, ragged, monkeypatch):
+    model, dtypes = tiny(kv_heads=2), set()
+    attention = F.scaled_dot_product_attention
+
+    def watched(q, k, v, **options):
+        dtypes.update(x.dtype for x in (q, k, v))
+        return attention(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    select = Cache.select
+    monkeypatch.setattr(
+        Cache, "select", lambda self, rows: dtypes.add(self.keys.dtype) or select(self, rows)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        model.generate(ragged, 5, samples=2)
+    assert dtypes == {torch.bfloat16}
 
 
 def test_a_score_is_fp32_under_autocast(tiny):

@@ -20,7 +20,8 @@ import reward
 import run
 import sft
 from data import annotators, checkpoints, tokenizer
-from run import memory
+from model import GPT
+from run import memory, ranks
 
 SCRIPTS = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo, "annotators": annotators}
 FILES = {"config.json", "model.safetensors", "tokenizer.json"}
@@ -452,6 +453,53 @@ def test_a_footprint_is_one_line():
     }
     line = "policy 479 + gradients 479 + moments 958.1, ref 0 (shared), reward_model 4.5"
     assert memory.describe(sizes) == line
+
+
+@pytest.mark.parametrize("published", [False, True], ids=["fp32 weights", "bf16 weights"])
+def test_frozen_matrices_are_held_in_bf16_where_nothing_is_lost(place, published):
+    def build():
+        torch.manual_seed(0)
+        model = GPT.from_scratch("llama:2x32x32", 64)
+        model.origin = "somewhere"
+        if published:  # as most published weights are
+            for parameter in model.parameters():
+                parameter.data = parameter.data.bfloat16().float()
+        return model
+
+    policy, reward_model = build().adapt(4), build().requires_grad_(False)
+    ref = policy.reference()
+    before = {name: module.weight.clone() for name, module in policy.linears()}
+    job = run.start(Config(out="a", dtype="bfloat16"), "tiny")
+    job.memory(policy=policy, ref=ref, reward_model=reward_model)
+    for name, module in policy.linears():
+        assert torch.equal(module.weight.float(), before[name])  # saved at the end: never rounded
+        assert module.weight.dtype == (torch.bfloat16 if published else torch.float32)
+        assert module.A.dtype == torch.float32  # what learns stays fp32
+        assert dict(ref.linears())[name].weight is module.weight
+        assert dict(reward_model.linears())[name].weight.dtype == torch.bfloat16
+    assert policy.embed.weight.dtype == reward_model.embed.weight.dtype == torch.float32
+    ids = torch.arange(12).view(2, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        same = policy(ids), reward_model(ids)
+    if published:
+        torch.testing.assert_close(*same, rtol=0, atol=0)
+    assert policy(ids).isfinite().all()  # outside autocast too
+
+
+def test_a_run_in_float32_rounds_nothing(place):
+    model = GPT.from_scratch("llama:2x32x32", 64).requires_grad_(False)
+    run.start(Config(out="a"), "tiny").memory(model=model, ref=model)
+    assert {module.weight.dtype for _, module in model.linears()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "capability, dtype",
+    [((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)],
+)
+def test_bfloat16_is_the_default_of_gpus_that_multiply_it(capability, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert ranks.default_dtype(torch.device("cuda")) == dtype
+    assert ranks.default_dtype(torch.device("cpu")) == torch.float32
 
 
 def test_memory_is_said_and_written(place, adapted, capsys):
