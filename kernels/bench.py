@@ -64,8 +64,8 @@ class Case:
                 self.times[name] = []
 
     def rows(self, tflops):
-        """-> a dict for each implementation: ms, peak GB, times ours, of yardstick, of floor, errors
-        (relative norms, of the losses and of each gradient)."""
+        """-> a dict for each implementation: ms, peak GB, times ours, of yardstick, of floor, and
+        errors (relative norms, of the losses and of each gradient)."""
         case = self.case
         unit = statistics.median(self.times.pop("yardstick"))
         needed = measure.units_needed(case, self.n, self.leaves[0])

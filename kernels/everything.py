@@ -95,19 +95,21 @@ def record_step(step, seconds, log, record, path):
     results = {}  # of this run
 
     def keep(line):
-        entry["last_line"] = line.strip()[:200] or entry["last_line"]
         result = {}
         with contextlib.suppress(json.JSONDecodeError):
             result = json.loads(line) if line.startswith("{") else {}
-        if "name" in result:
+        if "name" not in result:
+            entry["last_line"] = line.strip()[:200] or entry["last_line"]
+        else:
             name = result.pop("name")
             results[name] = result | utilisation(result, record) | {"date": today}
             entry["results"] = earlier | results
             write(record, path)
 
     began = time.monotonic()
-    status = run_step(step, seconds, log, keep)
-    entry["status"] = status if status == "ok" else f"{status}: {entry['last_line']}"
+    entry["status"] = run_step(step, seconds, log, keep)
+    if entry["status"] != "ok" and entry["last_line"]:
+        entry["status"] += f": {entry['last_line']}"
     entry["seconds"] = round(time.monotonic() - began, 1)
     write(record, path)
     for name, result in results.items():

@@ -2,7 +2,7 @@
 peaked as a trained model's are: a target's probability is anything between 0 and 1. On plain random
 weights an implementation that drops small gradients would look fast and exact.
 
-    python -m kernels.measure    versions and this device's ceilings, products and a copy, as JSON"""
+    python -m kernels.measure    versions and this device's ceilings: products and a copy"""
 
 import contextlib
 import ctypes
