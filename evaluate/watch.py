@@ -161,4 +161,7 @@ if __name__ == "__main__":
     if sys.argv[1:] in ([], ["-h"], ["--help"]):
         print(__doc__)
     else:
-        main(sys.argv[1:])
+        try:
+            main(sys.argv[1:])
+        except (ValueError, OSError) as error:
+            run.command.complain(error)

@@ -19,20 +19,18 @@ from . import linear_cross_entropy, linear_logprob, measure
 from .chunks import padded
 from .dispatch import row_ops
 
-LARGE = 8 << 30  # bytes of logits: the unit gradient of every case below is kept
-
 
 def per_token(hidden, weight, targets):
-    def work(budget=LARGE):
-        logprob = linear_logprob(hidden, weight, targets, logits_budget=budget).logprob
+    def work(gib):
+        logprob = linear_logprob(hidden, weight, targets, logits_budget=gib << 30).logprob
         torch.autograd.grad(logprob, [hidden, weight], torch.ones_like(logprob))
 
     return work
 
 
 def mean(hidden, weight, targets):
-    def work(budget=LARGE):
-        loss = linear_cross_entropy(hidden, weight, targets, logits_budget=budget)
+    def work(gib):
+        loss = linear_cross_entropy(hidden, weight, targets, logits_budget=gib << 30)
         torch.autograd.grad(loss, [hidden, weight])
 
     return work
@@ -82,8 +80,8 @@ def tile(elements, warps, kind=""):
 
 # name, function, V x D, variant A, variant B. A new choice is a line here.
 CHOICES = [
-    ("budget, per token", per_token, "151936x2048", dict(budget=2 << 30), dict(budget=LARGE)),
-    ("budget, mean", mean, "151936x2048", dict(budget=2 << 30), dict(budget=LARGE)),
+    ("budget, per token", per_token, "151936x2048", dict(gib=2), dict(gib=8)),
+    ("budget, mean", mean, "151936x2048", dict(gib=2), dict(gib=8)),
     ("unit pass", unit_pass, "50257x768", tile(16384, 16, "UNIT_"), tile(8192, 8, "UNIT_")),
     ("unit pass", unit_pass, "50257x768", tile(16384, 8, "UNIT_"), tile(32768, 32, "UNIT_")),
     ("unit pass", unit_pass, "151936x768", tile(16384, 16, "UNIT_"), tile(8192, 8, "UNIT_")),

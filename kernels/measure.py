@@ -54,7 +54,9 @@ def versions():
     """{name: version} of torch, Python, and on a GPU of what torch brings for it."""
     result = dict(torch=torch.__version__, python=platform.python_version())
     if torch.cuda.is_available():
-        result |= dict(triton=importlib.metadata.version("triton"), cuda=torch.version.cuda)
+        import triton
+
+        result |= dict(triton=triton.__version__, cuda=torch.version.cuda)
     return result
 
 

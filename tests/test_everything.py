@@ -231,6 +231,12 @@ def test_watch_counts_the_flops_of_products_and_attention(tiny):
     assert watched.totals["trained"] == B * T
 
 
+@pytest.mark.parametrize("words", [["no_such.py"], ["--stop", "soon", "sft.py"], ["--stop"]])
+def test_watch_refuses_what_is_no_script_in_one_sentence(words):
+    with pytest.raises(ValueError, match="name a stage's script|--stop needs"):
+        watch.main(words)
+
+
 def test_watch_counts_host_waits_by_their_place_and_passes_other_warnings_on():
     watched, others = watch.Watch(stop=0), []
     counted = watched.around_warning(lambda *warning: others.append(warning[0]))
