@@ -136,11 +136,12 @@ def everything(options, path):
     """kernels.bench --everything: runs the steps and prints how each has ended."""
     ends = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory() as work:
-        steps = all_steps(options.device == "cuda", options.out.resolve(), Path(work))
+        cuda = options.device == "cuda"
+        steps = all_steps(cuda, options.out.resolve(), Path(work), options.peers)
         if options.steps:
             steps = [step for step in steps if step.name.startswith(tuple(options.steps))]
         statuses = run_steps(steps, ends - time.monotonic(), path)
     print("\n" + "\n".join(f"{name:34} {s:6.1f} s  {text}" for name, (text, s) in statuses.items()))
-    if options.device == "cpu":
+    if not cuda:
         print("no CUDA device: a rehearsal in small sizes, without the GPU tests")
     print(f"written to {path}")

@@ -15,9 +15,9 @@ class Step(NamedTuple):
     typed: str = ""  # its standard input
 
 
-def all_steps(cuda, out, work):
-    """out: the directory of results; work: one for the runs of stages."""
-    steps = [Step("ceilings", 30, ["-m", "kernels.measure"])]
+def all_steps(cuda, out, work, peers):
+    """out: the directory of results; work: one for the runs of stages; peers: names of PEERS."""
+    steps = [Step("ceilings", 60, ["-m", "kernels.measure"])]
     if cuda:
         pytest = ["-m", "pytest", "-v", "-rf", "--tb=short", "-p", "no:cacheprovider", "-m", "gpu"]
         tests = sorted((ROOT / "tests").glob("test_*.py"))  # collecting all of them takes long
@@ -28,7 +28,7 @@ def all_steps(cuda, out, work):
         Step("choices: kernels", 60, ["-m", "kernels.choices"]),
         Step("choices: models", 40, ["-m", "evaluate.speed", "choices"]),
     ]
-    return steps + bench_steps(cuda, out) + model_steps(cuda, work)
+    return steps + bench_steps(cuda, out, peers) + model_steps(cuda, work)
 
 
 def stage_steps(cuda, work):
@@ -50,12 +50,13 @@ def stage_steps(cuda, work):
         "sft, resumed": [*watch, *from_base, "--out", killed, "--resume"],
         "killed or whole": ["-m", "evaluate.speed", "difference", "--runs", sft, killed],
     }
-    steps = [Step(f"stage: {name}", 30, words) for name, words in commands.items()]
+    deadlines = {"pretrain": 60}  # the first one compiles kernels
+    steps = [Step(f"stage: {x}", deadlines.get(x, 30), words) for x, words in commands.items()]
     chat = ["-m", "evaluate.chat", sft, "--max-new-tokens", 20]
     return [*steps, Step("stage: chat", 20, chat, typed="add 2 and 3\n")]
 
 
-def bench_steps(cuda, out):
+def bench_steps(cuda, out, peers):
     """The README's table; then what takes long. Each peer has a process of its own, because one can
     break a GPU's context for all that follow. Ours is timed beside each of them."""
     bench = ["-m", "kernels.bench", "--out", out, "--valid", 0.5, "--rounds", 10 if cuda else 1]
@@ -63,17 +64,22 @@ def bench_steps(cuda, out):
     losses = ["--ops", "mean", "per token"]
     table = [*bench, "--tokens", 8192 if cuda else 64]
     long = [*bench, "--tokens", 32768 if cuda else 128, "--ops", "mean"]
-    compiled = [*table, *losses, "--peers", "compile"]
     # each form of each case is compiled
-    compiled += ["--sizes", "50257x768", "151936x2048"] if cuda else ["--dtypes", "float32"]
-    return [
-        Step("table: eager", 100, [*table, "--peers", "eager", "torch"]),
-        Step("table: Liger", 45, [*table, *losses, "--peers", "liger"], "liger_kernel"),
-        Step("table: CCE", 35, [*table, *losses, "--peers", "cce"], "cut_cross_entropy"),
-        Step("table: QuACK", 45, [*table, "--ops", "mean", "--peers", "quack"], "quack"),
-        Step("table: many tokens", 45, [*long, "--peers", "liger", "cce"]),
-        Step("table: torch.compile", 60, compiled),
+    few = ["--sizes", "50257x768", "151936x2048"] if cuda else ["--dtypes", "float32"]
+    calls = [  # name, deadline, arguments, peers, what must be installed
+        ("eager", 100, table, ["eager", "torch"], ""),
+        ("Liger", 45, [*table, *losses], ["liger"], "liger_kernel"),
+        ("CCE", 35, [*table, *losses], ["cce"], "cut_cross_entropy"),
+        ("QuACK", 45, [*table, "--ops", "mean"], ["quack"], "quack"),
+        ("many tokens", 45, long, ["liger", "cce"], ""),
+        ("torch.compile", 60, [*table, *losses, *few], ["compile"], ""),
     ]
+    steps = []
+    for name, seconds, words, names, module in calls:
+        chosen = [peer for peer in names if peer in peers]
+        if chosen:
+            steps.append(Step(f"table: {name}", seconds, [*words, "--peers", *chosen], module))
+    return steps
 
 
 def model_steps(cuda, work):

@@ -24,7 +24,7 @@ from kernels import bench, choices, everything
 from kernels.steps import Step, all_steps
 
 STAGES = {"sft.py": sft, "reward.py": reward, "dpo.py": dpo, "ppo.py": ppo}
-OUT, WORK = Path("/out"), Path("/work")
+PLACES = Path("/out"), Path("/work"), bench.PEERS
 
 
 def step(name, code, seconds=60, **options):
@@ -158,19 +158,23 @@ def understood(words, monkeypatch):
 
 @pytest.mark.parametrize("cuda", [True, False], ids=["GPU", "CPU"])
 def test_every_command_line_is_understood(cuda, monkeypatch):
-    steps = all_steps(cuda, OUT, WORK)
+    steps = all_steps(cuda, *PLACES)
     assert max(Counter(each.name for each in steps).values()) == 1
     for each in steps:
         understood(list(map(str, each.words)), monkeypatch)
 
 
-def test_a_stage_runs_after_what_it_needs_and_the_most_important_steps_come_first():
-    names = [each.name for each in all_steps(True, OUT, WORK)]
+def test_a_stage_comes_after_what_it_needs_and_peers_can_be_chosen():
+    names = [each.name for each in all_steps(True, *PLACES)]
     assert names[:2] == ["ceilings", "GPU tests"]
     order = ["stage: ppo", "choices: kernels", "table: eager", "table: QuACK", "model: files"]
     assert sorted(order, key=names.index) == order
+    few = [each.name for each in all_steps(True, *PLACES[:2], ["eager"])]
+    assert [name for name in names if name not in few] == [
+        name for name in names if name.startswith("table") and name != "table: eager"
+    ]
     made = set()
-    for each in all_steps(True, OUT, WORK):
+    for each in all_steps(True, *PLACES):
         words = list(map(str, each.words))
         for flag, value in zip(words, words[1:]):
             if flag in ("--init", "--reward") and value != "scratch":
@@ -278,7 +282,7 @@ def test_the_whole_command_runs_on_this_cpu_around_a_crash_and_a_hang(
     print(printed)
     (path,) = (tmp_path / "everything").glob("*.json")
     entries = json.loads(path.read_text())
-    steps = [each for each in with_faults(False, OUT, WORK) if not each.module]
+    steps = [each for each in with_faults(False, *PLACES) if not each.module]
     expected = dict.fromkeys((each.name for each in steps), "ok")
     for name, entry in entries.items():
         if name in ("crash", "hang"):
