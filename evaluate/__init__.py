@@ -8,4 +8,6 @@ best_of_n     the best of n samples by reward model, process model, vote and jud
 hacking       how PPO runs with known truth ended; detector.py, which ppo.py uses, warns
 labels        how often labels agree with the judge, and what averaging does to them
 chat          talk to a checkpoint in the terminal
+watch         how fast a stage trains, how often the host waits for the GPU
+speed         text for such measurements, and ways to run a model compared
 """

@@ -2,19 +2,19 @@
 
     python -m kernels.bench            this GPU, or this CPU -> kernels/results/<device>.json
     python -m kernels.bench --table    kernels/README.md's table from the files in kernels/results
+    python -m kernels.bench --everything --minutes 13    all that a GPU can tell: see everything.py
 
 All implementations of an op get the same inputs and run one after the other in each round, on a
-GPU with a cold L2; reported is the median over the rounds. Peak memory is what a run allocates
-beyond its inputs and gradients; freed memory stays with the process, as in every script. Errors are
-relative norms against fp64, on 256 tokens. The yardstick is torch.mm of the supervised hidden
-states with the head, times the products that the op cannot do without; for rows, a copy of them."""
+GPU with a cold L2; reported is the median over the rounds. Later calls add to the file; "times
+ours" compares within one call. Peak memory is what a run allocates beyond its inputs and gradients;
+freed memory stays with the process, as in every script. Errors are relative norms against fp64, on
+256 tokens. The yardstick is torch.mm of the supervised hidden states with the head, times the
+products that the op cannot do without; for rows, a copy of them."""
 
 import argparse
 import datetime
 import itertools
 import json
-import platform
-import re
 import statistics
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 
 from . import measure
-from .peers import MISSING, implementations
+from .everything import everything
+from .peers import MISSING, PEERS, implementations
 from .table import RESULTS, case_of, report, write_table
 
 CUDA_SIZES = "50257x768 151936x896 151936x2048 256000x2304 128256x4096".split()
@@ -37,7 +38,7 @@ SAMPLE = slice(0, 256)  # the tokens on which errors are measured
 class Case:
     """One op's implementations on the same measure.inputs, warmed up and ready to be timed."""
 
-    def __init__(self, case, device):
+    def __init__(self, case, device, peers):
         self.case = case
         self.leaves, self.others = measure.inputs(case, device)
         self.n = int((self.others[0] != -100).sum())
@@ -46,7 +47,7 @@ class Case:
         for leaf in trainable:
             leaf.requires_grad_()
         gradients = sum(x.nbytes for x in trainable) * case["backward"]
-        self.functions, self.twin = implementations(case["op"])
+        self.functions, self.twin = implementations(case["op"], peers)
         rows = case["op"] == "rows"
         yardstick = measure.copied if rows else partial(measure.multiplied, self.n)
         self.calls, self.times, self.peaks = {}, {}, {}
@@ -63,17 +64,19 @@ class Case:
                 self.times[name] = []
 
     def rows(self, tflops):
-        """-> a dict for each implementation: ms, peak GB, of yardstick, of floor, errors (relative
-        norms, of the losses and of each gradient)."""
+        """-> a dict for each implementation: ms, peak GB, times ours, of yardstick, of floor, and
+        errors (relative norms, of the losses and of each gradient)."""
         case = self.case
         unit = statistics.median(self.times.pop("yardstick"))
         needed = measure.units_needed(case, self.n, self.leaves[0])
         has_errors = case["backward"] and not case["frozen"]
         exact = self.sample(self.twin, torch.float64) if has_errors else None
         rows = []
+        ours = self.times.get("ours")  # none: left out
         for name, times in self.times.items():
             ms = statistics.median(times)
             row = case | dict(implementation=name, ms=ms, peak_gb=self.peaks[name] / 1e9)
+            row["times_ours"] = ours and ms / statistics.median(ours)
             row["of_yardstick"] = needed * unit / ms
             if tflops and case["op"] != "rows":
                 row["of_floor"] = needed * 2 * self.n * case["V"] * case["D"] / tflops / 1e9 / ms
@@ -109,14 +112,12 @@ def bench(options):
     tflops = None
     rows = []
     if options.device == "cuda":  # its own best, measured here: what fractions of a floor refer to
-        square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-        work = partial(torch.mm, square, square)
-        ms = statistics.median(measure.milliseconds(work, "cuda") for _ in range(20))
-        tflops = 2 * 8192**3 / ms / 1e9
+        tflops = measure.product_tflops("cuda")
     for case in all_cases(options):
         torch.compiler.reset()  # each case is compiled for its own shapes
         print(", ".join(f"{name} {value}" for name, value in case.items()))
-        cases = [Case(case | dict(dtype=dtype), options.device) for dtype in options.dtypes]
+        settings = options.device, options.peers
+        cases = [Case(case | dict(dtype=dtype), *settings) for dtype in options.dtypes]
         for _, timed in itertools.product(range(options.rounds), cases):
             for name, call in timed.calls.items():
                 timed.times[name].append(measure.milliseconds(call, options.device))
@@ -138,47 +139,57 @@ def parse():
     add("--tokens", nargs="+", type=int)
     add("--dtypes", nargs="+")
     add("--valid", nargs="+", type=float, default=[1.0, 0.5], help="supervised fractions")
+    add("--peers", nargs="+", choices=PEERS, default=PEERS, help="what to compare with")
     add("--rounds", type=int, help="runs of each implementation")
     add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     add("--out", default=RESULTS, type=Path, help="directory of the results")
     add("--table", action="store_true", help="write the table of kernels/README.md and stop")
+    add("--everything", action="store_true", help="run all steps of steps.py, each in a process")
+    add("--minutes", type=float, default=13, help="of --everything: then what is left is dropped")
+    add("--steps", nargs="+", metavar="NAME", help="of --everything: those whose names begin so")
     options = parser.parse_args()
     for name, default in DEFAULTS[options.device].items():
         setattr(options, name, getattr(options, name) or default)
     return options
 
 
+def merged(earlier, rows):
+    """All rows, case by case, ours first; new ones replace those of the same implementation."""
+    rows = {(case_of(row), row["implementation"]): row for row in earlier + rows}
+    cases = list(dict.fromkeys(case for case, _ in rows))
+
+    def place(row):
+        return cases.index(case_of(row)), not row["implementation"].startswith("ours")
+
+    return sorted(rows.values(), key=place)
+
+
 def main():
     options = parse()
     if options.table:
         return write_table()
+    cuda = options.device == "cuda"
+    device = measure.device_name(options.device)
+    name = "-".join(device.lower().split()) + ".json"
+    if options.everything:
+        return everything(options, options.out / "everything" / name)
     measure.keep_memory()
     torch.set_num_threads(options.threads)
-    cuda = options.device == "cuda"
-    cpuinfo = Path("/proc/cpuinfo")
-    model = re.search("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    device = model[1] if model else platform.processor() or "CPU"
-    versions = dict(torch=torch.__version__, python=platform.python_version())
-    if cuda:
-        device = torch.cuda.get_device_name()
-        import triton
-
-        versions |= dict(triton=triton.__version__, cuda=torch.version.cuda)
-    about = dict(device=device, cuda=cuda, date=datetime.date.today().isoformat())
-    about |= dict(versions=versions, rounds=options.rounds, threads=torch.get_num_threads())
+    about = dict(device=device, cuda=cuda, versions=measure.versions())
+    about |= dict(rounds=options.rounds, threads=torch.get_num_threads())
     host_clock, _ = measure.HOST_CLOCKS[options.threads == 1]
     about["clock"] = "CUDA events, cold L2" if cuda else host_clock
     about |= {} if cuda else dict(gpu="not measured yet")
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / ("-".join(device.lower().split()) + ".json")
+    path = options.out / name
     before = json.loads(path.read_text()) if path.exists() else {}
-    # results of the same day, versions and clock are extended; others are replaced
-    keys = "date versions rounds threads clock".split()
-    earlier = before["rows"] if all(before.get(key) == about[key] for key in keys) else []
+    # results of the same versions and clock are extended; others are replaced
+    same = all(before.get(key) == about[key] for key in "versions rounds threads clock".split())
+    earlier = before["rows"] if same else []
+    about["peers"] = before.get("peers", {}) | measure.peer_versions()
+    today = dict(date=datetime.date.today().isoformat())
     for tflops, rows in bench(options):  # written after each case: a stopped run is not lost
-        measured = {case_of(row) for row in rows}
-        unchanged = [row for row in earlier if case_of(row) not in measured]
-        result = about | dict(tflops=tflops, rows=unchanged + rows)
+        result = about | dict(tflops=tflops, rows=merged(earlier, [row | today for row in rows]))
         path.write_text(json.dumps(result, indent=1) + "\n")
     for name, reason in MISSING.items():
         print(f"not compared with {name}: {reason}")

@@ -1,11 +1,20 @@
 """How `kernels.bench` measures: inputs, one run, its time and memory, and the yardstick. Logits are
 peaked as a trained model's are: a target's probability is anything between 0 and 1. On plain random
-weights an implementation that drops small gradients would look fast and exact."""
+weights an implementation that drops small gradients would look fast and exact.
+
+    python -m kernels.measure    versions and this device's ceilings: products and a copy"""
 
 import contextlib
 import ctypes
+import importlib.metadata
 import itertools
+import json
+import platform
+import re
+import statistics
 import time
+from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -39,6 +48,48 @@ def milliseconds(work, device):
     start = now()
     work()
     return (now() - start) * 1e3
+
+
+def versions():
+    """{name: version} of torch, Python, and on a GPU of what torch brings for it."""
+    result = dict(torch=torch.__version__, python=platform.python_version())
+    if torch.cuda.is_available():
+        import triton
+
+        result |= dict(triton=triton.__version__, cuda=torch.version.cuda)
+    return result
+
+
+def peer_versions():
+    result = {}
+    for name in ("liger-kernel", "cut-cross-entropy", "quack-kernels"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            result[name] = importlib.metadata.version(name)
+    return result
+
+
+def device_name(device):
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return model[1] if model else platform.processor() or "CPU"
+
+
+def product_tflops(device, dtype=torch.bfloat16, size=8192):
+    """The speed of a square product, which fractions of a floor refer to."""
+    square = torch.randn(size, size, device=device, dtype=dtype)
+    work = partial(torch.mm, square, square)
+    ms = statistics.median(milliseconds(work, device) for _ in range(20))
+    return 2 * size**3 / ms / 1e9
+
+
+def copy_gb_per_s(device, size):
+    """The speed of a copy of `size` bytes, bytes read and written counted."""
+    source = torch.randn(size // 4, device=device)
+    work = partial(torch.empty_like(source).copy_, source)
+    ms = statistics.median(milliseconds(work, device) for _ in range(20))
+    return 2 * size / ms / 1e6
 
 
 def peak_bytes(work, device):
@@ -107,3 +158,20 @@ def multiplied(n, hidden, weight, *_):
 def copied(logits, _):
     N, V = logits.shape
     return logits.new_empty(N, padded(V))[:, :V].copy_(logits.detach())
+
+
+def main():
+    cuda = torch.cuda.is_available()
+    device = "cuda" if cuda else "cpu"
+    size = 8192 if cuda else 512
+    result = {"name": "ceilings", "device": device_name(device), **versions(), **peer_versions()}
+    result["copy_gb_per_s"] = copy_gb_per_s(device, 4 << 30 if cuda else 64 << 20)
+    result["bfloat16_tflops"] = product_tflops(device, torch.bfloat16, size)
+    for name, precision in (("float32", "highest"), ("tf32", "high")):
+        torch.set_float32_matmul_precision(precision)
+        result[f"{name}_tflops"] = product_tflops(device, torch.float32, size)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -15,6 +15,7 @@ from .chunks import scatter
 
 LIGER = ("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")
 CCE = ("cut_cross_entropy", "linear_cross_entropy")
+PEERS = ["eager", "compile", "torch", "liger", "cce", "quack"]  # names of --peers
 LIBRARIES = {  # module, function, options
     "Liger": (*LIGER, {}),
     "Liger, fp32 sums": (*LIGER, dict(accum_dtype=torch.float32)),
@@ -25,40 +26,46 @@ LIBRARIES = {  # module, function, options
 MISSING = {}  # libraries that could not be imported: why
 
 
-def implementations(op):
-    """-> {name: function}, its fp64 twin."""
+def implementations(op, names=PEERS):
+    """-> {name: function}, ours and those of the named PEERS; its fp64 twin."""
+    eager_too = "eager" in names
     if op == "rows":
         twin = negated(reference.logprob_rows)
-        return {"ours": negated(logprob_rows), "torch eager": rows_eager}, twin
+        functions = {"torch eager": rows_eager} if eager_too else {}
+        return {"ours": negated(logprob_rows)} | functions, twin
     if op == "KL":
         twin = partial(kl, reference.linear_kl)
-        return {"ours": partial(kl, linear_kl), "torch eager": twin}, twin
+        functions = {"torch eager": twin} if eager_too else {}
+        return {"ours": partial(kl, linear_kl)} | functions, twin
     if op == "mean":
-        return {"ours": linear_cross_entropy} | peers("mean"), reference.linear_cross_entropy
+        functions = {"ours": linear_cross_entropy} | peers("mean", names)
+        return functions, reference.linear_cross_entropy
     functions = {"ours": negated(linear_logprob)}
     if torch.cuda.is_available():  # both sides of dispatch.FUSED_WIDTH, which differ in a forward
         for name, width in (("fused forward", 10**9), ("product + row kernel", 0)):
             at_width = mock.patch.object(dispatch, "FUSED_WIDTH", width)
             functions[f"ours, {name}"] = at_width(functions["ours"])
-    return functions | peers("none"), negated(reference.linear_logprob)
+    return functions | peers("none", names), negated(reference.linear_logprob)
 
 
-def peers(reduction):
-    """Everything importable that computes the same -> {name: function}."""
-    functions = {
-        "torch eager": partial(eager, reduction=reduction),
-        "torch eager, compacted": partial(eager_compacted, reduction=reduction),
-        "torch.compile": torch.compile(partial(eager, reduction=reduction)),
-    }
-    if hasattr(F, "linear_cross_entropy"):
+def peers(reduction, names):
+    """The named peers that are importable and compute the same -> {name: function}."""
+    functions = {}
+    if "eager" in names:
+        functions["torch eager"] = partial(eager, reduction=reduction)
+        functions["torch eager, compacted"] = partial(eager_compacted, reduction=reduction)
+    if "compile" in names:
+        functions["torch.compile"] = torch.compile(partial(eager, reduction=reduction))
+    if "torch" in names and hasattr(F, "linear_cross_entropy"):
         fused = partial(F.linear_cross_entropy, reduction=reduction)
         functions["F.linear_cross_entropy"] = fused
         if reduction == "mean" and hasattr(torch.nn, "LinearCrossEntropyOptions"):
             chunked = partial(fused, options=torch.nn.LinearCrossEntropyOptions())
             functions["F.linear_cross_entropy, chunked"] = chunked
     for name, (module, function, options) in LIBRARIES.items():
-        if reduction == "none" and "CCE" not in name:
-            continue  # these have no gradient for per-token upstream gradients
+        asked = name.split(",")[0].split()[0].lower() in names
+        if not asked or (reduction == "none" and name == "QuACK"):  # it has a mean or a sum only
+            continue
         try:
             loss = getattr(importlib.import_module(module), function)
             loss = partial(loss, reduction=reduction, **options)

@@ -35,16 +35,18 @@ def write_table():
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     table = ""
     for result in results:
-        versions = [f"{name} {version}" for name, version in result["versions"].items()]
-        about = [result["device"], result["date"], *versions, f"threads: {result['threads']}"]
-        table += "\n".join([f"{', '.join(about)}, {result['clock']}:", *HEADER, ""])
         rows = result["rows"]
-        ours = {case_of(row): row["ms"] for row in rows if row["implementation"] == "ours"}
+        dates = sorted({row["date"] for row in rows})
+        versions = (result["versions"] | result["peers"]).items()
+        about = [result["device"], " to ".join(dict.fromkeys((dates[0], dates[-1])))]
+        about += [f"{name} {version}" for name, version in versions]
+        about += [f"threads: {result['threads']}"]
+        table += "\n".join([f"{', '.join(about)}, {result['clock']}:", *HEADER, ""])
         for row in [row for row in rows if row["backward"] and not row["frozen"]]:
             cells = [row["op"], row["dtype"], f"{row['V']} x {row['D']}", f"{row['N']}"]
             cells += [f"{row['valid']:.0%}", row["implementation"], f"{row['ms']:.4g}"]
             cells += [f"{row['peak_gb']:.2f}", f"{row['of_yardstick']:.0%}"]
-            cells += [f"{row['ms'] / ours[case_of(row)]:.2f}"]
+            cells += [f"{row['times_ours']:.2f}" if row["times_ours"] else ""]
             table += f"| {' | '.join(cells)} |\n"
         table += "\n"
     if not any(result["cuda"] for result in results):

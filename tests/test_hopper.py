@@ -1,9 +1,13 @@
 """Every Triton kernel compiles for Hopper (sm_90) as its launcher launches it, without spilling a
 register and within the shared memory of a multiprocessor. No GPU is needed: Triton compiles for an
-explicit target and its wheel brings the assembler and `cuobjdump`. Says nothing about speed."""
+explicit target and its wheel brings the assembler and `cuobjdump`. Says nothing about speed.
+
+    python -m tests.test_hopper    registers, spills and shared memory on older and newer GPUs too
+"""
 
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,13 +18,17 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from kernels import dispatch, gradient_triton, linear_triton, rows_triton  # noqa: E402
 
-SHARED_LIMIT = 227 * 1024  # bytes that one block may use on sm_90
+# {architecture: bytes of shared memory that one block may use}: Turing; A100; H100, H200; B200
+SHARED_LIMITS = {75: 64 << 10, 80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+SHARED_LIMIT = SHARED_LIMITS[90]
+# Bytes that are known to spill: the first one under Triton 3.6, the second under 3.9.
+SPILLS = {(80, "fused linear, entropy"): 8, (100, "unit gradient of the reverse KL"): 16}
 REGISTERS = 65536  # of a multiprocessor
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {"fp32": "*fp32", "fp64": "*fp64", "bf16": "*bf16", "i64": "*i64"}
 
 
-def resources(kernel, arguments, num_warps, num_stages=3, tmp_path=None):
+def resources(kernel, arguments, num_warps, num_stages=3, tmp_path=None, architecture=90):
     """arguments: name -> one of POINTERS, "i32" an integer divisible by 16 ("odd i32": not), None,
     or a constexpr's value. -> registers, stack, local and shared bytes; the stages of the compiled
     code by name."""
@@ -36,7 +44,7 @@ def resources(kernel, arguments, num_warps, num_stages=3, tmp_path=None):
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(
         source,
-        target=GPUTarget("cuda", 90, 32),
+        target=GPUTarget("cuda", architecture, 32),
         options=dict(num_warps=num_warps, num_stages=num_stages),
     )
     cubin = tmp_path / "kernel.cubin"
@@ -132,17 +140,21 @@ CASES = {
 CASES |= LINEAR_CASES
 
 
-# a default that Triton is about to change; either will do
-@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@pytest.mark.parametrize("name", CASES)
-def test_kernel_compiles_for_hopper_without_spills(name, tmp_path, record_property):
-    """And within shared memory."""
+def needs_a_compiler():
     if dispatch.interpreting():
         pytest.skip("TRITON_INTERPRET=1: the kernels are Python functions here, nothing to compile")
     if not (BIN / "cuobjdump").exists() or not (BIN / "ptxas").exists():
         pytest.skip(
             f"{BIN}: this Triton wheel has no ptxas or no cuobjdump, the resources cannot be read"
         )
+
+
+# a default that Triton is about to change; either will do
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("name", CASES)
+def test_kernel_compiles_for_hopper_without_spills(name, tmp_path, record_property):
+    """And within shared memory."""
+    needs_a_compiler()
     usage, asm = resources(*CASES[name], tmp_path=tmp_path)
     print(f"{name}: {usage}")
     record_property("resources", str(usage))
@@ -168,6 +180,19 @@ def test_kernel_compiles_for_hopper_without_spills(name, tmp_path, record_proper
         )
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("architecture", [80, 100])
+def test_no_kernel_spills_on_an_a100_or_a_b200_but_the_known_ones(architecture, tmp_path):
+    """And all fit in shared memory."""
+    needs_a_compiler()
+    for name, usage in usage_on(architecture, tmp_path).items():
+        assert isinstance(usage, dict), f"{name} does not compile: {usage}"
+        spilled = usage["STACK"] + usage["LOCAL"]
+        assert spilled <= SPILLS.get((architecture, name), 0), f"{name} spills: {usage}"
+        assert usage["SHARED"] <= SHARED_LIMITS[architecture], f"{name}: {usage}"
+
+
 def test_every_kernel_is_covered():
     kernels = {
         value
@@ -176,3 +201,40 @@ def test_every_kernel_is_covered():
         if name.endswith("_kernel")
     }
     assert len(kernels) == 4 and kernels == {case[0] for case in CASES.values()}
+
+
+def usage_on(architecture, tmp_path):
+    """-> {kernel: its resources, or why it does not compile}."""
+    usages = {}
+    for name, case in CASES.items():
+        try:
+            usages[name], _ = resources(*case, tmp_path=tmp_path, architecture=architecture)
+        except Exception as error:  # of the compiler, in its own words
+            usages[name] = f"{type(error).__name__}: {str(error).strip()[-100:]!r}"
+    return usages
+
+
+def main():
+    """Prints the table."""
+    print(f"Triton {triton.__version__}; registers / spilled bytes / shared KiB of a program")
+    with tempfile.TemporaryDirectory() as folder:
+        table = {a: usage_on(a, Path(folder)) for a in SHARED_LIMITS}
+    print(" ".join(["kernel".ljust(36), *(f"sm_{a}".ljust(16) for a in SHARED_LIMITS)]))
+    errors = []
+    for name in CASES:
+        cells = []
+        for architecture, usages in table.items():
+            usage = usages[name]
+            if isinstance(usage, str):
+                errors.append(f"sm_{architecture}, {name}: {usage}")
+                cells.append("error")
+                continue
+            spilled, shared = usage["STACK"] + usage["LOCAL"], usage["SHARED"]
+            over = "!" if shared > SHARED_LIMITS[architecture] else ""
+            cells.append(f"{usage['REG']} / {spilled} / {shared / 1024:.0f}{over}")
+        print(" ".join([name.ljust(36), *(cell.ljust(16) for cell in cells)]))
+    print("!: more shared memory than a program may have there", *errors, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
