@@ -13,6 +13,7 @@ import string
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file
@@ -86,10 +87,22 @@ def trunk(model, lengths, multiple=1, cudnn=True):
     return 1e3 * (time.perf_counter() - began) / len(lengths)
 
 
+def sampling(model, lengths, fixed=True):
+    """Samples 48 tokens after 8 prompts of each length, in steps of one shape, which a GPU records,
+    or not -> ms of a call."""
+    began = time.perf_counter()
+    autocast = torch.autocast(model.device.type, torch.bfloat16, model.device.type == "cuda")
+    with mock.patch("model.fixes_shapes", lambda device: fixed), autocast:
+        for length in lengths:
+            model.generate([[1] * length] * 8, 48)
+    return 1e3 * (time.perf_counter() - began) / len(lengths)
+
+
 # What was chosen by reading: name, function, variant A, variant B. A new choice is a line here.
 CHOICES = [
     ("batches of their own length, or padded", trunk, dict(multiple=1), dict(multiple=64)),
     ("attention by cuDNN, or without it", trunk, dict(cudnn=True), dict(cudnn=False)),
+    ("steps of one shape, or fewer rows", sampling, dict(fixed=True), dict(fixed=False)),
 ]
 
 

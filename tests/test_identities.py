@@ -2,6 +2,7 @@
 micro-batches, the loss sees the assistant's tokens and nothing else, a score sits on the last one,
 and nothing depends on padding."""
 
+import contextlib
 import copy
 import json
 import math
@@ -748,7 +749,9 @@ def rolled(world_model, world_encoding):
         (end, _), *_ = Counter(chain(*drawn)).most_common(1)
         stops = [end, *range(0, world_encoding.n_vocab, 8)]
         generator = torch.Generator().manual_seed(0)
-        job = job or SimpleNamespace(dtype=torch.float32, forward=forward)
+        job = job or SimpleNamespace(
+            dtype=torch.float32, forward=forward, autocast=contextlib.nullcontext
+        )
         out = ppo.rollout(config, job, models, prompts, stops, generator, config.beta)
         inputs = dict(config=config, prompts=prompts, stops=stops)
         return SimpleNamespace(**inputs, **models._asdict(), **out._asdict())
