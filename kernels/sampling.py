@@ -5,7 +5,8 @@ import torch
 
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """One token per row of logits (B, V) -> (B,). Temperature 0 is greedy. top_p keeps the smallest
-    set of likely tokens whose probabilities sum to at least top_p."""
+    set of likely tokens whose probabilities sum to at least top_p. Raises ValueError for logits
+    from which nothing can be drawn."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
@@ -18,4 +19,11 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         beyond[:, 0] = False  # keep the most likely token even at top_p 0
         removed = torch.zeros_like(beyond).scatter(1, ids, beyond)  # in the vocabulary's order
         logits = logits.masked_fill(removed, -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+    probs = logits.softmax(-1)  # (B, V)
+    try:
+        return torch.multinomial(probs, 1, generator=generator).squeeze(1)
+    except RuntimeError:
+        if probs.isfinite().all():
+            raise
+    wrong = "the model's logits are NaN or infinite, so no token can be drawn"
+    raise ValueError(f"{wrong}: its training has diverged, train it with a lower --lr")
