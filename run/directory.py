@@ -20,13 +20,12 @@ from pathlib import Path
 import torch
 
 from . import lock
-from .files import ROOT, read_facts, refusal, write_json, writing
+from .files import GO_ON, ROOT, read_facts, refusal, write_json, writing
 from .flags import flag_name, require
 from .renames import FIRST_FILES, exchange, is_mount, remove
 
 # Flags that do not change the result, so --resume accepts other values than the killed run had.
 FREE = {"out", "overwrite", "resume", "save_every", "device"}
-GO_ON = "make room, and go on with --resume"
 
 
 def require_directory(directory, source, remedy):

@@ -9,6 +9,8 @@ from pathlib import Path
 from .flags import require
 
 ROOT = Path(__file__).resolve().parents[1]  # of the project
+ELSEWHERE = "make room, or name another place"
+GO_ON = "make room, and go on with --resume"
 
 
 def refusal(error):
@@ -24,7 +26,7 @@ def refusal(error):
 
 
 @contextlib.contextmanager
-def writing(path, remedy="make room, or name another place"):
+def writing(path, remedy=ELSEWHERE):
     """An error of the system, such as a full disk, becomes an OSError of one sentence."""
     try:
         yield
@@ -36,11 +38,11 @@ def writing(path, remedy="make room, or name another place"):
 
 
 @contextlib.contextmanager
-def whole(path):
+def whole(path, remedy=ELSEWHERE):
     """Yields the name of a temporary file, which then replaces `path`, or after an error is removed
     and leaves `path` as it was."""
     temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
+    with writing(path, remedy):
         try:
             yield temporary
             os.replace(temporary, path)

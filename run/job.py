@@ -10,8 +10,8 @@ import torch
 from tqdm import tqdm
 
 from . import lock, memory, pictures, ranks, signals, state
-from .directory import GO_ON, Directory, check_inputs
-from .files import writing
+from .directory import Directory, check_inputs
+from .files import GO_ON, writing
 from .flags import DTYPES
 from .optimizer import require_finite
 

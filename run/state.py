@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import torch
 
-from .files import read_metrics, whole
+from .files import GO_ON, read_metrics, whole
 from .flags import require
 
 
@@ -43,7 +43,7 @@ def write_state(path, parts, facts, device):
     state = facts | {"parts": {name: state_of(part) for name, part in parts.items()}}
     state["rng"] = torch.get_rng_state()
     state["cuda_rng"] = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    with whole(path) as temporary, open(temporary, "wb") as file:
+    with whole(path, GO_ON) as temporary, open(temporary, "wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
