@@ -9,6 +9,7 @@ import re
 from functools import partial
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -233,7 +234,7 @@ def write_config(config):
 
 def tensors_of(path):
     """{key: a function that reads the tensor} of a safetensors file. Each call opens the file
-    again, so that the pages it maps are given back."""
+    again, so that the pages it maps are given back; ValueError for a value that is not finite."""
     if not path.exists():
         reason = "only safetensors are read"
         pickles = sorted(p for p in path.parent.glob("*") if p.suffix in (".bin", ".pt", ".pth"))
@@ -249,9 +250,20 @@ def tensors_of(path):
 
     def read(key):
         with safe_open(path, framework="pt") as file:
-            return file.get_tensor(key)
+            value = file.get_tensor(key)
+        remedy = "its training diverged or the file is damaged: name another checkpoint"
+        run.require(is_finite(value), f"{path}: {key} holds NaN or infinite values; {remedy}")
+        return value
 
     return {key: partial(read, key) for key in keys}
+
+
+def is_finite(tensor):
+    """Whether no value is NaN or infinite. A sum shows that ten times faster than a look at each
+    value, unless it overflows."""
+    if not tensor.is_floating_point():
+        return True
+    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
 
 
 def header(path):
@@ -262,9 +274,12 @@ def header(path):
 
 def write_files(directory, tensors_name, tensors, facts_name, facts, words=None):
     """Writes both files; each appears whole or not at all. words: {name: text} for the header of
-    the tensors' file, which no other tool reads."""
+    the tensors' file, which no other tool reads. Raises ValueError for weights of NaN."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.detach().float().cpu().contiguous() for key, value in tensors.items()}
+    for key, value in tensors.items():
+        wrong = f"{directory}: {key} would hold NaN or infinite values; training has diverged"
+        run.require(is_finite(value), f"{wrong}: lower --lr")
     metadata = {"format": "pt", **(words or {})}
     save_file(tensors, directory / f"{tensors_name}.tmp", metadata=metadata)
     text = json.dumps(facts, indent=2) + "\n"

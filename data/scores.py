@@ -3,15 +3,20 @@ only position that has seen everything, never at padding."""
 
 import torch
 
+import run
 from data.collate import in_batches, longest_side, pad
 from data.forks import forked_hidden
 
 
 def score(model, sequences):
-    """Lists of ids that end with a reply's end-of-turn token -> the scores there (B,)."""
+    """Lists of ids that end with a reply's end-of-turn token -> the scores there (B,). Raises
+    ValueError for a score that is NaN or infinite."""
     ids, lengths = pad(sequences)
     scores = model.score(model(ids.to(model.device)))  # (B, T)
-    return scores[torch.arange(len(sequences)), lengths - 1]
+    scores = scores[torch.arange(len(sequences)), lengths - 1]  # (B,)
+    wrong = f"{model.origin or 'the reward model'} gives a reply a score that is not finite"
+    run.require(scores.isfinite().all(), f"{wrong}: train it again with a lower --lr")
+    return scores
 
 
 @torch.no_grad()

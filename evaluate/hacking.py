@@ -9,7 +9,6 @@ In the table:
     a, b, R2            least-squares fits of gold over d = sqrt(KL) (Gao et al. 2023)
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,9 +48,9 @@ def main(config):
     for path in map(Path, config.runs):
         file = path / "metrics.jsonl"
         run.require(file.exists(), f"{file} does not exist: name run directories of ppo.py")
-        lines = file.read_text(encoding="utf-8").splitlines()
-        rows = metrics[path] = [json.loads(line) for line in lines]
-        judged = rows and {"gold", "score", "kl"} <= rows[0].keys()
+        rows = metrics[path] = run.read_metrics(file)
+        values = [row.get(name) for row in rows for name in ("gold", "score", "kl")]
+        judged = rows and all(isinstance(value, (int, float)) for value in values)
         run.require(judged, f"{file} has no gold: name PPO runs on the embedded world")
     board = {str(path): hacking_row(rows) for path, rows in metrics.items()}
     print(table(board))

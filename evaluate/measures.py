@@ -1,6 +1,5 @@
 """Shared by all files of this room: opening a run, means with their intervals, tables."""
 
-import json
 import statistics
 from pathlib import Path
 
@@ -26,14 +25,9 @@ def open_run(directory, device="cpu"):
     return model.to(device).eval(), encoding, chats
 
 
-def run_facts(directory):
-    """run.json: the flags of a run and what it cost."""
-    return json.loads((directory / "run.json").read_text(encoding="utf-8"))
-
-
 def cost(directory):
     """Processor seconds of a run, and of the runs in the same directory that it needed."""
-    facts = run_facts(directory)
+    facts = run.read_facts(directory, flags=dict, cpu_seconds=(int, float))
     needed = [Path(facts["flags"].get(flag) or "") for flag in ("init", "reward", "judge")]
     return facts["cpu_seconds"] + sum(cost(p) for p in needed if p.parent == directory.parent)
 

@@ -19,7 +19,7 @@ import run
 from data import formats, world
 from evaluate import report
 from evaluate.best_of_n import kl_bound
-from evaluate.measures import cost, judged_message, plus_minus, run_facts, show, spread, table
+from evaluate.measures import cost, judged_message, plus_minus, show, spread, table
 from evaluate.recipe import cores, finish, foundation, stage, summary, whole_numbers
 
 COLUMNS = ["gold", "gain", "win_rate", "kl", "length", "seconds", "memory"]  # of the table
@@ -162,7 +162,7 @@ def measured(home):
         row = board[path.name] = rows.get(path.name, {})
         row.pop("seconds", None)
         if path.parent != home:  # base and sft belong to all methods
-            row |= {"memory": run_facts(path)["peak_memory_mib"], "seconds": cost(path)}
+            row |= {"memory": run.read_facts(path)["peak_memory_mib"], "seconds": cost(path)}
         if "gold" in row:
             row["gain"] = row["gold"] - rows["sft"]["gold"]
     return board, {n: best["gold"][f"n={n}"]["outcome"] for n in BEST_OF}

@@ -38,7 +38,13 @@ def start(words, threads, quiet=False):
     limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))  # torch reads them
     output = subprocess.DEVNULL if quiet else None
     words = [sys.executable, *map(str, words)]
-    return subprocess.run(words, cwd=run.ROOT, env=os.environ | limits, stdout=output).returncode
+    options = dict(cwd=run.ROOT, env=os.environ | limits, stdout=output)
+    with subprocess.Popen(words, **options) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # the process has it too, and writes its state
+            process.wait()
+            raise
 
 
 def finish(result, words, threads, quiet=False):

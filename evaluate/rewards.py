@@ -23,7 +23,7 @@ import run
 from data import annotators, formats, world
 from data.collate import encode_pairs, hold_out_rated, question
 from data.scores import all_pair_scores
-from evaluate.measures import interval, mean, open_run, output, pair_golds, run_facts, table
+from evaluate.measures import interval, mean, open_run, output, pair_golds, table
 
 
 @dataclass
@@ -118,8 +118,11 @@ def reward_row(margins, pairs, golds, gain):
 def head_accuracies(directory, model, pairs):
     """{dimension: how often its head agrees with the judge there} of a run with several heads."""
     weights = load_file(directory / "heads.safetensors")["weight"]
+    names = run.read_facts(directory, flags=dict)["flags"].get("heads", [])
+    counts = f"{directory}: heads.safetensors has {len(weights)} heads, run.json {len(names)}"
+    run.require(len(names) == len(weights), f"{counts}: train it again")
     accuracies = {}
-    for name, weight in zip(run_facts(directory)["flags"]["heads"], weights, strict=True):
+    for name, weight in zip(names, weights, strict=True):
         model.score_head.weight.data = weight[None].to(model.device)  # (1, D); the bias cancels
         judged = zip(*opinions(model, pairs, name), strict=True)
         accuracies[name] = mean([(margin > 0) == (a > b) for margin, (a, b) in judged if a != b])
@@ -128,7 +131,9 @@ def head_accuracies(directory, model, pairs):
 
 def held_out_pairs(directory, encoding, context):
     """The pairs of a run's own --data that it did not learn from."""
-    flags = run_facts(directory)["flags"]
+    flags = run.read_facts(directory, flags=dict)["flags"]
+    known = {"data", "batch_size", "seed"} <= flags.keys()
+    run.require(known, f"{directory}/run.json is no reward model's run: leave out --held-out")
     run.require(flags["data"], f"{directory} learned from the embedded world: leave out --held-out")
     pairs = fitting_pairs(formats.read_all(flags["data"], "preference"), encoding, context)
     questions = [question(record.prompt) for record, _, _ in pairs]

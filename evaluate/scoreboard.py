@@ -28,7 +28,7 @@ import run
 from data import annotators, chat, formats, world
 from data.logprobs import reply_kl
 from evaluate import report
-from evaluate.measures import answer, interval, mean, open_run, reward_scores, run_facts
+from evaluate.measures import answer, interval, mean, open_run, reward_scores
 from evaluate.rewards import fitting_pairs, opinions, reward_row
 
 STAGES = ["base", "sft", "reward", "dpo", "ppo"]
@@ -178,7 +178,7 @@ def main(config):
         if judged and name in texts:
             skills[name] = by_skill(prompts, quality)
         if (directory / "run.json").exists():
-            row["seconds"] = run_facts(directory).get("seconds")
+            row["seconds"] = run.read_facts(directory).get("seconds")
         board[name] = {key: round(value, 4) for key, value in row.items() if value is not None}
     report.write(config.out, board, skills, texts, prompts, config.runs)
     return board, skills

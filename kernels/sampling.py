@@ -15,7 +15,8 @@ WORTH_RECORDING = 32  # decode_fixed: fewer steps cost less than their recording
 
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """One token per row of logits (B, V) -> (B,). Temperature 0 is greedy. top_p keeps the smallest
-    set of likely tokens whose probabilities sum to at least top_p."""
+    set of likely tokens whose probabilities sum to at least top_p. Raises ValueError for logits
+    from which nothing can be drawn."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
@@ -32,7 +33,13 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     if fixes_shapes(probs.device):
         # multinomial makes the host wait. P(token = argmax p / E) = p for E from Exp(1)
         return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
-    return torch.multinomial(probs, 1, generator=generator).squeeze(1)
+    try:
+        return torch.multinomial(probs, 1, generator=generator).squeeze(1)
+    except RuntimeError:
+        if probs.isfinite().all():
+            raise
+    wrong = "the model's logits are NaN or infinite, so no token can be drawn"
+    raise ValueError(f"{wrong}: its training has diverged, train it with a lower --lr")
 
 
 def fixes_shapes(device):

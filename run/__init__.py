@@ -12,6 +12,7 @@ flags.py      a dataclass becomes a command line; the flags that all stages shar
 command.py    starts a script; bad input ends in one sentence and exit code 2
 job.py        one run: its steps, its log, its end
 directory.py  the directory of a run, which appears complete or not at all
+lock.py, renames.py, signals.py      one process for each; whole renames; Ctrl-C
 ranks.py      several processes under torchrun that compute what one process would
 state.py      what --resume needs
 optimizer.py  AdamW, the learning-rate schedule, clipping
@@ -23,7 +24,7 @@ is wrong and what to do. Any other exception is a bug and keeps its traceback.
 
 from .command import commands, keep_memory, script
 from .directory import require_directory
-from .files import ROOT, write, write_json, write_lines
+from .files import ROOT, read_facts, read_metrics, write, write_json, write_lines
 from .flags import Flags, check_choice, check_range, check_requires, fill, parse, require
 from .job import Job, due
 from .memory import peak_memory

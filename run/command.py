@@ -7,6 +7,7 @@ import time
 import traceback
 from pathlib import Path
 
+from . import lock
 from .files import ROOT
 from .flags import parse, require
 from .ranks import environment
@@ -20,7 +21,10 @@ def script(main, Config, doc, ranks=False):
         several = "only sft.py, reward.py, dpo.py and ppo.py run in several processes"
         require(ranks or alone, f"{several}: start this without torchrun")
         keep_memory()
-        main(config)
+        try:
+            main(config)
+        finally:
+            lock.release()
     except (ValueError, OSError) as error:
         complain(error)
     except KeyboardInterrupt:

@@ -1,10 +1,12 @@
 """A run's directory. A run works in DIR.partial, which is renamed to DIR once its checkpoint is
 complete: a killed run leaves the earlier DIR untouched, and DIR never holds half a checkpoint.
+DIR.partial.lock keeps a second process out.
 
 DIR: config.json, model.safetensors, the tokenizer, run.json (every flag, seed, versions, git
 commit, memory), metrics.jsonl and curves.png.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -17,8 +19,10 @@ from pathlib import Path
 
 import torch
 
-from .files import ROOT, write_json
+from . import lock
+from .files import GO_ON, ROOT, read_facts, refusal, write_json, writing
 from .flags import flag_name, require
+from .renames import FIRST_FILES, exchange, is_mount, remove
 
 # Flags that do not change the result, so --resume accepts other values than the killed run had.
 FREE = {"out", "overwrite", "resume", "save_every", "device"}
@@ -46,37 +50,59 @@ def check_inputs(config):
 
 
 class Directory:
-    def __init__(self, config, stage):
-        """Raises ValueError if --out may not be written: it holds files other than a run's, or a
-        run that no flag allows to replace."""
+    def __init__(self, config, stage, writes=True):
+        """Locks the directory if this process `writes` it, and ends what a kill has interrupted.
+        Raises ValueError if --out may not be written: another process writes it, it holds files
+        other than a run's, or a run that no flag allows to replace."""
         self.config, self.stage = config, stage
         self.out = Path(config.out or f"out/{stage}")
         nameless = f"--out {self.out} has no name: name a directory of the run's own"
         require(self.out.name not in ("", ".."), nameless)
-        if self.out.is_symlink():
-            self.out = self.out.resolve()  # a link to a larger disk stays a link
-        self.partial = self.out.with_name(self.out.name + ".partial")
-        for place in (self.out, self.partial):
-            if not place.exists() or (place.is_dir() and not any(place.iterdir())):
-                continue
-            is_run = (place / "run.json").exists() and (place / "metrics.jsonl").exists()
-            foreign = f"--out {self.out}: {place} holds files that are no run of ours"
-            require(is_run, f"{foreign}: name another directory")
-            replace = not config.out or config.overwrite or config.resume
-            taken = f"--out {self.out} already holds a run: name another directory"
-            require(replace or place == self.partial, f"{taken} or pass --overwrite")
+        try:
+            if self.out.is_symlink():
+                self.out = self.out.resolve()  # a link to a larger disk stays a link
+            self.partial = self.out.with_name(self.out.name + ".partial")
+            if writes:
+                holder = lock.take(self.partial.with_name(self.partial.name + ".lock"))
+                remedy = "wait until it ends, or name another directory"
+                require(not holder, f"--out {self.out}: {holder} is writing it: {remedy}")
+                self.repair()
+            for place in (self.out, self.partial):
+                self.check(place)
+        except OSError as error:
+            wrong = f"--out {self.out} cannot be written ({refusal(error)})"
+            raise ValueError(f"{wrong}: name another directory") from None
+
+    def check(self, place):
+        """Raises ValueError if DIR or DIR.partial may not be replaced, or could not be renamed."""
+        if not place.exists():
+            return
+        mounted = f"--out {self.out}: {place} is a mount point, which cannot be renamed"
+        require(not is_mount(place), f"{mounted}: name a directory inside it")
+        folder = place.is_dir() and not place.is_symlink()
+        names = {path.name for path in place.iterdir()} if folder else {None}
+        if not names or (place == self.partial and names <= FIRST_FILES):
+            return
+        foreign = f"--out {self.out}: {place} holds files that are no run of ours"
+        is_run = {"run.json", "metrics.jsonl"} <= names
+        require(is_run, f"{foreign}: name another directory")
+        locked = f"--out {self.out} cannot be written (permission denied)"
+        require(os.access(place, os.W_OK), f"{locked}: name another directory")
+        replace = not self.config.out or self.config.overwrite or self.config.resume
+        taken = f"--out {self.out} already holds a run: name another directory"
+        require(replace or place == self.partial, f"{taken} or pass --overwrite")
 
     def check_resume(self, device):
         """Finds the run that --resume continues -> its run.json, and whether it is complete. Raises
         ValueError if there is none, or if its flags or kind of device are other ones."""
         clash = "--resume goes on with a run and --overwrite begins another"
         require(not self.config.overwrite, f"{clash}: leave one of them out")
-        places = (self.partial, self.out)
+        places = (self.out,) if self.published() else (self.partial, self.out)
         place = next((place for place in places if (place / "run.json").exists()), None)
         nothing = f"--resume: neither {self.partial} nor {self.out} holds a run"
         require(place, f"{nothing}: leave --resume out to begin one")
         remedy = "leave --resume out to begin anew"
-        facts = json.loads((place / "run.json").read_text(encoding="utf-8"))
+        facts = read_facts(place, stage=str, flags=dict, device=str)
         other = f"--resume: {place} is no run of {self.stage}: name another directory"
         require(facts.get("stage") == self.stage, f"{other}, or {remedy}")
         for name, value in dataclasses.asdict(self.config).items():
@@ -92,17 +118,19 @@ class Directory:
     def open(self, size=0):
         """Makes DIR.partial and opens metrics.jsonl. size: bytes of it to keep (0: a new run)."""
         path = self.partial / "metrics.jsonl"
-        try:
+        with writing(self.partial, GO_ON if size else "name another directory"):
             if size:
                 os.truncate(path, size)
             else:
-                shutil.rmtree(self.partial, ignore_errors=True)
+                remove(self.partial)
                 self.partial.mkdir(parents=True)
-        except OSError as error:
-            wrong = f"--out {self.out} cannot be written ({str(error.strerror).lower()})"
-            raise ValueError(f"{wrong}: name another directory") from None
-        # a whole line at a time; open until the run's end
-        self.metrics = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+            # a whole line at a time; open until the run's end
+            self.metrics = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+
+    def write_metrics(self, row):
+        """One more line of metrics.jsonl."""
+        with writing(self.partial / "metrics.jsonl", GO_ON):
+            print(json.dumps(row), file=self.metrics)
 
     def write_facts(self, device, facts):
         """Writes run.json: all that is needed to run this again."""
@@ -122,9 +150,37 @@ class Directory:
         write_json(self.partial / "run.json", about | facts)
 
     def publish(self):
-        """DIR.partial becomes DIR in one rename."""
-        if self.out.exists():  # moved inside the new run: a third name might be somebody's
-            os.replace(self.out, self.partial / "replaced")
-        os.replace(self.partial, self.out)
-        shutil.rmtree(self.out / "replaced", ignore_errors=True)
-        (self.out / "state.pt").unlink(missing_ok=True)  # not before: a kill would still need it
+        """DIR.partial becomes DIR, and an earlier DIR is deleted. Where the system cannot exchange
+        both in one call, a kill may come between two renames: see `repair`."""
+        remedy = f"the run is complete in {self.partial}: rename it yourself"
+        with writing(self.out, remedy):
+            earlier = self.out.exists()
+            if not (earlier and exchange(self.partial, self.out)):
+                if earlier:  # moved inside the new run: a third name might be somebody's
+                    os.replace(self.out, self.partial / "replaced")
+                os.replace(self.partial, self.out)
+        self.clear()
+
+    def clear(self):
+        """Deletes what a published run has replaced; then its state, which tells until then that
+        this is still to do."""
+        with contextlib.suppress(OSError):
+            remove(self.partial)
+            remove(self.out / "replaced")
+            (self.out / "state.pt").unlink(missing_ok=True)
+
+    def published(self):
+        """Whether a kill interrupted `publish` when DIR was the new run already: something of it is
+        left, and in DIR.partial at most a finished run, the one that it replaced."""
+        left = (self.out / "state.pt").exists() or (self.out / "replaced").exists()
+        if not left or (self.partial / "state.pt").exists():
+            return False
+        return not (self.partial / "run.json").exists() or "seconds" in read_facts(self.partial)
+
+    def repair(self):
+        """Ends a `publish` that a kill interrupted, or puts the earlier run back into its place."""
+        replaced = self.partial / "replaced"
+        if replaced.exists() and not self.out.exists():
+            os.replace(replaced, self.out)
+        elif self.published():
+            self.clear()

@@ -1,20 +1,19 @@
 """A job: one run of a script, from the checks before it to the finished directory."""
 
 import contextlib
-import gc
-import json
 import math
 import os
 import sys
 import time
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-from . import memory, pictures, ranks, state
+from . import lock, memory, pictures, ranks, signals, state
 from .directory import Directory, check_inputs
-from .flags import DTYPES, require
+from .files import GO_ON, writing
+from .flags import DTYPES
+from .optimizer import require_finite
 
 
 def due(step, steps, times=5):
@@ -23,8 +22,8 @@ def due(step, steps, times=5):
 
 
 class Job:
-    """One run of a stage. Its making prepares directory, seed, device and precision, but writes
-    nothing; out/<stage> is the default directory.
+    """One run of a stage. Its making prepares directory, seed, device and precision, and writes
+    nothing but a lock; out/<stage> is the default directory.
 
     Raises ValueError for a directory that must not be written, a missing --init or device, or a
     --resume of another run. With --resume of a complete run the process ends, with exit code 0.
@@ -43,7 +42,7 @@ class Job:
         self.learners = {}  # id of a model -> the model inside DDP
         self.sharded = None  # a model that FSDP2 divides
         self.last_micro_batch = True
-        self.directory = Directory(config, stage)
+        self.directory = Directory(config, stage, writes=self.rank == 0)
         self.device = ranks.device_of_rank(config.device)
         if config.resume:
             facts, complete = self.directory.check_resume(self.device)
@@ -123,16 +122,28 @@ class Job:
         options = dict(initial=self.first, desc=self.stage, file=sys.stderr, dynamic_ncols=True)
         quiet = True if self.rank else None  # None: no bar without a terminal
         self.bar = tqdm(total=n, disable=quiet, **options)
-        for step in range(self.first, n):
-            yield step
-            self.bar.update()
-            if step == self.first:
-                self.facts["peak_memory_mib_after_first_step"] = peak = self.peak()
-                self.say(f"{self.stage}: peak memory {peak} MiB after the first step")
-            every = self.config.save_every
-            save = (step + 1) % every == 0 if every else due(step, n, times=10)
-            if save and self.parts and self.rank == 0:
-                self.write_state(step)
+        # Without parts there is no state to write, and a signal ends the process at once.
+        waiting = signals.deferred(self.ranks == 1) if self.parts else contextlib.nullcontext([])
+        with waiting as received:
+            for step in range(self.first, n):
+                yield step
+                self.bar.update()
+                if step == self.first:
+                    self.facts["peak_memory_mib_after_first_step"] = peak = self.peak()
+                    self.say(f"{self.stage}: peak memory {peak} MiB after the first step")
+                every = self.config.save_every
+                save = (step + 1) % every == 0 if every else due(step, n, times=10)
+                number = max(received, default=0)
+                if self.ranks > 1 and self.parts:  # all of them stop after the same step
+                    number = ranks.largest(number, self.device)
+                if (save or number) and self.parts and self.rank == 0:
+                    self.write_state(step)
+                if number:
+                    if self.ranks > 1:
+                        ranks.leave(self.learners)
+                    remedy = "the same command with --resume goes on"
+                    self.say(f"{self.stage}: stopped after step {step + 1} of {n}: {remedy}")
+                    sys.exit(128 + number)
         self.bar.close()
 
     def resume(self):
@@ -142,14 +153,8 @@ class Job:
             late = f"{path.parent} had not come to writing its state: from the beginning"
             self.say(f"{self.stage}: {late}")
             return
-        try:
-            saved = state.read_state(path, self.parts, self.device)
-            self.first, self.size, self.cost_before = saved["first"], saved["size"], saved["cost"]
-            size = path.with_name("metrics.jsonl").stat().st_size
-            require(size >= self.size, "metrics.jsonl is shorter than it was")
-        except Exception as error:
-            wrong = f"{path} is damaged, or no state of this run ({type(error).__name__})"
-            raise ValueError(f"--resume: {wrong}: leave --resume out to begin anew") from None
+        saved = state.read_state(path, self.parts, self.device)
+        self.first, self.size, self.cost_before = saved["first"], saved["size"], saved["cost"]
         self.facts["resumed_at"].append(self.first)
         self.say(f"{self.stage}: goes on after step {self.first}")
 
@@ -161,17 +166,22 @@ class Job:
 
     def log(self, step, **values):
         """Writes numbers or 0-d tensors to metrics.jsonl, and to the terminal: behind the progress
-        bar, or without a terminal as a line for every tenth of the run."""
-        if self.rank:
-            return
+        bar, or without a terminal as a line for every tenth of the run. Then it does `check`."""
         values = {name: float(value) for name, value in values.items()}
-        row = {name: x if math.isfinite(x) else None for name, x in values.items()}
-        print(json.dumps({"step": step, **row}), file=self.directory.metrics)  # JSON has no NaN
-        line = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        if not self.bar.disable:
-            self.bar.set_postfix_str(line, refresh=False)
-        elif step % max(1, self.n // 10) == 0 or step == self.n - 1:
-            print(f"{self.stage} step {step + 1}/{self.n}  {line}", file=sys.stderr, flush=True)
+        if self.rank == 0:
+            row = {name: x if math.isfinite(x) else None for name, x in values.items()}
+            self.directory.write_metrics({"step": step, **row})  # JSON has no NaN
+            line = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+            if not self.bar.disable:
+                self.bar.set_postfix_str(line, refresh=False)
+            elif step % max(1, self.n // 10) == 0 or step == self.n - 1:
+                print(f"{self.stage} step {step + 1}/{self.n}  {line}", file=sys.stderr, flush=True)
+        self.check(step, **values)
+
+    def check(self, step, **values):
+        """Ends a run that has diverged, by a ValueError."""
+        rates = {"lr": getattr(self.config, "lr", 0)}  # the peak, where a stage logs no rate
+        require_finite(f"{self.stage}: step {step + 1}", rates | values)
 
     def say(self, text):
         """Prints a line above the progress bar."""
@@ -197,20 +207,17 @@ class Job:
     def finish(self, save, **facts):
         """Calls save(directory) to write the checkpoint, then gives the directory its name."""
         if self.ranks > 1:
-            for module in [*self.sharded.blocks, self.sharded] if self.sharded else []:
-                module.unshard()  # a checkpoint holds whole tensors
-            dist.barrier()
-            self.learners.clear()  # or DDP, the group's last owner, joins its threads with the GIL,
-            gc.collect()  # which they may be waiting for
-            dist.destroy_process_group()
+            ranks.leave(self.learners, self.sharded)
         if self.rank:
             return
         partial = self.directory.partial
-        save(partial)
-        self.directory.metrics.close()
-        pictures.curves(partial / "metrics.jsonl", partial / "curves.png")
-        cost = self.cost()
-        self.directory.write_facts(self.device, self.facts | cost | facts)
+        with writing(partial, GO_ON):
+            save(partial)
+            self.directory.metrics.close()
+            pictures.curves(partial / "metrics.jsonl", partial / "curves.png")
+            cost = self.cost()
+            self.directory.write_facts(self.device, self.facts | cost | facts)
         self.directory.publish()
+        lock.release()
         cost = f"{cost['seconds']:.0f} s, peak memory {cost['peak_memory_mib']} MiB"
         self.say(f"{self.stage}: {cost}, written to {self.directory.out}")

@@ -1,6 +1,10 @@
 """The optimiser of every stage: AdamW, a linear rise and fall of the learning rate, clipping."""
 
+import math
+
 import torch
+
+from .flags import require
 
 
 def adamw(model, lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8):
@@ -29,3 +33,13 @@ def step(optimizer, lr):
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return lr
+
+
+def require_finite(step, metrics):
+    """Raises ValueError if a loss or a gradient norm of this step (its name) is NaN or infinite:
+    then training has diverged. metrics: {name: a number or 0-d tensor}, with the rate as "lr"."""
+    broken = {name: x for name, x in metrics.items() if not math.isfinite(float(x))}
+    diverged = any(name.endswith(("loss", "grad_norm")) for name in broken)
+    values = ", ".join(f"{name} is {float(x)}" for name, x in broken.items())
+    where = f"{step} has diverged at learning rate {float(metrics['lr']):.3g}: {values}"
+    require(not diverged, f"{where}; lower --lr, or look at the data if step 1 already fails")

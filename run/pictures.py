@@ -1,7 +1,8 @@
 """Pictures of metrics."""
 
-import json
 import math
+
+from .files import read_metrics
 
 
 def plotting():
@@ -16,7 +17,7 @@ def plotting():
 
 def curves(metrics, path):
     """metrics.jsonl -> a picture with one small panel per metric."""
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    rows = read_metrics(metrics)
     names = [name for name in dict.fromkeys(key for row in rows for key in row) if name != "step"]
     if not names:
         return

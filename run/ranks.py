@@ -8,6 +8,7 @@ gradients. Every rank samples all replies, with the same generator: this keeps o
 but saves no time. Only rank 0 writes files and prints.
 """
 
+import gc
 import os
 import re
 
@@ -118,3 +119,20 @@ def gather(values, counts, rank, ranks):
         values.register_hook(lambda gradient: gradient * ranks)
         batch[here] = values
     return batch
+
+
+def largest(number, device):
+    """The largest of all ranks' numbers, on every rank."""
+    numbers = torch.tensor(number, device=device)  # ()
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return int(numbers)
+
+
+def leave(learners, sharded=None):
+    """Waits for all ranks, then ends their group. learners: {id: Replica}, which is emptied."""
+    for module in [*sharded.blocks, sharded] if sharded else []:
+        module.unshard()  # a checkpoint holds whole tensors
+    dist.barrier()
+    learners.clear()  # or DDP, the group's last owner, joins its threads with the GIL,
+    gc.collect()  # which they may be waiting for
+    dist.destroy_process_group()

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import torch
 
+from .files import GO_ON, read_metrics, whole
 from .flags import require
 
 
@@ -42,20 +43,29 @@ def write_state(path, parts, facts, device):
     state = facts | {"parts": {name: state_of(part) for name, part in parts.items()}}
     state["rng"] = torch.get_rng_state()
     state["cuda_rng"] = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    with whole(path, GO_ON) as temporary, open(temporary, "wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def read_state(path, parts, device):
-    """Gives parts and random generators their states -> the facts that were written."""
-    state = torch.load(path, map_location=device, weights_only=True)
-    for name, part in parts.items():
-        put_back(part, state["parts"][name])
-    torch.set_rng_state(state["rng"].cpu())
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda_rng"].cpu(), device)
+    """Gives parts and random generators their states -> the facts that were written. Raises
+    ValueError if the file, or the metrics beside it, are damaged or another run's."""
+    remedy = "leave --resume out to begin anew"
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        size = state["size"]
+        for name, part in parts.items():
+            put_back(part, state["parts"][name])
+        torch.set_rng_state(state["rng"].cpu())
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), device)
+    except Exception as error:
+        wrong = f"{path} is damaged, or no state of this run ({type(error).__name__})"
+        raise ValueError(f"--resume: {wrong}: {remedy}") from None
+    metrics = path.with_name("metrics.jsonl")
+    lost = not metrics.exists() or metrics.stat().st_size < size
+    require(not lost, f"--resume: {metrics} has lost lines of the run: {remedy}")
+    read_metrics(metrics, size)
     return state

@@ -120,7 +120,10 @@ def test_a_planted_form_is_found_again(form):
 
 
 def run_of(golds, warned=None):
-    rows = [{"gold": x, "score": i / 10, "kl": i / 10, "hacking": 0} for i, x in enumerate(golds)]
+    same = {"hacking": 0}
+    rows = [
+        {"step": i, "gold": x, "score": i / 10, "kl": i / 10} | same for i, x in enumerate(golds)
+    ]
     if warned is not None:
         rows[warned]["hacking"] = 1
     return rows

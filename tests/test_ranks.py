@@ -5,6 +5,7 @@ one sentence."""
 import gc
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import run
 import sft
 from data import annotators, checkpoints, tokenizer, world
 from model import GPT
+from run import lock
 
 SCRIPTS = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo}
 
@@ -83,6 +85,21 @@ def cut(text, *options):
         stage(text, *options)
 
 
+def signalled(text, *options):
+    """A run whose second rank gets SIGTERM in its second step, and again."""
+    log = run.Job.log
+
+    def signal_one(job, step, **values):
+        log(job, step, **values)
+        for _ in range(2 if job.rank and step == 1 else 0):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit:
+        patch.setattr(run.Job, "log", signal_one)
+        stage(text, *options, "--save-every=3")
+    assert exit.value.code == 128 + signal.SIGTERM
+
+
 def rank(number, ports, home):
     """One of two processes: every case, the second one with a directory of its own in case it
     writes."""
@@ -103,12 +120,16 @@ def rank(number, ports, home):
     for port, (case, text) in zip(ports, CASES.items(), strict=False):
         os.environ["MASTER_PORT"] = str(port)  # a group of its own for each
         stage(text, "--out", f"ranks-{number}/{case}")
-    os.environ["MASTER_PORT"] = str(ports[-2])
+    os.environ["MASTER_PORT"] = str(ports[-4])
     cut(CASES["sft"], "--out=resumed", "--save-every=2")
-    gc.collect()  # the DDP of the run that was cut, before its group: see Job.finish
+    gc.collect()  # the DDP of the run that was cut, before its group: see ranks.leave
     dist.destroy_process_group()
-    os.environ["MASTER_PORT"] = str(ports[-1])
+    os.environ["MASTER_PORT"] = str(ports[-3])
     stage(CASES["sft"], "--out=resumed", "--resume")
+    os.environ["MASTER_PORT"] = str(ports[-2])
+    signalled(CASES["sft"], "--out=stopped")
+    os.environ["MASTER_PORT"] = str(ports[-1])
+    stage(CASES["sft"], "--out=stopped", "--resume")
 
 
 def free_ports(n):
@@ -158,7 +179,7 @@ def home(tmp_path_factory, world_encoding):
         checkpoints.save(padded, home / "padded", world_encoding)
         checkpoints.save(checkpoints.load("sft"), home / "base", world_encoding, chat=False)
         options = dict(nprocs=2, join=False, start_method="spawn")
-        arguments = (free_ports(len(CASES) + 2), str(home))
+        arguments = (free_ports(len(CASES) + 4), str(home))
         processes = torch.multiprocessing.start_processes(rank, arguments, **options)
         deadline = time.monotonic() + 300
         for case, text in CASES.items():
@@ -211,17 +232,19 @@ def test_one_process_writes_and_speaks(home):
     assert not (home / "ranks-1").exists()
     assert (home / "said-1").read_text() == ""
     said = (home / "said-0").read_text()
-    assert said.count("written to") == len(CASES) + 1
-    assert said.count("sft step 3/3") == 7 + 2  # each case's, cut short, and resumed
+    assert said.count("written to") == len(CASES) + 2
+    assert said.count("sft step 3/3") == 7 + 3  # each case's, cut short, and twice resumed
+    assert said.count("stopped after step 2 of 3") == 1
     for where, ranks in (("ranks-0", 2), ("alone", 1)):
         assert facts_of(home / where / "sft")["ranks"] == ranks
 
 
-def test_a_killed_run_of_two_processes_goes_on_in_two(home):
+@pytest.mark.parametrize("ended", ["resumed", "stopped"])  # by a kill, by a signal to one of them
+def test_a_killed_run_of_two_processes_goes_on_in_two(ended, home):
     for name in ("model.safetensors", "metrics.jsonl"):
         whole = (home / "ranks-0" / "sft" / name).read_bytes()
-        assert (home / "resumed" / name).read_bytes() == whole
-    assert facts_of(home / "resumed")["resumed_at"] == [2]
+        assert (home / ended / name).read_bytes() == whole
+    assert facts_of(home / ended)["resumed_at"] == [2]
 
 
 @pytest.fixture
@@ -251,6 +274,38 @@ def test_bad_input_is_one_sentence_for_all_processes(root, torchrun, tmp_path):
     sentence = f"error: --init {tmp_path}/nowhere: there is no such"
     assert done.returncode
     assert done.stderr.count("error: ") == done.stderr.count(sentence) == 1
+
+
+@pytest.mark.slow
+def test_a_directory_that_another_process_writes_is_one_sentence_for_all(root, home, torchrun):
+    _, *flags = CASES["sft"].split()
+    (home / "taken").mkdir()
+    lock.take(home / "taken" / "a.partial.lock")
+    try:
+        done = torchrun(root / "sft.py", *flags, "--device", "cpu", "--out", "taken/a")
+    finally:
+        lock.release()
+    sentence = f"error: --out taken/a: process {os.getpid()} is writing it"
+    assert done.returncode
+    assert done.stderr.count("error: ") == done.stderr.count(sentence) == 1
+
+
+@pytest.mark.slow
+def test_torchrun_stopped_by_a_signal_has_written_its_state(root, home):
+    _, *flags = CASES["sft"].split()
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words += [str(root / "sft.py"), *flags, "--device=cpu", "--steps=100000", "--out=long"]
+    options = dict(cwd=home, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(words, **options) as process:
+        metrics, deadline = home / "long.partial" / "metrics.jsonl", time.monotonic() + 120
+        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        error = process.communicate()[1]
+    assert error.count("sft: stopped after step") == 1, error
+    assert "sft.py" not in error.split("Traceback")[-1]  # torchrun's own is of torchrun
+    saved = torch.load(home / "long.partial" / "state.pt", weights_only=True)
+    assert saved["first"] == len(metrics.read_text().splitlines())
 
 
 # --------------------------------------------------------------------------------- what is refused

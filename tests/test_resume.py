@@ -213,14 +213,17 @@ class Config:
 
 def noisy(end=6, **flags):
     """Steps that draw from torch's own stream and sum up in a namespace, until `end`."""
-    config = Config(**flags)
-    job, sums = run.start(config, "noisy"), SimpleNamespace(total=0.0)
-    for step in job.steps(config.steps, sums=sums, none=None):
-        if step == end:
-            raise PowerCutError
-        sums.total += float(torch.rand(()))
-        job.log(step, total=sums.total)
-    job.finish(lambda directory: None)
+    try:
+        config = Config(**flags)
+        job, sums = run.start(config, "noisy"), SimpleNamespace(total=0.0)
+        for step in job.steps(config.steps, sums=sums, none=None):
+            if step == end:
+                raise PowerCutError
+            sums.total += float(torch.rand(()))
+            job.log(step, total=sums.total)
+        job.finish(lambda directory: None)
+    finally:
+        run.lock.release()  # as run.script does
 
 
 def begun(end=3, **flags):
@@ -368,7 +371,6 @@ DAMAGE = {
     "code": lambda path: torch.save(Code(), path),
     "no state": lambda path: torch.save({"first": 1}, path),
     "other parts": without_parts,
-    "metrics": lambda path: (path.parent / "metrics.jsonl").write_text(""),
 }
 
 

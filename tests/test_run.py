@@ -21,7 +21,7 @@ import run
 import sft
 from data import annotators, checkpoints, tokenizer
 from model import GPT
-from run import memory, ranks
+from run import lock, memory, ranks
 
 SCRIPTS = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo, "annotators": annotators}
 FILES = {"config.json", "model.safetensors", "tokenizer.json"}
@@ -260,9 +260,9 @@ def test_run_works_without_git(place, monkeypatch):
 def test_metrics_without_a_value_stay_json(place):
     job = run.start(Config(out="a"), "tiny")
     for step in job.steps(2):
-        job.log(step, loss=math.nan if step else 1.0, top=math.inf)
+        job.log(step, gold=math.nan if step else 1.0, top=math.inf)
     job.finish(lambda directory: None)
-    assert [row["loss"] for row in metrics(place / "a")] == [1.0, None]
+    assert [row["gold"] for row in metrics(place / "a")] == [1.0, None]
     assert metrics(place / "a")[0]["top"] is None and (place / "a" / "curves.png").exists()
 
 
@@ -275,8 +275,10 @@ def test_metrics_of_a_running_run_can_be_read(place):
     job.finish(lambda directory: None)
 
 
-def test_start_writes_nothing(place):
+def test_start_writes_nothing_but_a_lock_which_goes_again(place):
     run.start(Config(), "tiny")
+    assert names(place / "out") == ["tiny.partial.lock"]
+    lock.release()
     assert list(place.iterdir()) == []
 
 
@@ -326,6 +328,7 @@ def test_crash_in_the_last_rename_loses_neither_run(place, monkeypatch):
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", failing)
+    monkeypatch.setattr(run.directory, "exchange", lambda *paths: False)  # a system without it
     with pytest.raises(RuntimeError):
         tiny_run(seed=2)
     assert contents(place / "out" / "tiny.partial" / "replaced") == before
