@@ -22,7 +22,8 @@ from pathlib import Path
 import regex  # installed with tiktoken; the standard library's re does not know \p{L}
 from tiktoken import Encoding
 
-from data.formats import parse, read_text
+import run
+from data.doors import read_json
 
 GPT2 = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 # SmolLM2 makes each digit a word before GPT-2's pattern applies. So spaces before a digit stay
@@ -39,6 +40,11 @@ O200K = (
     rf"{_LEAD}{_UPPER}*{_LOWER}+{_ENDING}?|{_LEAD}{_UPPER}+{_LOWER}*{_ENDING}?|\p{{N}}{{1,3}}"
     rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
 )
+
+
+# A text of many kinds, for the checks of a pattern:
+PROBE = "It's ax\u0301日本 \t x12345 +-_\r\n\n  \n🙂<|end|>  "
+SURROGATE = re.compile("[\ud800-\udfff]")  # a half of a character, which UTF-8 cannot write
 
 
 class Published(Encoding):
@@ -139,8 +145,9 @@ def read_tokenizer_json(path: Path) -> Encoding:
             raise ValueError(f"{path} has an unk_token for bytes without a token: not supported")
         return make(path, pattern, ranks, special, plain, nfc=bool(kinds))
     except (AttributeError, KeyError, TypeError) as error:
-        cause = f"a field is missing or of the wrong type ({type(error).__name__}: {error})"
-        raise ValueError(f"{path} is malformed: {cause}") from None
+        reason = run.one_line(f"{type(error).__name__}: {error}", 100)
+        cause = f"a field is missing or of the wrong type ({reason})"
+        raise ValueError(f"{path} is malformed: {cause}; fetch it again") from None
 
 
 def _split_pattern(pre_tokenizer: dict, path: Path) -> str:
@@ -175,11 +182,18 @@ def added_tokens(listed: Iterable[dict], path: Path) -> tuple[dict[str, int], se
     added = {}
     plain = set()
     for token in listed:
-        content = token["content"]
+        content = token.get("content")
+        id = token.get("id")
+        if not isinstance(content, str) or not content or SURROGATE.search(content):
+            problem = f"has an added token whose content is no text: {content!r:.80}"
+            raise ValueError(f"{path} {problem}; fetch it again")
+        if type(id) is not int or not 0 <= id < 2**31:
+            problem = f"the id of {content!r:.80} should be an integer from 0 on, not {id!r:.40}"
+            raise ValueError(f"{path}: {problem}; fetch it again")
         for flag in ("single_word", "lstrip", "rstrip"):
             if token.get(flag):
                 raise ValueError(f"{path} sets {flag} for its token {content!r}: not supported")
-        added[content] = token["id"]
+        added[content] = id
         if not token.get("special", True):
             plain.add(content)
     return added, plain
@@ -189,8 +203,9 @@ def split_vocabulary(vocab: dict, merges: list, added: dict, path: Path, keep_un
     """({bytes: id}, {special token: id}) from a vocabulary in GPT-2's spelling. An entry that is
     neither a byte nor the result of a merge (GPT-2's <|endoftext|>) never comes out of text, so it
     is special, unless keep_unmerged: Llama 3 looks up words before it merges (`ignore_merges`)."""
-    if not all(type(id) is int for id in (*vocab.values(), *added.values())):
-        raise ValueError(f"{path} is malformed: the id of every token should be an integer")
+    if not all(type(id) is int and 0 <= id < 2**31 for id in vocab.values()):
+        problem = "the id of every token should be an integer from 0 on"
+        raise ValueError(f"{path} is malformed: {problem}; fetch it again")
     merged = ["".join(merge) for merge in merges]
     for merge, token in zip(merges, merged, strict=True):
         if len(merge) != 2 or not vocab.keys() >= {*merge, token}:
@@ -237,12 +252,24 @@ def make(path: Path, pattern: str, ranks: dict, special: dict, plain=(), nfc=Fal
             encoding = Encoding(path.stem, **options)
     except (ValueError, OverflowError) as error:  # a regex of another dialect; a negative id
         raise ValueError(f"{path} cannot be used ({error!s:.80}): {pattern[:80]!r}") from None
+    check_pattern(pattern, path)
     # tiktoken drops what no alternative of the pattern matches; Hugging Face makes it a word.
-    probe = "It's ax\u0301日本 \t x12345 +-_\r\n\n  \n🙂<|end|>  "
-    known = probe.encode().translate(None, missing)
-    if encoding.decode_bytes(encoding.encode_ordinary(probe)) != known:
+    known = PROBE.encode().translate(None, missing)
+    if encoding.decode_bytes(encoding.encode_ordinary(PROBE)) != known:
         raise ValueError(f"the split pattern of {path} does not cover all text: {pattern[:80]!r}")
     return encoding
+
+
+def check_pattern(pattern: str, path: Path) -> None:
+    """Raises ValueError for a split pattern that finds words without a character, or no end."""
+    try:
+        words = regex.finditer(pattern, PROBE, timeout=2)  # seconds
+        empty = any(not word[0] for word in words)
+    except (regex.error, TimeoutError) as error:
+        reason = run.one_line(f"{type(error).__name__}: {error}", 80)
+        raise ValueError(f"{path} cannot be used ({reason}): {pattern[:80]!r}") from None
+    if empty:
+        raise ValueError(f"the split pattern of {path} finds empty words: {pattern[:80]!r}")
 
 
 def refuse_clash(ranks: dict, special: dict, name: str | Path) -> None:
@@ -250,13 +277,6 @@ def refuse_clash(ranks: dict, special: dict, name: str | Path) -> None:
     for token in special:
         if CHAR_TO_BYTE.keys() >= set(token) and bytes(CHAR_TO_BYTE[c] for c in token) in ranks:
             raise ValueError(f"{name} has {token!r} as a special token and as a word: rename one")
-
-
-def read_json(path: Path) -> dict:
-    value = parse(path, read_text(path), 1)
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} should hold a JSON object, but it holds a {type(value).__name__}")
-    return value
 
 
 def tokenizer_json(encoding: Encoding) -> dict:

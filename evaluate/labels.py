@@ -73,18 +73,18 @@ def main(config):
             hits = [0.5 if p == 0.5 else float((p > 0.5) == (gap > 0)) for p, gap in pairs]
             if hits:
                 board[name][dimension] = mean(hits)
-    print(f"agreement with the judge, on pairs that differ in\n{table(board)}")
+    run.show(f"agreement with the judge, on pairs that differ in\n{table(board)}")
     board["pairs"] = {name: float(sum(gap != 0 for gap in row)) for name, row in gaps.items()}
     counts = ", ".join(f"{n:.0f} differ in {name}" for name, n in board["pairs"].items())
-    print(f"of {len(records)} pairs, {counts}")
+    run.show(f"of {len(records)} pairs, {counts}")
     if votes:
         orders = [(p, q) for row in votes for _, p, q in row]
         first = mean([(p + 1 - q) / 2 for p, q in orders])
         turned = mean([(p > 0.5) != (q > 0.5) for p, q in orders])
         board["position"] = {"first": first, "turned": turned}
-        print(f"the answer shown first is preferred with probability {first:.3f}, ", end="")
-        print(f"and {turned:.3f} of all votes turn round with the order")
-        print("averaged over both orders, by construction: .500, and none")
+        run.show(f"the answer shown first is preferred with probability {first:.3f}, ", end="")
+        run.show(f"and {turned:.3f} of all votes turn round with the order")
+        run.show("averaged over both orders, by construction: .500, and none")
     if config.out:
         run.write_json(output(config.out) / "labels.json", board)
 

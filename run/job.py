@@ -15,6 +15,7 @@ from tqdm import tqdm
 from . import memory, pictures, ranks, state
 from .directory import Directory, check_inputs
 from .flags import DTYPES, require
+from .terminal import visible
 
 
 def due(step, steps, times=5):
@@ -173,7 +174,7 @@ class Job:
     def say(self, text):
         """Prints a line above the progress bar."""
         if self.rank == 0:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(visible(text), file=sys.stderr)
 
     @property
     def colour(self):

@@ -379,7 +379,7 @@ def change_config(directory, **changes):
 
 def damage_config(directory):
     (directory / "config.json").write_text('{"model_type": "llama", ')
-    return "config.json is not valid JSON"
+    return "config.json:1: is malformed JSON"
 
 
 def other_architecture(directory):
