@@ -92,7 +92,8 @@ def load_adapter(model, directory):
     path = directory / "adapter_config.json"
     plain = method == "LORA" and numbers
     settings = f"{method}, r {r}, alpha {alpha}"
-    run.require(plain, f"{path} describes no plain LoRA adapter ({settings:.100})")
+    wrong = f"{path} describes no plain LoRA adapter ({settings:.100}): name another"
+    run.require(plain, wrong)
     ranks = {tensor.shape[0] for key, tensor in tensors.items() if key.endswith("lora_A.weight")}
     wrong = f"{path} has the rank r {r}, and the matrices of its adapter have {sorted(ranks)[:3]}"
     run.require(ranks <= {r}, f"{wrong}: save or fetch it again")
@@ -119,7 +120,7 @@ def load_adapter(model, directory):
             value = unread.pop(key)()
             wrong = f"{directory}: {originals[key]} has shape {tuple(value.shape)}"
             fits = value.shape == matrix.shape
-            run.require(fits, f"{wrong}, this model needs {tuple(matrix.shape)}")
+            run.require(fits, f"{wrong}, this model needs {tuple(matrix.shape)}: fetch it again")
             matrix.copy_(value)
     headless = facts.get("task_type") == "SEQ_CLS" and "score.weight" not in originals
     run.require(not headless, f"{directory} is a classifier's adapter without its score.weight")

@@ -197,15 +197,16 @@ def check_values(path, raw, rope):
     """Raises ValueError for fields of config.json that are missing or not supported, or that
     contradict each other."""
     arch = raw.get("model_type")
-    unknown = f"{path}: the architecture {arch!r} is not supported"
+    unknown = f"{path}: the architecture {arch!r:.60} is not supported"
     run.require(arch in list(CLASSES), f"{unknown}; {', '.join(CLASSES)} are")
     fields = column(FIELDS, arch).items()
     counts = [theirs for ours, theirs in fields if Config.__annotations__[ours] is int]
     for name in counts:
-        run.require(name in raw or name in OPTIONAL_COUNTS, f"{path} lacks the field {name!r}")
+        lacking = f"{path} lacks the field {name!r}: fetch or save it again"
+        run.require(name in raw or name in OPTIONAL_COUNTS, lacking)
     heads, groups = raw.get("num_attention_heads", 1), raw.get("num_key_value_heads", 1)
     uneven = f"{path}: num_attention_heads {heads} is no multiple of num_key_value_heads {groups}"
-    run.require(heads % groups == 0, uneven)
+    run.require(heads % groups == 0, f"{uneven}: correct its sizes")
     gpt2 = arch == "gpt2"
     width, heads = (raw[column(FIELDS, arch)[name]] for name in ("width", "heads"))
     head_dim = width / heads if gpt2 else raw.get("head_dim", width / heads)
@@ -221,7 +222,8 @@ def check_values(path, raw, rope):
         flags, layers = raw.get("no_rope_layers") or [], raw["num_hidden_layers"]
         valid = isinstance(flags, list) and (not flags or len(flags) >= layers)
         valid = valid and all(flag in (0, 1) for flag in flags)
-        run.require(valid, f"{path}: no_rope_layers should be a list of a 0 or 1 for each layer")
+        wrong = f"{path}: no_rope_layers should be a list of a 0 or 1 for each layer"
+        run.require(valid, f"{wrong}: correct it, or fetch it again")
     unsupported = [name for name in VARIANTS if raw.get(name)]
     if set(raw.get("layer_types") or []) - {"full_attention"}:
         unsupported.append("layer_types")
@@ -229,13 +231,13 @@ def check_values(path, raw, rope):
         unsupported.append("scale_attn_weights")
     name, *known = GPT2_ACTIVATION if gpt2 else LLAMA_ACTIVATION
     if raw.get(name, known[0]) not in known:
-        unsupported.append(str(raw[name]))
+        unsupported.append(f"{raw[name]!s:.60}")
     variant = f"{path}: this variant of {CLASSES[arch]} ({', '.join(unsupported)})"
     run.require(not unsupported, f"{variant} is not supported")
     scaling = "default" if gpt2 else rope.get("rope_type", rope.get("type", "default"))
     complete = scaling == "llama3" and all(name in rope for name in LLAMA3_SCALING)
     complete = complete and rope["low_freq_factor"] < rope["high_freq_factor"]
-    wrong = f"{path}: rope scaling of type {scaling} is not supported or lacks numbers"
+    wrong = f"{path}: rope scaling of type {scaling!s:.60} is not supported or lacks numbers"
     run.require(scaling == "default" or complete, f"{wrong}; llama3's is supported")
 
 
@@ -321,7 +323,8 @@ def tensors_of(path):
         pickles = sorted(p for p in path.parent.glob("*") if p.suffix in (".bin", ".pt", ".pth"))
         if pickles:
             reason += f"; {pickles[0].name} is a pickle, which could run any code: convert it"
-        raise FileNotFoundError(f"{path} does not exist: a checkpoint needs it ({reason})")
+        missing = f"{path} does not exist: a checkpoint needs it ({reason}); fetch it too"
+        raise FileNotFoundError(run.one_line(missing))
     check_file(path)
     tensors = {}
     with opened(path) as file:

@@ -127,14 +127,17 @@ def read_tokenizer_json(path: Path) -> Encoding:
         model = spec["model"]
         kind = model.get("type", "BPE")
         if kind != "BPE":
-            raise ValueError(f"{path} holds a {kind} model, and only byte-level BPE can be read")
+            only = "only byte-level BPE can be read: name another"
+            raise ValueError(f"{path} holds a {one_line(kind)} model, and {only}")
         for field in "byte_fallback dropout continuing_subword_prefix end_of_word_suffix".split():
             if model.get(field):
-                raise ValueError(f"{path} sets {field}, so it is not byte-level BPE like GPT-2's")
+                other = "it is not byte-level BPE like GPT-2's: name another"
+                raise ValueError(f"{path} sets {field}, so {other}")
         normalizer = spec.get("normalizer") or {"normalizers": []}
         kinds = ", ".join(step["type"] for step in normalizer.get("normalizers", [normalizer]))
         if kinds not in ("", "NFC"):
-            raise ValueError(f"{path} has a normalizer ({kinds}), and only NFC is supported")
+            only = "only NFC is supported: name another"
+            raise ValueError(f"{path} has a normalizer ({one_line(kinds)}), and {only}")
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         added, plain = added_tokens(spec.get("added_tokens") or [], path)
         pattern = _split_pattern(spec.get("pre_tokenizer") or {}, path)
@@ -142,10 +145,11 @@ def read_tokenizer_json(path: Path) -> Encoding:
             model["vocab"], merges, added, path, model.get("ignore_merges")
         )
         if model.get("unk_token") and missing_bytes(ranks):
-            raise ValueError(f"{path} has an unk_token for bytes without a token: not supported")
+            problem = "has an unk_token for bytes without a token, which is not supported"
+            raise ValueError(f"{path} {problem}: name another")
         return make(path, pattern, ranks, special, plain, nfc=bool(kinds))
     except (AttributeError, KeyError, TypeError) as error:
-        reason = run.one_line(f"{type(error).__name__}: {error}", 100)
+        reason = one_line(f"{type(error).__name__}: {error}")
         cause = f"a field is missing or of the wrong type ({reason})"
         raise ValueError(f"{path} is malformed: {cause}; fetch it again") from None
 
@@ -174,7 +178,7 @@ def _split_pattern(pre_tokenizer: dict, path: Path) -> str:
                 raise ValueError(f"{path} {problem}: write (...{found[1]})+ if that is meant")
             return pattern
     only = "ByteLevel without prefix space, alone or after single Digits or a regex Split"
-    raise ValueError(f"{path} splits text by {kinds} (supported: {only})")
+    raise ValueError(f"{path} splits text by {one_line(kinds)} (supported: {only}): name another")
 
 
 def added_tokens(listed: Iterable[dict], path: Path) -> tuple[dict[str, int], set[str]]:
@@ -192,7 +196,8 @@ def added_tokens(listed: Iterable[dict], path: Path) -> tuple[dict[str, int], se
             raise ValueError(f"{path}: {problem}; fetch it again")
         for flag in ("single_word", "lstrip", "rstrip"):
             if token.get(flag):
-                raise ValueError(f"{path} sets {flag} for its token {content!r}: not supported")
+                problem = f"sets {flag} for its token {content!r:.60}, which is not supported"
+                raise ValueError(f"{path} {problem}: name another")
         added[content] = id
         if not token.get("special", True):
             plain.add(content)
@@ -209,10 +214,12 @@ def split_vocabulary(vocab: dict, merges: list, added: dict, path: Path, keep_un
     merged = ["".join(merge) for merge in merges]
     for merge, token in zip(merges, merged, strict=True):
         if len(merge) != 2 or not vocab.keys() >= {*merge, token}:
-            raise ValueError(f"{path}: merge {merge} is not two tokens whose concatenation is one")
+            problem = f"merge {merge!s:.60} is not two tokens whose concatenation is one"
+            raise ValueError(f"{path}: {problem}: fetch it again")
     ids = [vocab[token] for token in merged]
     if ids != sorted(ids):
-        raise ValueError(f"{path}: tiktoken merges in the order of ids, and these merges do not")
+        problem = "tiktoken merges in the order of ids, and these merges do not: name another"
+        raise ValueError(f"{path}: {problem}")
     reached = {*CHAR_TO_BYTE, *merged}
     ranks = {}
     special = {}
@@ -230,10 +237,11 @@ def make(path: Path, pattern: str, ranks: dict, special: dict, plain=(), nfc=Fal
     """The Encoding, after checks of its ids, and of its pattern on one text of many kinds."""
     missing = missing_bytes(ranks)
     if len(missing) > 128:
-        raise ValueError(f"{path} is not byte-level: it has {256 - len(missing)} of the 256 bytes")
+        problem = f"is not byte-level: it has {256 - len(missing)} of the 256 bytes"
+        raise ValueError(f"{path} {problem}: name another")
     used = {*ranks.values(), *special.values()}
     if len(used) < len(ranks) + len(special):
-        raise ValueError(f"{path} gives the same id to two tokens")
+        raise ValueError(f"{path} gives the same id to two tokens: fetch it again")
     gaps = max(used) + 1 - len(used)  # ids below the highest that no token has: 15 in cl100k_base
     if not 0 <= gaps < 2**18:
         raise ValueError(f"{path} leaves {gaps} ids without a token: fetch it again")
@@ -251,12 +259,14 @@ def make(path: Path, pattern: str, ranks: dict, special: dict, plain=(), nfc=Fal
         else:
             encoding = Encoding(path.stem, **options)
     except (ValueError, OverflowError) as error:  # a regex of another dialect; a negative id
-        raise ValueError(f"{path} cannot be used ({error!s:.80}): {pattern[:80]!r}") from None
+        reason = f"{one_line(error)}): {pattern[:80]!r}"
+        raise ValueError(f"{path} cannot be used ({reason}: fetch it again") from None
     check_pattern(pattern, path)
     # tiktoken drops what no alternative of the pattern matches; Hugging Face makes it a word.
     known = PROBE.encode().translate(None, missing)
     if encoding.decode_bytes(encoding.encode_ordinary(PROBE)) != known:
-        raise ValueError(f"the split pattern of {path} does not cover all text: {pattern[:80]!r}")
+        problem = f"does not cover all text: {pattern[:80]!r}"
+        raise ValueError(f"the split pattern of {path} {problem}: name another")
     return encoding
 
 
@@ -266,10 +276,16 @@ def check_pattern(pattern: str, path: Path) -> None:
         words = regex.finditer(pattern, PROBE, timeout=2)  # seconds
         empty = any(not word[0] for word in words)
     except (regex.error, TimeoutError) as error:
-        reason = run.one_line(f"{type(error).__name__}: {error}", 80)
-        raise ValueError(f"{path} cannot be used ({reason}): {pattern[:80]!r}") from None
-    if empty:
-        raise ValueError(f"the split pattern of {path} finds empty words: {pattern[:80]!r}")
+        reason = one_line(f"{type(error).__name__}: {error}")
+        problem = f"cannot be used ({reason}): {pattern[:80]!r}"
+        raise ValueError(f"{path} {problem}: fetch it again") from None
+    wrong = f"the split pattern of {path} finds empty words: {pattern[:80]!r}"
+    run.require(not empty, f"{wrong}: fetch it again")
+
+
+def one_line(value) -> str:
+    """What a file holds, for a sentence."""
+    return run.one_line(str(value), 80)
 
 
 def refuse_clash(ranks: dict, special: dict, name: str | Path) -> None:

@@ -68,7 +68,7 @@ def base_of(directory):
     path = directory / "adapter_config.json"
     facts = read_json(path)
     base = facts.get("base_model_name_or_path") or ""
-    run.require(isinstance(base, str), f"{path}: base_model_name_or_path should be a text")
+    run.require(isinstance(base, str), f"{path}: base_model_name_or_path should be a text: name it")
     kind_of(base)  # a name that cannot be looked at
     field = f"{path}: base_model_name_or_path"
     run.require_directory(base, field, "write there the directory of the adapter's base model")
@@ -115,7 +115,9 @@ def matching_tensors(directory, model, head_of_file):
     for key, tensor in named_tensors(model):
         if key.startswith(architectures.HEADS) and model.config.head != head_of_file:
             continue
-        lacking = f"{directory} lacks the tensor {key} that its config.json promises"
+        lacking = (
+            f"{directory} lacks the tensor {key} that its config.json promises: fetch it again"
+        )
         run.require(key in values, lacking)
         value = values.pop(key)()
         labels = len(value) if key == "score.weight" and value.dim() == 2 else 1
@@ -123,7 +125,7 @@ def matching_tensors(directory, model, head_of_file):
         run.require(labels == 1, f"{several}: train one with reward.py")
         fits = value.shape == tensor.shape and value.is_floating_point()
         actual = f"{directory}: {key} has shape {tuple(value.shape)} ({value.dtype})"
-        run.require(fits, f"{actual}, config.json says {tuple(tensor.shape)}")
+        run.require(fits, f"{actual}, config.json says {tuple(tensor.shape)}: fetch it again")
         yield tensor, value
     if model.config.tied and model.config.head == head_of_file == "lm" and HEAD in values:
         same = torch.equal(values[HEAD]().to(model.embed.weight), model.embed.weight)

@@ -140,5 +140,5 @@ def read_json(path):
     path = Path(path)
     value = parse(path, read_text(path), remedy="fetch or save it again")
     wrong = f"{path}: should hold a JSON object, but it holds a {type(value).__name__}"
-    run.require(isinstance(value, dict), wrong)
+    run.require(isinstance(value, dict), f"{wrong}: fetch or save it again")
     return value

@@ -138,12 +138,15 @@ def shapes_of(record, where):
     """The rows of SHAPES for a record, one per reading. Raises ValueError if no row fits."""
     if not isinstance(record, dict) or "harmful0" in record:
         other = "a constitution, its principles and few-shot texts, cannot be trained on"
-        raise ValueError(f"{where}: is no record (an object with fields such as prompt); {other}")
+        problem = f"is no record (an object with fields such as prompt); {other}"
+        raise ValueError(f"{where}: {problem}: give a file of records")
     shapes = fitting(frozenset(record))
     if not shapes:
         known = "messages, prompt + completion, prompt + chosen + rejected, text and all of SHAPES"
         problem = f"has the unknown fields {listed(record)}"
-        raise ValueError(f"{where}: {problem}; known are {known} in data/formats.py")
+        raise ValueError(
+            f"{where}: {problem}; known are {known} in data/formats.py: give it such fields"
+        )
     return shapes
 
 
