@@ -68,7 +68,9 @@ def base_of(directory):
     path = directory / "adapter_config.json"
     facts = read_json(path)
     base = facts.get("base_model_name_or_path") or ""
-    run.require(isinstance(base, str), f"{path}: base_model_name_or_path should be a text: name it")
+    run.require(
+        isinstance(base, str), f"{path}: base_model_name_or_path should be a text: correct it"
+    )
     kind_of(base)  # a name that cannot be looked at
     field = f"{path}: base_model_name_or_path"
     run.require_directory(base, field, "write there the directory of the adapter's base model")
@@ -115,10 +117,8 @@ def matching_tensors(directory, model, head_of_file):
     for key, tensor in named_tensors(model):
         if key.startswith(architectures.HEADS) and model.config.head != head_of_file:
             continue
-        lacking = (
-            f"{directory} lacks the tensor {key} that its config.json promises: fetch it again"
-        )
-        run.require(key in values, lacking)
+        lacking = f"{directory} lacks the tensor {key} that its config.json promises"
+        run.require(key in values, f"{lacking}: fetch it again")
         value = values.pop(key)()
         labels = len(value) if key == "score.weight" and value.dim() == 2 else 1
         several = f"{directory} is a classifier with {labels} labels, and a reward model has one"

@@ -143,10 +143,8 @@ def shapes_of(record, where):
     shapes = fitting(frozenset(record))
     if not shapes:
         known = "messages, prompt + completion, prompt + chosen + rejected, text and all of SHAPES"
-        problem = f"has the unknown fields {listed(record)}"
-        raise ValueError(
-            f"{where}: {problem}; known are {known} in data/formats.py: give it such fields"
-        )
+        problem = f"has the unknown fields {listed(record)}; known are {known}"
+        raise ValueError(f"{where}: {problem} in data/formats.py: give it such fields")
     return shapes
 
 

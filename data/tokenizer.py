@@ -92,9 +92,8 @@ def _template(folder: Path, encoding: Encoding) -> str | Own | None:
     if not source:
         return None
     if not isinstance(source, str):
-        raise ValueError(
-            f"{path} has a chat_template that is no text: {source!r:.80}; fetch it again"
-        )
+        problem = f"has a chat_template that is no text: {source!r:.80}"
+        raise ValueError(f"{path} {problem}: fetch it again")
     names = [name for name, template in TEMPLATES.items() if template.jinja == source]
     if names:
         return names[0]
@@ -189,9 +188,8 @@ def _hints(path: Path) -> tuple[str | None, dict[str, int], set[str], bool]:
     is_qwen = str(config.get("tokenizer_class")).startswith("Qwen2")
     pattern = config.get("pat_str") or (QWEN if is_qwen else None)
     if not isinstance(pattern, str | None):
-        raise ValueError(
-            f"{config_path} has a pat_str that is no text: {pattern!r:.60}: fetch it again"
-        )
+        problem = f"has a pat_str that is no text: {pattern!r:.60}"
+        raise ValueError(f"{config_path} {problem}: fetch it again")
     added = config.get("added_tokens_decoder") or {}
     valid = isinstance(added, dict) and all(
         id.isdecimal() and len(id) < 10 and isinstance(token, dict) for id, token in added.items()
