@@ -168,7 +168,7 @@ def is_list_of(kind, value):
 
 COUNTS = "vocab_size n_embd hidden_size n_layer num_hidden_layers n_head num_attention_heads"
 COUNTS += " n_inner num_key_value_heads head_dim intermediate_size n_positions"
-COUNTS += " max_position_embeddings no_rope_layer_interval sliding_window"
+COUNTS += " max_position_embeddings no_rope_layer_interval"
 POSITIVE = "layer_norm_epsilon rms_norm_eps rope_theta score_gain"
 # What a field should be, whether a value is that, and the fields. All may be null.
 TYPES = [
@@ -215,9 +215,9 @@ def check_values(path, raw, rope):
     run.require(head_dim % step == 0, f"{uneven}, not of a multiple of {step}: correct its sizes")
     if arch == "mistral" and "sliding_window" in raw:
         window, context = raw["sliding_window"], raw["max_position_embeddings"]
-        wrong = f"{path}: attention to the last {window} of {context} tokens is not supported"
+        wrong = f"{path}: attention to the last {window!s:.40} of {context} tokens is not supported"
         remedy = "set max_position_embeddings to sliding_window, for sequences as long as that"
-        run.require(window >= context, f"{wrong}: {remedy}")
+        run.require(is_count(window) and window >= context, f"{wrong}: {remedy}")
     if arch == "smollm3":
         flags, layers = raw.get("no_rope_layers") or [], raw["num_hidden_layers"]
         valid = isinstance(flags, list) and (not flags or len(flags) >= layers)

@@ -68,11 +68,9 @@ def base_of(directory):
     path = directory / "adapter_config.json"
     facts = read_json(path)
     base = facts.get("base_model_name_or_path") or ""
-    run.require(
-        isinstance(base, str), f"{path}: base_model_name_or_path should be a text: correct it"
-    )
-    kind_of(base)  # a name that cannot be looked at
     field = f"{path}: base_model_name_or_path"
+    run.require(isinstance(base, str), f"{field} should be a text: correct it")
+    kind_of(base)  # refuses a name that cannot be looked at
     run.require_directory(base, field, "write there the directory of the adapter's base model")
     return Path(base), facts
 

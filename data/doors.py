@@ -62,7 +62,7 @@ def read_bytes(path):
             packed = file.read(2) == b"\x1f\x8b"
             file.seek(0)
             source = gzip.GzipFile(fileobj=file) if packed else file
-            content = source.read(limit + 1)
+            content = first_bytes(source, limit + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: is a damaged gzip file ({error}); fetch it again") from None
     except OSError as error:
@@ -72,6 +72,15 @@ def read_bytes(path):
     too_large = f"{path}: {size}, an eighth of the free memory; divide it into several files"
     run.require(len(content) <= limit, too_large)
     return content
+
+
+def first_bytes(source, limit):
+    """At least so many bytes of an open file, or all. One `read` would reserve the whole limit."""
+    chunks = []
+    while limit > 0 and (chunk := source.read(2**20)):
+        chunks.append(chunk)
+        limit -= len(chunk)
+    return b"".join(chunks)
 
 
 def read_text(path):

@@ -26,7 +26,7 @@ class Config:
 def is_vote(vote):
     """[principle, P(chosen) where it is shown first, the same where it is shown second]"""
     numbers = vote[1:] if isinstance(vote, list) else []
-    return len(numbers) == 2 and all(isinstance(p, int | float) for p in numbers)
+    return len(numbers) == 2 and all(isinstance(p, int | float) and 0 <= p <= 1 for p in numbers)
 
 
 def read(paths):
@@ -37,7 +37,7 @@ def read(paths):
         for record in formats.read(path, "preference"):
             vote_list = rows.get(record.where, {}).get("votes")
             valid = isinstance(vote_list, list) and vote_list and all(map(is_vote, vote_list))
-            wrong = f"{record.where}: the field votes is no list of [name, number, number]"
+            wrong = f"{record.where}: the field votes is no list of [name, 0 .. 1, 0 .. 1]"
             run.require(vote_list is None or valid, wrong)
             records.append(record)
             votes.append(vote_list)

@@ -896,9 +896,7 @@ def test_mistral_s_sliding_window_is_refused_where_it_is_shorter_than_the_contex
     if window in (None, 64):
         assert checkpoints.load(directory).config.context == 64
         return
-    wrong = "attention to the last .* is not supported"
-    wrong = "sliding_window should be a positive whole number" if window == "wide" else wrong
-    with pytest.raises(ValueError, match=f"config.json: {wrong}"):
+    with pytest.raises(ValueError, match="config.json: attention to the last .* is not supported"):
         checkpoints.load(directory)
     if window == "absent":
         rewrite(directory, lambda raw: raw.update(max_position_embeddings=4096))
