@@ -251,7 +251,7 @@ def problem_of(read, folder, root):
     """Why the end of this read is no good one, or None."""
     try:
         signal.signal(signal.SIGALRM, too_late)
-        signal.alarm(20)
+        signal.alarm(60)  # a rank far up makes two hundred thousand unused ids: 5 s
         read(folder)
         return None
     except TimeoutError as error:
