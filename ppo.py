@@ -361,7 +361,7 @@ def main(config):
             job.say(f"ppo: step {step + 1}: this looks like reward hacking: {warning}")
         if run.due(step, config.steps):
             reply = chat.painted_reply(ids[0], old.replies[0], encoding, job.colour)
-            job.say(f"{reply}  score {old.scores[0]:.2f}")
+            job.say(reply + f"  score {old.scores[0]:.2f}")
         job.log(step, **metrics)
         if metrics["hacking"] and config.stop_on_hacking:
             job.say(f"ppo: stopped after step {step + 1}")

@@ -203,7 +203,7 @@ def held_out_metrics(config, job, model, data, rows, encoding):
     label, margin = data.pair_labels(rows, job.device)  # (N,) each
     chosen_scores, rejected_scores = all_pair_scores(model, examples).unbind(1)  # (N,) each
     for side, score in zip(examples[0], (chosen_scores[0], rejected_scores[0]), strict=True):
-        job.say(f"{chat.painted(*side, encoding, job.colour)}  score {score:.2f}")
+        job.say(chat.painted(*side, encoding, job.colour) + f"  score {score:.2f}")
     accuracy = (chosen_scores > rejected_scores).float().mean()
     loss = bradley_terry_loss(chosen_scores, rejected_scores, margin, label).mean()
     return {"held_out_accuracy": accuracy, "held_out_loss": loss}

@@ -1,5 +1,6 @@
 """Low-rank adapters in the PEFT layout: adapter_config.json and adapter_model.safetensors."""
 
+import math
 import re
 from pathlib import Path
 
@@ -7,7 +8,16 @@ import torch
 from torch import nn
 
 import run
-from data.architectures import header, layout, prefixed, read_json, tensors_of, write_files
+from data.architectures import (
+    header,
+    is_count,
+    is_number,
+    layout,
+    prefixed,
+    read_json,
+    tensors_of,
+    write_files,
+)
 
 # PEFT may train these as a whole; of the last two we train only the rows of new tokens.
 WHOLE = ("score_head.weight", "embed.weight", "lm_head.weight")
@@ -78,10 +88,15 @@ def load_adapter(model, directory):
         other.append(str(facts["init_lora_weights"]))
     method = ", ".join(other) or facts.get("peft_type")
     r, alpha = facts.get("r"), facts.get("lora_alpha")
-    numbers = type(r) is int and r > 0 and type(alpha) in (int, float) and alpha
+    numbers = is_count(r) and is_number(alpha) and alpha
     path = directory / "adapter_config.json"
     plain = method == "LORA" and numbers
-    run.require(plain, f"{path} describes no plain LoRA adapter ({method}, r {r}, alpha {alpha})")
+    settings = f"{method}, r {r}, alpha {alpha}"
+    wrong = f"{path} describes no plain LoRA adapter ({settings:.100}): name another"
+    run.require(plain, wrong)
+    ranks = {tensor.shape[0] for key, tensor in tensors.items() if key.endswith("lora_A.weight")}
+    wrong = f"{path} has the rank r {r}, and the matrices of its adapter have {sorted(ranks)[:3]}"
+    run.require(ranks <= {r}, f"{wrong}: save or fetch it again")
     model.freeze()
     names = layout(model)
     originals = {re.sub(AROUND, "", key): key for key in tensors}
@@ -105,21 +120,34 @@ def load_adapter(model, directory):
             value = unread.pop(key)()
             wrong = f"{directory}: {originals[key]} has shape {tuple(value.shape)}"
             fits = value.shape == matrix.shape
-            run.require(fits, f"{wrong}, this model needs {tuple(matrix.shape)}")
+            run.require(fits, f"{wrong}, this model needs {tuple(matrix.shape)}: fetch it again")
             matrix.copy_(value)
     headless = facts.get("task_type") == "SEQ_CLS" and "score.weight" not in originals
     run.require(not headless, f"{directory} is a classifier's adapter without its score.weight")
     load_whole_matrices(model, directory, names, unread)
     load_rows(model, directory, facts.get("trainable_token_indices") or {}, names, unread)
     if model.config.head == "score":
-        words = header(directory / "adapter_model.safetensors")
-        model.config.score_gain = float(words.get("score_gain", model.config.score_gain))
-        bias = float(words.get("score_bias", model.score_head.bias))
+        weights = directory / "adapter_model.safetensors"
+        words = header(weights)
+        defaults = {"score_gain": model.config.score_gain, "score_bias": model.score_head.bias}
+        gain, bias = (read_number(weights, words, *default) for default in defaults.items())
+        model.config.score_gain = gain
         nn.init.constant_(model.score_head.bias, bias)
     stray = originals.get(next(iter(unread), None))
     place = model.origin or "this model"
     run.require(not unread, f"{directory} holds a tensor that has no place in {place}: {stray}")
     return model
+
+
+def read_number(path, words, name, default):
+    """A number in the header of a safetensors file."""
+    try:
+        value = float(words.get(name, default))
+    except ValueError:
+        value = math.nan
+    wrong = f"{path} has the {name} {words.get(name)!r:.40} in its header: save it again"
+    run.require(is_number(value), wrong)
+    return value
 
 
 def load_whole_matrices(model, directory, names, unread):

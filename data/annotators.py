@@ -425,9 +425,9 @@ def main(config):
     records, rows, gaps = compare(pairs, judge, config.agreement, config.seed, **dials)
     run.require(records, "every vote was a tie: ask more annotators, or an odd number of them")
     write(records, config.out)
-    print(*summary(records, rows, gaps), sep="\n")
+    run.show("\n".join(summary(records, rows, gaps)))
     counts = f"{len(records)} pairs of {len(rows)} that had two different replies"
-    print(f"{counts}, written to {config.out}")
+    run.show(f"{counts}, written to {config.out}")
 
 
 if __name__ == "__main__":

@@ -6,14 +6,18 @@ import json
 import math
 import os
 import re
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import run
+from data import doors
+from data.doors import check_file, kind_of
 from model import Config
 
 CLASSES = {"gpt2": "GPT2", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
@@ -62,9 +66,6 @@ DEFAULTS = {"mistral": {"kv_heads": 8}, "olmo2": {"norm_eps": 1e-5}}
 DEFAULTS |= {"smollm3": {"kv_heads": 4, "tied": True, "rope_theta": 2e6}}
 # Config's rope_scaling, in this order:
 LLAMA3_SCALING = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
-POSITIVE_NUMBERS = ["layer_norm_epsilon", "rms_norm_eps", "rope_theta", *LLAMA3_SCALING]
-POSITIVE_NUMBERS += ["score_gain"]
-NUMBERS = [*POSITIVE_NUMBERS, "initializer_range", "score_bias"]
 # Fields that would make another architecture under the same name:
 VARIANTS = "scale_attn_by_inverse_layer_idx attention_bias mlp_bias use_sliding_window".split()
 VARIANTS += ["quantization_config"]
@@ -123,10 +124,10 @@ def read_config(directory):
     if raw.get("model_type") == "mistral":  # null is no window, but absent is the first Mistral's
         raw.setdefault("sliding_window", 4096)
     raw = {name: value for name, value in raw.items() if value is not None}
-    for name in ("rope_parameters", "rope_scaling"):
-        is_object = isinstance(raw.get(name) or {}, dict)
-        run.require(is_object, f"{path}: {name} should be an object, but it is {raw.get(name)!r}")
+    check_types(path, raw)
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = {name: value for name, value in rope.items() if value is not None}
+    check_types(path, rope)
     check_values(path, raw, rope)
     arch = raw["model_type"]
     fields = column(FIELDS, arch) | {name: name for name in SAME_FIELDS}
@@ -153,54 +154,91 @@ def read_config(directory):
     )
 
 
+def is_number(value):
+    """A number that a float32 can hold: no text, true, NaN, infinity, or 400 digits."""
+    return type(value) in (int, float) and abs(value) < 1e38
+
+
+def is_count(value):
+    return type(value) is int and 0 < value < 2**31
+
+
+def is_list_of(kind, value):
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+COUNTS = "vocab_size n_embd hidden_size n_layer num_hidden_layers n_head num_attention_heads"
+COUNTS += " n_inner num_key_value_heads head_dim intermediate_size n_positions"
+COUNTS += " max_position_embeddings no_rope_layer_interval"
+POSITIVE = "layer_norm_epsilon rms_norm_eps rope_theta score_gain"
+# What a field should be, whether a value is that, and the fields. All may be null.
+TYPES = [
+    ("a positive whole number", is_count, COUNTS.split()),
+    ("a positive number", lambda x: is_number(x) and x > 0, [*POSITIVE.split(), *LLAMA3_SCALING]),
+    ("a number of at least 0", lambda x: is_number(x) and x >= 0, ["initializer_range"]),
+    ("a number", is_number, ["score_bias"]),
+    ("an object", lambda x: isinstance(x, dict), ["rope_parameters", "rope_scaling"]),
+    ("true or false", lambda x: isinstance(x, bool), ["tie_word_embeddings", "scale_attn_weights"]),
+    ("a list of texts", partial(is_list_of, str), ["architectures", "layer_types"]),
+    ("an id", lambda x: type(x) is int and abs(x) < 2**31, ["pad_token_id"]),
+    ("an id or a list of ids", lambda x: is_list_of(int, x) or type(x) is int, ["eos_token_id"]),
+]
+
+
+def check_types(path, raw):
+    """Raises ValueError for a field of config.json that has another type than TYPES says."""
+    for wanted, is_valid, names in TYPES:
+        for name in names:
+            value = raw.get(name)
+            wrong = f"{path}: {name} should be {wanted}, but it is {value!r:.60}"
+            run.require(value is None or is_valid(value), f"{wrong}: correct it, or fetch it again")
+
+
 def check_values(path, raw, rope):
-    """Raises ValueError for fields of config.json that are missing, malformed or not supported."""
-    for source in (raw, rope):
-        for name in NUMBERS:
-            value, positive = source.get(name), name in POSITIVE_NUMBERS
-            number = type(value) in (int, float) and abs(value) < math.inf
-            valid = value is None or (number and (value > 0 or not positive))
-            kind = "positive number" if positive else "number"
-            run.require(valid, f"{path}: {name} should be a {kind}, but it is {value!r}")
+    """Raises ValueError for fields of config.json that are missing or not supported, or that
+    contradict each other."""
     arch = raw.get("model_type")
-    unknown = f"{path}: the architecture {arch!r} is not supported"
+    unknown = f"{path}: the architecture {arch!r:.60} is not supported"
     run.require(arch in list(CLASSES), f"{unknown}; {', '.join(CLASSES)} are")
     fields = column(FIELDS, arch).items()
     counts = [theirs for ours, theirs in fields if Config.__annotations__[ours] is int]
-    for name in [*counts, *OPTIONAL_COUNTS]:
-        run.require(name in raw or name in OPTIONAL_COUNTS, f"{path} lacks the field {name!r}")
-        value = raw.get(name, 1)
-        wrong = f"{path}: {name} should be a positive whole number, but it is {value!r}"
-        run.require(type(value) is int and value > 0, wrong)
+    for name in counts:
+        lacking = f"{path} lacks the field {name!r}: fetch or save it again"
+        run.require(name in raw or name in OPTIONAL_COUNTS, lacking)
     heads, groups = raw.get("num_attention_heads", 1), raw.get("num_key_value_heads", 1)
     uneven = f"{path}: num_attention_heads {heads} is no multiple of num_key_value_heads {groups}"
-    run.require(heads % groups == 0, uneven)
+    run.require(heads % groups == 0, f"{uneven}: correct its sizes")
+    gpt2 = arch == "gpt2"
+    width, heads = (raw[column(FIELDS, arch)[name]] for name in ("width", "heads"))
+    head_dim = width / heads if gpt2 else raw.get("head_dim", width / heads)
+    uneven = f"{path}: a width of {width} and {heads} heads make heads of {head_dim:.4g} dimensions"
+    step = 1 if gpt2 else 2  # RoPE turns pairs of them
+    run.require(head_dim % step == 0, f"{uneven}, not of a multiple of {step}: correct its sizes")
     if arch == "mistral" and "sliding_window" in raw:
         window, context = raw["sliding_window"], raw["max_position_embeddings"]
-        wrong = f"{path}: attention to the last {window} of {context} tokens is not supported"
+        wrong = f"{path}: attention to the last {window!s:.40} of {context} tokens is not supported"
         remedy = "set max_position_embeddings to sliding_window, for sequences as long as that"
-        run.require(type(window) is int and window >= context, f"{wrong}: {remedy}")
+        run.require(is_count(window) and window >= context, f"{wrong}: {remedy}")
     if arch == "smollm3":
-        every, flags = raw.get("no_rope_layer_interval", 4), raw.get("no_rope_layers") or []
-        layers = raw["num_hidden_layers"]
+        flags, layers = raw.get("no_rope_layers") or [], raw["num_hidden_layers"]
         valid = isinstance(flags, list) and (not flags or len(flags) >= layers)
         valid = valid and all(flag in (0, 1) for flag in flags)
-        run.require(valid, f"{path}: no_rope_layers should be a list of a 0 or 1 for each layer")
-        wrong = f"{path}: no_rope_layer_interval should be a whole number, but it is {every!r}"
-        run.require(type(every) is int and every > 0, wrong)
+        wrong = f"{path}: no_rope_layers should be a list of a 0 or 1 for each layer"
+        run.require(valid, f"{wrong}: correct it, or fetch it again")
     unsupported = [name for name in VARIANTS if raw.get(name)]
     if set(raw.get("layer_types") or []) - {"full_attention"}:
         unsupported.append("layer_types")
     if raw.get("scale_attn_weights") is False:
         unsupported.append("scale_attn_weights")
-    name, *known = GPT2_ACTIVATION if arch == "gpt2" else LLAMA_ACTIVATION
+    name, *known = GPT2_ACTIVATION if gpt2 else LLAMA_ACTIVATION
     if raw.get(name, known[0]) not in known:
-        unsupported.append(str(raw[name]))
+        unsupported.append(f"{raw[name]!s:.60}")
     variant = f"{path}: this variant of {CLASSES[arch]} ({', '.join(unsupported)})"
     run.require(not unsupported, f"{variant} is not supported")
-    scaling = "default" if arch == "gpt2" else rope.get("rope_type", rope.get("type", "default"))
-    complete = scaling == "llama3" and all(rope.get(name) for name in LLAMA3_SCALING)
-    wrong = f"{path}: rope scaling of type {scaling} is not supported or lacks numbers"
+    scaling = "default" if gpt2 else rope.get("rope_type", rope.get("type", "default"))
+    complete = scaling == "llama3" and all(name in rope for name in LLAMA3_SCALING)
+    complete = complete and rope["low_freq_factor"] < rope["high_freq_factor"]
+    wrong = f"{path}: rope scaling of type {scaling!s:.60} is not supported or lacks numbers"
     run.require(scaling == "default" or complete, f"{wrong}; llama3's is supported")
 
 
@@ -232,30 +270,72 @@ def write_config(config):
     return raw
 
 
+def check_memory(source, weights, context, head_dim):
+    """Raises ValueError for a model that the free memory cannot hold: its weights in fp32, and the
+    table of positions."""
+    needed = 4 * (weights + context * head_dim) / 2**30
+    free = run.free_memory() / 2**30
+    sizes = f"a model of {needed:,.4g} GiB, and {free:.4g} GiB of memory are free"
+    run.require(needed <= free, f"{source} asks for {sizes}: correct its sizes, or name another")
+
+
+def check_sizes(directory, config, tensors):
+    """Raises ValueError, before anything is allocated, for a config.json that asks for a model that
+    the memory cannot hold, or for far more weights than the checkpoint's files have."""
+    c = config
+    attention = 2 * c.width * c.head_dim * (c.heads + c.kv_heads)
+    mlp = (2 if c.arch == "gpt2" else 3) * c.width * c.mlp_width
+    weights = c.layers * (attention + mlp) + c.vocab_size * c.width
+    stored = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    path = directory / "config.json"
+    wrong = f"{path} promises {weights:,} weights, and the files beside it hold {stored:,}"
+    run.require(weights <= 2 * stored, f"{wrong}: fetch or save the checkpoint again")
+    check_memory(path, weights, c.context, c.head_dim)
+
+
+class Stored(NamedTuple):
+    """A tensor in a safetensors file. Each call opens the file again, so that the pages that it
+    maps are given back."""
+
+    path: Path
+    key: str
+    shape: tuple
+
+    def __call__(self):
+        with opened(self.path) as file:
+            value = file.get_tensor(self.key)
+        wrong = run.one_line(f"{self.path}: {self.key} holds NaN or infinite values")
+        remedy = "its training diverged or the file is damaged: name another checkpoint"
+        run.require(is_finite(value), f"{wrong}; {remedy}")
+        return value
+
+
+@contextmanager
+def opened(path):
+    """A safetensors file. Raises ValueError if it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        wrong = run.one_line(f"{path} is not a whole safetensors file ({error!s:.200})")
+        raise ValueError(f"{wrong}: fetch or save it again") from None
+
+
 def tensors_of(path):
-    """{key: a function that reads the tensor} of a safetensors file. Each call opens the file
-    again, so that the pages it maps are given back; ValueError for a value that is not finite."""
-    if not path.exists():
+    """{key: Stored} of a safetensors file."""
+    if not kind_of(path):
         reason = "only safetensors are read"
         pickles = sorted(p for p in path.parent.glob("*") if p.suffix in (".bin", ".pt", ".pth"))
         if pickles:
             reason += f"; {pickles[0].name} is a pickle, which could run any code: convert it"
-        raise FileNotFoundError(f"{path} does not exist: a checkpoint needs it ({reason})")
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
-    except (SafetensorError, OSError) as error:
-        wrong = f"{path} is not a whole safetensors file ({error})"
-        raise ValueError(f"{wrong}: fetch or save it again") from None
-
-    def read(key):
-        with safe_open(path, framework="pt") as file:
-            value = file.get_tensor(key)
-        remedy = "its training diverged or the file is damaged: name another checkpoint"
-        run.require(is_finite(value), f"{path}: {key} holds NaN or infinite values; {remedy}")
-        return value
-
-    return {key: partial(read, key) for key in keys}
+        missing = f"{path} does not exist: a checkpoint needs it ({reason}); fetch it too"
+        raise FileNotFoundError(run.one_line(missing))
+    check_file(path)
+    tensors = {}
+    with opened(path) as file:
+        for key in list(file.keys()):
+            tensors[key] = Stored(path, key, tuple(file.get_slice(key).get_shape()))
+    return tensors
 
 
 def is_finite(tensor):
@@ -268,7 +348,7 @@ def is_finite(tensor):
 
 def header(path):
     """{name: text} in the header of a safetensors file."""
-    with safe_open(path, framework="pt") as file:
+    with opened(path) as file:
         return file.metadata() or {}
 
 
@@ -290,14 +370,7 @@ def write_files(directory, tensors_name, tensors, facts_name, facts, words=None)
 
 def read_json(path):
     """The JSON object in a checkpoint's file. Raises FileNotFoundError or ValueError."""
-    if not path.exists():
+    if not kind_of(path):
         missing = f"{path} does not exist: {path.parent} is not a checkpoint directory"
         raise FileNotFoundError(missing)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not UTF-8 or not JSON
-        wrong = f"{path} is not valid JSON ({error})"
-        raise ValueError(f"{wrong}: fetch or save the checkpoint again") from None
-    wrong = f"{path} should hold a JSON object, but it holds a {type(value).__name__}"
-    run.require(isinstance(value, dict), wrong)
-    return value
+    return doors.read_json(path)

@@ -22,7 +22,8 @@ from pathlib import Path
 import regex  # installed with tiktoken; the standard library's re does not know \p{L}
 from tiktoken import Encoding
 
-from data.formats import parse, read_text
+import run
+from data.doors import read_json
 
 GPT2 = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 # SmolLM2 makes each digit a word before GPT-2's pattern applies. So spaces before a digit stay
@@ -39,6 +40,11 @@ O200K = (
     rf"{_LEAD}{_UPPER}*{_LOWER}+{_ENDING}?|{_LEAD}{_UPPER}+{_LOWER}*{_ENDING}?|\p{{N}}{{1,3}}"
     rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
 )
+
+
+# A text of many kinds, for the checks of a pattern:
+PROBE = "It's ax\u0301日本 \t x12345 +-_\r\n\n  \n🙂<|end|>  "
+SURROGATE = re.compile("[\ud800-\udfff]")  # a half of a character, which UTF-8 cannot write
 
 
 class Published(Encoding):
@@ -121,14 +127,17 @@ def read_tokenizer_json(path: Path) -> Encoding:
         model = spec["model"]
         kind = model.get("type", "BPE")
         if kind != "BPE":
-            raise ValueError(f"{path} holds a {kind} model, and only byte-level BPE can be read")
+            only = "only byte-level BPE can be read: name another"
+            raise ValueError(f"{path} holds a {one_line(kind)} model, and {only}")
         for field in "byte_fallback dropout continuing_subword_prefix end_of_word_suffix".split():
             if model.get(field):
-                raise ValueError(f"{path} sets {field}, so it is not byte-level BPE like GPT-2's")
+                other = "it is not byte-level BPE like GPT-2's: name another"
+                raise ValueError(f"{path} sets {field}, so {other}")
         normalizer = spec.get("normalizer") or {"normalizers": []}
         kinds = ", ".join(step["type"] for step in normalizer.get("normalizers", [normalizer]))
         if kinds not in ("", "NFC"):
-            raise ValueError(f"{path} has a normalizer ({kinds}), and only NFC is supported")
+            only = "only NFC is supported: name another"
+            raise ValueError(f"{path} has a normalizer ({one_line(kinds)}), and {only}")
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         added, plain = added_tokens(spec.get("added_tokens") or [], path)
         pattern = _split_pattern(spec.get("pre_tokenizer") or {}, path)
@@ -136,11 +145,13 @@ def read_tokenizer_json(path: Path) -> Encoding:
             model["vocab"], merges, added, path, model.get("ignore_merges")
         )
         if model.get("unk_token") and missing_bytes(ranks):
-            raise ValueError(f"{path} has an unk_token for bytes without a token: not supported")
+            problem = "has an unk_token for bytes without a token, which is not supported"
+            raise ValueError(f"{path} {problem}: name another")
         return make(path, pattern, ranks, special, plain, nfc=bool(kinds))
     except (AttributeError, KeyError, TypeError) as error:
-        cause = f"a field is missing or of the wrong type ({type(error).__name__}: {error})"
-        raise ValueError(f"{path} is malformed: {cause}") from None
+        reason = one_line(f"{type(error).__name__}: {error}")
+        cause = f"a field is missing or of the wrong type ({reason})"
+        raise ValueError(f"{path} is malformed: {cause}; fetch it again") from None
 
 
 def _split_pattern(pre_tokenizer: dict, path: Path) -> str:
@@ -167,7 +178,7 @@ def _split_pattern(pre_tokenizer: dict, path: Path) -> str:
                 raise ValueError(f"{path} {problem}: write (...{found[1]})+ if that is meant")
             return pattern
     only = "ByteLevel without prefix space, alone or after single Digits or a regex Split"
-    raise ValueError(f"{path} splits text by {kinds} (supported: {only})")
+    raise ValueError(f"{path} splits text by {one_line(kinds)} (supported: {only}): name another")
 
 
 def added_tokens(listed: Iterable[dict], path: Path) -> tuple[dict[str, int], set[str]]:
@@ -175,11 +186,19 @@ def added_tokens(listed: Iterable[dict], path: Path) -> tuple[dict[str, int], se
     added = {}
     plain = set()
     for token in listed:
-        content = token["content"]
+        content = token.get("content")
+        id = token.get("id")
+        if not isinstance(content, str) or not content or SURROGATE.search(content):
+            problem = f"has an added token whose content is no text: {content!r:.80}"
+            raise ValueError(f"{path} {problem}; fetch it again")
+        if type(id) is not int or not 0 <= id < 2**31:
+            problem = f"the id of {content!r:.80} should be an integer from 0 on, not {id!r:.40}"
+            raise ValueError(f"{path}: {problem}; fetch it again")
         for flag in ("single_word", "lstrip", "rstrip"):
             if token.get(flag):
-                raise ValueError(f"{path} sets {flag} for its token {content!r}: not supported")
-        added[content] = token["id"]
+                problem = f"sets {flag} for its token {content!r:.60}, which is not supported"
+                raise ValueError(f"{path} {problem}: name another")
+        added[content] = id
         if not token.get("special", True):
             plain.add(content)
     return added, plain
@@ -189,15 +208,18 @@ def split_vocabulary(vocab: dict, merges: list, added: dict, path: Path, keep_un
     """({bytes: id}, {special token: id}) from a vocabulary in GPT-2's spelling. An entry that is
     neither a byte nor the result of a merge (GPT-2's <|endoftext|>) never comes out of text, so it
     is special, unless keep_unmerged: Llama 3 looks up words before it merges (`ignore_merges`)."""
-    if not all(type(id) is int for id in (*vocab.values(), *added.values())):
-        raise ValueError(f"{path} is malformed: the id of every token should be an integer")
+    if not all(type(id) is int and 0 <= id < 2**31 for id in vocab.values()):
+        problem = "the id of every token should be an integer from 0 on"
+        raise ValueError(f"{path} is malformed: {problem}; fetch it again")
     merged = ["".join(merge) for merge in merges]
     for merge, token in zip(merges, merged, strict=True):
         if len(merge) != 2 or not vocab.keys() >= {*merge, token}:
-            raise ValueError(f"{path}: merge {merge} is not two tokens whose concatenation is one")
+            problem = f"merge {merge!s:.60} is not two tokens whose concatenation is one"
+            raise ValueError(f"{path}: {problem}: fetch it again")
     ids = [vocab[token] for token in merged]
     if ids != sorted(ids):
-        raise ValueError(f"{path}: tiktoken merges in the order of ids, and these merges do not")
+        problem = "tiktoken merges in the order of ids, and these merges do not: name another"
+        raise ValueError(f"{path}: {problem}")
     reached = {*CHAR_TO_BYTE, *merged}
     ranks = {}
     special = {}
@@ -215,10 +237,11 @@ def make(path: Path, pattern: str, ranks: dict, special: dict, plain=(), nfc=Fal
     """The Encoding, after checks of its ids, and of its pattern on one text of many kinds."""
     missing = missing_bytes(ranks)
     if len(missing) > 128:
-        raise ValueError(f"{path} is not byte-level: it has {256 - len(missing)} of the 256 bytes")
+        problem = f"is not byte-level: it has {256 - len(missing)} of the 256 bytes"
+        raise ValueError(f"{path} {problem}: name another")
     used = {*ranks.values(), *special.values()}
     if len(used) < len(ranks) + len(special):
-        raise ValueError(f"{path} gives the same id to two tokens")
+        raise ValueError(f"{path} gives the same id to two tokens: fetch it again")
     gaps = max(used) + 1 - len(used)  # ids below the highest that no token has: 15 in cl100k_base
     if not 0 <= gaps < 2**18:
         raise ValueError(f"{path} leaves {gaps} ids without a token: fetch it again")
@@ -236,13 +259,33 @@ def make(path: Path, pattern: str, ranks: dict, special: dict, plain=(), nfc=Fal
         else:
             encoding = Encoding(path.stem, **options)
     except (ValueError, OverflowError) as error:  # a regex of another dialect; a negative id
-        raise ValueError(f"{path} cannot be used ({error!s:.80}): {pattern[:80]!r}") from None
+        reason = f"{one_line(error)}): {pattern[:80]!r}"
+        raise ValueError(f"{path} cannot be used ({reason}: fetch it again") from None
+    check_pattern(pattern, path)
     # tiktoken drops what no alternative of the pattern matches; Hugging Face makes it a word.
-    probe = "It's ax\u0301日本 \t x12345 +-_\r\n\n  \n🙂<|end|>  "
-    known = probe.encode().translate(None, missing)
-    if encoding.decode_bytes(encoding.encode_ordinary(probe)) != known:
-        raise ValueError(f"the split pattern of {path} does not cover all text: {pattern[:80]!r}")
+    known = PROBE.encode().translate(None, missing)
+    if encoding.decode_bytes(encoding.encode_ordinary(PROBE)) != known:
+        problem = f"does not cover all text: {pattern[:80]!r}"
+        raise ValueError(f"the split pattern of {path} {problem}: name another")
     return encoding
+
+
+def check_pattern(pattern: str, path: Path) -> None:
+    """Raises ValueError for a split pattern that finds words without a character, or no end."""
+    try:
+        words = regex.finditer(pattern, PROBE, timeout=2)  # seconds
+        empty = any(not word[0] for word in words)
+    except (regex.error, TimeoutError) as error:
+        reason = one_line(f"{type(error).__name__}: {error}")
+        problem = f"cannot be used ({reason}): {pattern[:80]!r}"
+        raise ValueError(f"{path} {problem}: fetch it again") from None
+    wrong = f"the split pattern of {path} finds empty words: {pattern[:80]!r}"
+    run.require(not empty, f"{wrong}: fetch it again")
+
+
+def one_line(value) -> str:
+    """What a file holds, for a sentence."""
+    return run.one_line(str(value), 80)
 
 
 def refuse_clash(ranks: dict, special: dict, name: str | Path) -> None:
@@ -250,13 +293,6 @@ def refuse_clash(ranks: dict, special: dict, name: str | Path) -> None:
     for token in special:
         if CHAR_TO_BYTE.keys() >= set(token) and bytes(CHAR_TO_BYTE[c] for c in token) in ranks:
             raise ValueError(f"{name} has {token!r} as a special token and as a word: rename one")
-
-
-def read_json(path: Path) -> dict:
-    value = parse(path, read_text(path), 1)
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} should hold a JSON object, but it holds a {type(value).__name__}")
-    return value
 
 
 def tokenizer_json(encoding: Encoding) -> dict:

@@ -24,13 +24,13 @@ Three facts follow:
   the split pattern joins to the header.
 """
 
-import re
 from functools import lru_cache, partial
 from itertools import compress, groupby, takewhile
 from typing import NamedTuple
 
 from tiktoken import Encoding
 
+import run
 from data import bytelevel
 from data.templates import Own, follow
 
@@ -38,7 +38,6 @@ START, END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>")  # GPT-2's and Qwen's; Llama 3's
 ROLES = ("system", "user", "assistant", "tool")
 FIELDS = ("role", "content", "reasoning_content")  # that a template may read
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 Example = tuple[list[int], list[bool]]  # ids and mask, both (T,)
 
 
@@ -322,26 +321,20 @@ def example(prompt: list[dict], reply: list[dict], encoding: Encoding) -> Exampl
     return ids[:end], mask[:end]
 
 
-def visible(text: str) -> str:
-    """Text for a terminal: control characters, which could move the cursor or worse, as \\xNN. Tabs
-    and newlines stay."""
-    return CONTROL.sub(lambda char: f"\\x{ord(char[0]):02x}", text)
-
-
-def painted(ids: list[int], mask: list, encoding: Encoding, colour: bool) -> str:
+def painted(ids: list[int], mask: list, encoding: Encoding, colour: bool) -> run.Visible:
     """Tokens as a line for a terminal. Supervised ones (mask True or weight 1) are green, or in « »
     without colour. A long line is cut around the first of them."""
-    on, off = ("\033[32m", "\033[0m") if colour else ("«", "»")
     first = mask.index(1) if 1 in mask else 0
     tokens = list(zip(ids, mask, strict=True))[max(0, first - 60) : first + 100]
-    line = ""
+    line = run.visible("")
     for weight, group in groupby(tokens, lambda token: token[1]):
-        text = visible(encoding.decode([token for token, _ in group]))
-        line += f"{on}{text}{off}" if weight == 1 else text
-    return line.replace("\n", "\\n")
+        text = run.visible(encoding.decode([token for token, _ in group]).replace("\n", "\\n"))
+        supervised = run.paint(text, 32) if colour else f"«{text}»"
+        line += supervised if weight == 1 else text
+    return line
 
 
-def painted_reply(prompt: list[int], reply: list[int], encoding: Encoding, colour: bool) -> str:
+def painted_reply(prompt: list[int], reply: list[int], encoding: Encoding, colour: bool):
     """`painted` for a prompt and a model's reply to it."""
     mask = [False] * len(prompt) + [True] * len(reply)
     return painted(prompt + reply, mask, encoding, colour)

@@ -18,6 +18,7 @@ import run
 from data import architectures, chat, tokenizer
 from data.adapters import load_adapter, save_adapter
 from data.architectures import named_tensors, prefixed, read_json, tensors_of
+from data.doors import kind_of
 from data.world import TOKENIZER
 from model import GPT
 
@@ -39,7 +40,7 @@ def load(directory, head=None, trunk=None):
     Raises FileNotFoundError or ValueError for anything missing, unexpected or of a wrong shape.
     """
     directory = Path(directory)
-    if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
+    if is_adapter(directory):
         return load_merged_adapter(directory, head)
     config = architectures.read_config(directory)
     head_of_file = config.head
@@ -48,6 +49,7 @@ def load(directory, head=None, trunk=None):
         model = load_on_trunk(directory, config, trunk)
         if model is not None:
             return model
+    architectures.check_sizes(directory, config, tensors_of_checkpoint(directory))
     model = GPT(config)
     model.origin = str(directory)
     for tensor, value in matching_tensors(directory, model, head_of_file):
@@ -55,16 +57,35 @@ def load(directory, head=None, trunk=None):
     return model
 
 
-def load_merged_adapter(directory, head):
-    facts = read_json(directory / "adapter_config.json")
+def is_adapter(directory):
+    """Whether a directory holds an adapter alone."""
+    files = [kind_of(directory / f"{name}.json") for name in ("adapter_config", "config")]
+    return bool(files[0]) and not files[1]
+
+
+def base_of(directory):
+    """The directory of an adapter's base model, and the adapter's adapter_config.json."""
+    path = directory / "adapter_config.json"
+    facts = read_json(path)
     base = facts.get("base_model_name_or_path") or ""
-    field = f"{directory / 'adapter_config.json'}: base_model_name_or_path"
+    field = f"{path}: base_model_name_or_path"
+    run.require(isinstance(base, str), f"{field} should be a text: correct it")
+    kind_of(base)  # refuses a name that cannot be looked at
     run.require_directory(base, field, "write there the directory of the adapter's base model")
-    itself = Path(base).resolve() == directory.resolve()
-    run.require(not itself, f"{field} {base}: is the adapter itself: name its base model there")
+    return Path(base), facts
+
+
+def load_merged_adapter(directory, head):
+    base, facts = base_of(directory)
+    visited = [directory.resolve()]
+    while is_adapter(base):  # of a base model, in the end
+        visited.append(base.resolve())
+        circle = f"{directory}: the base model of its adapter is, in the end, itself"
+        run.require(len(visited) == len({*visited}), f"{circle}: correct base_model_name_or_path")
+        base, _ = base_of(base)
     if facts.get("task_type") == "SEQ_CLS":
         head = head or "score"
-    model = load_adapter(load(base, head), directory).merge()
+    model = load_adapter(load(base_of(directory)[0], head), directory).merge()
     # a further adapter is added to both, and its file names this one as its base
     model.origin, model.grown = str(directory), []
     return model
@@ -95,14 +116,14 @@ def matching_tensors(directory, model, head_of_file):
         if key.startswith(architectures.HEADS) and model.config.head != head_of_file:
             continue
         lacking = f"{directory} lacks the tensor {key} that its config.json promises"
-        run.require(key in values, lacking)
+        run.require(key in values, f"{lacking}: fetch it again")
         value = values.pop(key)()
         labels = len(value) if key == "score.weight" and value.dim() == 2 else 1
         several = f"{directory} is a classifier with {labels} labels, and a reward model has one"
         run.require(labels == 1, f"{several}: train one with reward.py")
         fits = value.shape == tensor.shape and value.is_floating_point()
         actual = f"{directory}: {key} has shape {tuple(value.shape)} ({value.dtype})"
-        run.require(fits, f"{actual}, config.json says {tuple(tensor.shape)}")
+        run.require(fits, f"{actual}, config.json says {tuple(tensor.shape)}: fetch it again")
         yield tensor, value
     if model.config.tied and model.config.head == head_of_file == "lm" and HEAD in values:
         same = torch.equal(values[HEAD]().to(model.embed.weight), model.embed.weight)
@@ -118,9 +139,9 @@ def tensors_of_checkpoint(directory):
     """{name without prefix: a function that reads the tensor}, over all shards."""
     index = directory / "model.safetensors.index.json"
     files = ["model.safetensors"]
-    if index.exists():
+    if kind_of(index):
         shards = read_json(index).get("weight_map")
-        valid = isinstance(shards, dict) and all(isinstance(f, str) for f in shards.values())
+        valid = isinstance(shards, dict) and shards and all(map(is_file_name, shards.values()))
         run.require(valid, f"{index} is not a readable index of shards: fetch the checkpoint again")
         files = sorted(set(shards.values()))
     values = {}
@@ -131,6 +152,11 @@ def tensors_of_checkpoint(directory):
             run.require(name not in values, twice)
             values[name] = read
     return values
+
+
+def is_file_name(value):
+    """Whether this is the name of a file in the same directory."""
+    return isinstance(value, str) and value == Path(value).name
 
 
 @torch.no_grad()
@@ -165,6 +191,7 @@ def open_model(config, encoding, device, head="lm", chats=True):
     """The model of --init or random weights of --shape, with the adapters of --lora-rank. Raises
     ValueError for a reward model where a language model is needed."""
     if config.init == "scratch":
+        check_shape(config.shape, encoding.n_vocab)
         model = GPT.from_scratch(config.shape, encoding.n_vocab, head=head)
     else:
         model = load(config.init, head=None if head == "lm" else head)
@@ -173,6 +200,18 @@ def open_model(config, encoding, device, head="lm", chats=True):
     new_ids = untaught_ids(model, encoding) if config.lora_rank and chats else []
     model = tokenizer.fit(model, encoding, chat=chats).to(device)
     return model.adapt(config.lora_rank, config.lora_alpha, config.lora_targets, new_ids)
+
+
+def check_shape(shape, vocab_size):
+    """Raises ValueError for a --shape that the memory cannot hold. A malformed one is refused by
+    GPT.from_scratch."""
+    match = re.fullmatch(r"\w+:(\d+)x(\d+)x(\d+)", shape)
+    too_long = f"--shape {shape:.40}... should read llama:4x96x128 or alike"
+    run.require(len(shape) < 100, too_long)
+    if match:
+        layers, width, context = map(int, match.groups())
+        weights = 12 * layers * width**2 + vocab_size * width
+        architectures.check_memory(f"--shape {shape}", weights, context, head_dim=32)
 
 
 def untaught_ids(model, encoding):

@@ -208,15 +208,16 @@ def finish(config, rows, left_out, failure):
     there are none."""
     for reason, count in left_out.items():
         if count:
-            print(f"{count:6} {reason}", file=sys.stderr)
+            run.show(f"{count:6} {reason}", file=sys.stderr)
     run.require(rows, failure)
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     run.write_lines(Path(config.out), rows)
-    form = "{text}" if os.environ.get("NO_COLOR") else "\033[{colour}m{text}\033[0m"
+    plain = os.environ.get("NO_COLOR")
     for row in rows[: config.show]:
         for name, text in texts_of(row):
-            print(f"{name:8}  {form.format(colour=COLOURS[name], text=text.strip())}")
-        print()
+            shown = text.strip() if plain else run.paint(text.strip(), COLOURS[name])
+            run.show(run.visible(f"{name:8}  ") + shown)
+        run.show()
 
 
 def say_if_it_fits(speaker, dialogues, stream):
@@ -269,7 +270,7 @@ def critique_main(config):
     finish(config, rows, left_out, failure)
     changed = sum(row["messages"][-1]["content"] != row["response"] for row in rows)
     counts = f"{len(rows)} responses revised up to {config.revisions} times, {changed} of them"
-    print(f"{counts} changed, written to {config.out}")
+    run.show(f"{counts} changed, written to {config.out}")
 
 
 def preferences(speaker, pairs, constitution, drawn, left_out, think=False):
@@ -343,7 +344,7 @@ def compare_main(config):
         rows.append(row | {"label": p, "votes": ballot})
     failure = "no comparison fits the context, or no thought ended: name another --judge-model"
     finish(config, rows, left_out, failure)
-    print(f"{len(rows)} pairs under up to {count} principles each, written to {config.out}")
+    run.show(f"{len(rows)} pairs under up to {count} principles each, written to {config.out}")
 
 
 if __name__ == "__main__":

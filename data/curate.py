@@ -207,8 +207,8 @@ def main(config):
     rows = [{"messages": record.messages, "where": record.where} for record in chosen]
     run.write(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     for reason, count in dropped.most_common():
-        print(f"{count:8} {reason}")
-    print(f"{len(chosen):8} of {len(records)} kept, written to {out}")
+        run.show(f"{count:8} {reason}")
+    run.show(f"{len(chosen):8} of {len(records)} kept, written to {out}")
 
 
 if __name__ == "__main__":

@@ -14,11 +14,8 @@ answer teaches silence, and a tie teaches a coin toss. `read` drops such records
 per file (logger "data") that counts them by reason.
 """
 
-import gzip
-import json
 import logging
 import re
-import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,8 +24,10 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import NamedTuple
 
+import run
 from data import converters as convert
 from data import tables, turns
+from data.doors import listed, parse, read_text
 from data.records import Conversation, Document, Preference, Process, Prompt, Unpaired
 
 READINGS = {  # kind of record -> the kinds that it can be read as
@@ -108,15 +107,6 @@ EXTRAS |= {convert.persona: {"label_confidence"}, convert.document: {"prompt_len
 
 
 JSON_START = re.compile(r'\s*(\{\s*["}]|\[\s*[{"\]])')
-# The first bytes of files that are no text, and what to do:
-REMEDIES = {
-    b"PAR1": ("a parquet file", "write it as JSON lines"),
-    b"ARROW1": ("an Arrow file", "write it as JSON lines"),
-    b"\x28\xb5\x2f\xfd": ("a zstd file", "decompress it with zstd -d"),
-    b"\xfd7zXZ\x00": ("an xz file", "decompress it with xz -d"),
-    b"BZh": ("a bzip2 file", "decompress it with bzip2 -d"),
-    b"PK\x03\x04": ("a zip archive or a spreadsheet", "unpack it, or write it as CSV"),
-}
 
 
 def columns(shape, record):
@@ -148,12 +138,13 @@ def shapes_of(record, where):
     """The rows of SHAPES for a record, one per reading. Raises ValueError if no row fits."""
     if not isinstance(record, dict) or "harmful0" in record:
         other = "a constitution, its principles and few-shot texts, cannot be trained on"
-        raise ValueError(f"{where}: is no record (an object with fields such as prompt); {other}")
+        problem = f"is no record (an object with fields such as prompt); {other}"
+        raise ValueError(f"{where}: {problem}: give a file of records")
     shapes = fitting(frozenset(record))
     if not shapes:
         known = "messages, prompt + completion, prompt + chosen + rejected, text and all of SHAPES"
-        problem = f"has the unknown fields {turns.listed(record)}"
-        raise ValueError(f"{where}: {problem}; known are {known} in data/formats.py")
+        problem = f"has the unknown fields {listed(record)}; known are {known}"
+        raise ValueError(f"{where}: {problem} in data/formats.py: give it such fields")
     return shapes
 
 
@@ -190,7 +181,7 @@ def read(path, kind=None):
     wrapped = 0
     for where, value in values:
         if shapes_of(value, where) != shapes:
-            problem = f"has the fields {turns.listed(value)}, but the file began as {name}"
+            problem = f"has the fields {listed(value)}, but the file began as {name}"
             raise ValueError(f"{where}: {problem}; put them into separate files")
         for converted in convert_value(value, where, shape):
             total += 1
@@ -217,9 +208,9 @@ def read(path, kind=None):
     if wrapped:
         notes.append(f"{wrapped} of {total} prompts hold the headers of another chat template")
     if ignored := dict.fromkeys(name for value in raw for name in unread_in_turns(value)):
-        notes.append(f"fields of turns not read: {turns.listed(ignored)}")
+        notes.append(f"fields of turns not read: {listed(ignored)}")
     if notes:
-        logging.getLogger("data").warning("%s: %s", turns.shown(path.name), "; ".join(notes))
+        logging.getLogger("data").warning("%s: %s", run.one_line(path.name), "; ".join(notes))
     return records
 
 
@@ -229,7 +220,7 @@ def unread(values, shape):
     read = {*turns.OPTIONAL, *EXTRAS.get(shape.convert, ())}
     read |= {name for value in values for name in columns(shape, value)}
     others = [name for name in names if name not in read]
-    return f"; fields not read: {turns.listed(others)}" if others else ""
+    return f"; fields not read: {listed(others)}" if others else ""
 
 
 def unread_in_turns(value):
@@ -260,7 +251,7 @@ def convert_value(value, where, shape):
         problem = f"is not built like {shape.name} ({type(error).__name__}: {error})"
     else:
         return result if isinstance(result, list) else [result]
-    raise ValueError(f"{where}: {turns.shown(problem)}; correct or delete it")
+    raise ValueError(f"{where}: {run.one_line(problem, 300)}; correct or delete it")
 
 
 def trim(record, kind):
@@ -391,46 +382,3 @@ def texts_of(path, body):
     texts = ["\n".join(line.rstrip("\r") for _, line in block) for block in blocks]
     starts = [block[0][0] for block in blocks]
     return [(f"{path}:{n}", {"text": text}) for n, text in zip(starts, texts, strict=True)]
-
-
-def read_text(path):
-    """The text of a UTF-8 file, gzipped or not, without its byte-order mark."""
-    try:
-        data = path.read_bytes()
-        if data.startswith(b"\x1f\x8b"):
-            data = gzip.decompress(data)
-        for start, (name, remedy) in REMEDIES.items():
-            if data.startswith(start):
-                raise ValueError(f"{path}: is {name}; {remedy}")
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: there is no such file; check the path") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: is a damaged gzip file ({error}); fetch it again") from None
-    except OSError as error:
-        reason = str(error.strerror).lower()
-        raise ValueError(f"{path}: cannot be read ({reason}); name a readable file") from None
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        problem = f"is not UTF-8 (at byte {error.start} of the file)"
-        raise ValueError(f"{path}:{line}: {problem}; convert the file to UTF-8") from None
-
-
-def parse(path, source, line):
-    """A JSON text as a value. Raises ValueError, also for an object that names a field twice."""
-    try:
-        return json.loads(source, object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        line += error.lineno - 1
-        reason = f"{error.msg} at column {error.colno}"
-    except (RecursionError, ValueError) as error:  # nested too deep; 4300 digits; `unique`
-        reason = str(error)
-    raise ValueError(f"{path}:{line}: is malformed JSON ({reason}); correct or delete it")
-
-
-def unique(pairs):
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        repeated = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
-        raise ValueError(f"the field {turns.listed(repeated)} stands in one object twice")
-    return fields

@@ -2,12 +2,11 @@
 
 import csv
 import io
-import json
 import re
 import sys
 from collections import Counter
 
-from data.turns import listed
+from data.doors import decode, listed
 
 # The fields that hold no text:
 VALUES = {"label", "kto_tag", "margin", "preference", "weight", "prompt_length", "label_confidence"}
@@ -52,7 +51,7 @@ def cell_value(where, name, cell):
     if not cell.strip() or not (is_list or name in VALUES):
         return cell or None
     try:
-        return json.loads(cell.lower() if cell.lower() in ("true", "false") else cell)
+        return decode(cell.lower() if cell.lower() in ("true", "false") else cell)
     except (RecursionError, ValueError):  # a converter refuses text where a number belongs
         if not is_list:
             return cell

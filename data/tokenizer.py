@@ -15,6 +15,7 @@ from pathlib import Path
 import regex
 from tiktoken import Encoding
 
+import run
 from data.bytelevel import (
     CL100K,
     GPT2,
@@ -22,7 +23,6 @@ from data.bytelevel import (
     QWEN,
     added_tokens,
     make,
-    read_json,
     read_tokenizer_json,
     split_vocabulary,
     tokenizer_json,
@@ -38,7 +38,7 @@ from data.chat import (
     template_name,
     template_text,
 )
-from data.formats import read_text
+from data.doors import kind_of, read_bytes, read_json, read_text
 from data.templates import Own
 
 # A .tiktoken file holds ranks only, so its name decides the pattern and the special tokens.
@@ -63,9 +63,9 @@ def load(directory: str | Path) -> Encoding:
     Raises FileNotFoundError or ValueError, in one sentence, for a missing or malformed file and for
     a tokenizer of another kind."""
     path = Path(directory)
-    if not path.exists():
+    if not kind_of(path):
         raise FileNotFoundError(f"there is no tokenizer at {path}: no such file or directory")
-    folder = path if path.is_dir() else path.parent
+    folder = path if kind_of(path) == "a directory" else path.parent
     encoding = _load(path, folder)
     template = _template(folder, encoding)
     if template is not None:
@@ -80,11 +80,11 @@ def _template(folder: Path, encoding: Encoding) -> str | Own | None:
     config = _config(folder)
     source = config.get("chat_template")
     if isinstance(source, list):  # several, each with a name
-        named = {one.get("name"): one.get("template") for one in source if isinstance(one, dict)}
-        source = named.get("default")
+        named = [one for one in source if isinstance(one, dict) and one.get("name") == "default"]
+        source = named[0].get("template") if named else None
         if not source:
             raise ValueError(f"{path} has chat templates, and none is named default: name one so")
-    if (folder / "chat_template.jinja").exists():
+    if kind_of(folder / "chat_template.jinja"):
         path = folder / "chat_template.jinja"
         source = read_text(path)
         if not source.strip():
@@ -92,7 +92,8 @@ def _template(folder: Path, encoding: Encoding) -> str | Own | None:
     if not source:
         return None
     if not isinstance(source, str):
-        raise ValueError(f"{path} has a chat_template that is no text: {source!r:.80}")
+        problem = f"has a chat_template that is no text: {source!r:.80}"
+        raise ValueError(f"{path} {problem}: fetch it again")
     names = [name for name, template in TEMPLATES.items() if template.jinja == source]
     if names:
         return names[0]
@@ -100,7 +101,7 @@ def _template(folder: Path, encoding: Encoding) -> str | Own | None:
     special = encoding._special_tokens
     stops = [special.get(variables.get("eos_token"))]
     for file in ("generation_config.json", "config.json"):
-        ids = read_json(folder / file).get("eos_token_id") if (folder / file).exists() else None
+        ids = read_json(folder / file).get("eos_token_id") if kind_of(folder / file) else None
         stops += ids if isinstance(ids, list) else [ids]
     stops = [id for id in stops if id in special.values()]
     return Own(source, path, variables, special.keys() - getattr(encoding, "plain", ()), stops)
@@ -109,7 +110,7 @@ def _template(folder: Path, encoding: Encoding) -> str | Own | None:
 def _config(folder: Path) -> dict:
     """tokenizer_config.json; in older directories special_tokens_map.json has a part of it."""
     files = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
-    config, tokens = (read_json(file) if file.exists() else {} for file in files)
+    config, tokens = (read_json(file) if kind_of(file) else {} for file in files)
     return config if config.get("added_tokens_decoder") else config | tokens
 
 
@@ -126,11 +127,11 @@ def _tokens(config: dict) -> dict[str, str]:
 def _load(path: Path, folder: Path) -> Encoding:
     for names in (("tokenizer.json",), ("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
         files = [folder / name for name in names]
-        if (path == folder or path in files) and all(file.exists() for file in files):
+        if (path == folder or path in files) and all(map(kind_of, files)):
             return _from_vocab_and_merges(*files) if files[1:] else read_tokenizer_json(*files)
     files = [*path.glob("*.tiktoken"), *path.glob("tokenizer.model")] if path == folder else [path]
     # Llama 3's ranks are called tokenizer.model, like SentencePiece's files. They begin with "! 0".
-    ranks = [f for f in files if f.suffix == ".tiktoken" or f.read_bytes().startswith(b"IQ== 0\n")]
+    ranks = [f for f in files if f.suffix == ".tiktoken" or read_bytes(f).startswith(b"IQ== 0\n")]
     if len(ranks) == 1:
         return _from_tiktoken(ranks[0])
     if ranks:
@@ -173,7 +174,7 @@ def _from_tiktoken(path: Path) -> Encoding:
     name = path.name.removesuffix(".tiktoken")
     if name not in NAMED and not pattern:
         assumed = "%s: a file of this name is unknown, so GPT-2's split pattern is assumed"
-        logging.getLogger("data").warning(assumed, path)
+        logging.getLogger("data").warning(assumed, run.one_line(str(path)))
     named_pattern, named_special = NAMED.get(name, (GPT2, {}))
     nfc = nfc or name == "qwen"
     return make(path, pattern or named_pattern, ranks, special or named_special, plain, nfc)
@@ -186,23 +187,25 @@ def _hints(path: Path) -> tuple[str | None, dict[str, int], set[str], bool]:
     config = _config(path.parent)
     is_qwen = str(config.get("tokenizer_class")).startswith("Qwen2")
     pattern = config.get("pat_str") or (QWEN if is_qwen else None)
+    if not isinstance(pattern, str | None):
+        problem = f"has a pat_str that is no text: {pattern!r:.60}"
+        raise ValueError(f"{config_path} {problem}: fetch it again")
     added = config.get("added_tokens_decoder") or {}
     valid = isinstance(added, dict) and all(
-        id.isdecimal() and isinstance(token, dict) and isinstance(token.get("content"), str)
-        for id, token in added.items()
+        id.isdecimal() and len(id) < 10 and isinstance(token, dict) for id, token in added.items()
     )
     if not valid:
-        wrong = "an added_tokens_decoder that is no table of ids and tokens with a content"
+        wrong = "an added_tokens_decoder that is no table of ids and tokens"
         raise ValueError(f"{config_path} has {wrong}: fetch it again")
     listed = [token | {"id": int(id)} for id, token in added.items()]
     older_path = path.parent / "added_tokens.json"
-    if not added and older_path.exists():  # which of them are special, the configuration says
+    if not added and kind_of(older_path):  # which of them are special, the configuration says
         others = config.get("additional_special_tokens") or []
+        others = others if isinstance(others, list) else [others]
         special = [_content(token) for token in (*config.values(), *others)]
         for token, id in read_json(older_path).items():
-            if type(id) is not int:
-                raise ValueError(f"{older_path}: the id of {token!r} should be an integer")
             listed.append({"content": token, "id": id, "special": token in special})
+        config_path = older_path
     return pattern, *added_tokens(listed, config_path), is_qwen
 
 

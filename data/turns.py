@@ -51,19 +51,6 @@ class Dropped(ValueError):
     """A record that is dropped; the text is the reason, which `formats.read` counts."""
 
 
-def listed(names):
-    """The first eight names of fields, for a message."""
-    names = list(names)
-    return shown(", ".join(names[:8] + ["..."] * (len(names) > 8))) or "(none)"
-
-
-def shown(text):
-    r"""A text with something of a file in it, for a message: shortened, and a control character as
-    \xNN, so that no file can write to the terminal."""
-    text = text if len(text) <= 300 else f"{text[:300]}..."
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
-
-
 def as_text(value, field):
     """A string as it is. Null becomes "", and the record is later dropped as empty."""
     if value is not None and not isinstance(value, str):

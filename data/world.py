@@ -413,7 +413,7 @@ def write_files(out, files):
     Path(out).mkdir(parents=True, exist_ok=True)
     for path, rows in paths.items():
         run.write_lines(path, rows)
-        print(f"{len(rows):6} records in {path}")
+        run.show(f"{len(rows):6} records in {path}")
 
 
 def main(config):

@@ -158,19 +158,19 @@ def main(config):
         row |= {how: f"{x.mean():.3f} +-{interval(x.tolist()):.3f}" for how, x in curve.items()}
         if config.reward:
             row["proxy"] = f"{best_of(ranks['outcome'], ranks['outcome'], n).mean():.3f}"
-    print(f"{len(golds)} held-out questions, {config.n} samples of {config.policy} each: ", end="")
-    print(f"gold of the chosen one\n{table(rows)}")
+    counts = f"{len(golds)} held-out questions, {config.n} samples of {config.policy} each"
+    run.show(f"{counts}: gold of the chosen one\n{table(rows)}")
     lines = {how: [row[how] for row in means.values()] for how in curves[1]}
     kl = list(bounds.values())
     if config.reward and len(kl) > 2:
         form = "d (a - b d)"
         a, b, r2 = fit_form(kl, lines["outcome"], form)
-        print(f"\noutcome: gold = gold(1) + {form}, d = sqrt(KL bound): ", end="")
-        print(f"a {a:.3f}  b {b:.3f}  R^2 {r2:.2f}")
+        run.show(f"\noutcome: gold = gold(1) + {form}, d = sqrt(KL bound): ", end="")
+        run.show(f"a {a:.3f}  b {b:.3f}  R^2 {r2:.2f}")
     n = min(16, max(bounds))
     differences = paired_differences(curves[n])
     if differences:
-        print(f"\nbest of {n}, paired by question\n{table(differences)}")
+        run.show(f"\nbest of {n}, paired by question\n{table(differences)}")
     out = output(config.out)
     facts = {"gold": means, "differences": differences, "kl_bound": bounds}
     run.write_json(out / "best-of-n.json", facts)

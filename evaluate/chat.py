@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 
 import run
-from data import chat
 from evaluate.measures import open_run, prompt_and_stops
 
 
@@ -48,9 +47,9 @@ def main(directory, config):
             if questions and number.isdigit() and int(number) > 0:
                 samples = reply_to(messages[: questions[-1]], *fixed, int(number))
                 for i, reply in enumerate(samples):
-                    print(f"{i + 1}: {chat.visible(reply.strip())}", flush=True)
+                    run.show(f"{i + 1}: {reply.strip()}")
             else:
-                print("/samples N repeats the last question: ask one first, and give N", flush=True)
+                run.show("/samples N repeats the last question: ask one first, and give N")
         else:
             question = [*messages, {"role": "user", "content": text}]
             if replies := reply_to(question, *fixed):
@@ -80,15 +79,15 @@ def reply_to(messages, model, encoding, chats, config, generator, samples=0):
         prompt, stops = prompt_and_stops(messages, encoding, chats)
     if len(prompt) >= context:
         too_long = f"a message of {len(prompt)} tokens does not fit the context of {context}"
-        print(f"{too_long}: say it in fewer words", flush=True)
+        run.show(f"{too_long}: say it in fewer words")
         return []
     if not samples:
-        print("model: ", end="", flush=True)
+        run.show("model: ", end="")
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # tokens may end inside a character
 
     def stream(_, tokens):
         token = b"" if tokens[0] in stops else encoding.decode_single_token_bytes(tokens[0])
-        print(chat.visible(decoder.decode(token)), end="", flush=True)
+        run.show(decoder.decode(token), end="")
 
     began = time.perf_counter()
     options = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
@@ -96,7 +95,7 @@ def reply_to(messages, model, encoding, chats, config, generator, samples=0):
     replies = model.generate([prompt], room, stream=None if samples else stream, **options)
     tokens = sum(map(len, replies))
     speed = f"[{tokens} tokens, {tokens / (time.perf_counter() - began):.0f} a second]"
-    print(f"{decoder.decode(b'', final=True)}\n{speed}", flush=True)
+    run.show(f"{decoder.decode(b'', final=True)}\n{speed}")
     return [encoding.decode([token for token in reply if token not in stops]) for reply in replies]
 
 

@@ -26,7 +26,7 @@ class Config:
 def is_vote(vote):
     """[principle, P(chosen) where it is shown first, the same where it is shown second]"""
     numbers = vote[1:] if isinstance(vote, list) else []
-    return len(numbers) == 2 and all(isinstance(p, int | float) for p in numbers)
+    return len(numbers) == 2 and all(isinstance(p, int | float) and 0 <= p <= 1 for p in numbers)
 
 
 def read(paths):
@@ -37,7 +37,7 @@ def read(paths):
         for record in formats.read(path, "preference"):
             vote_list = rows.get(record.where, {}).get("votes")
             valid = isinstance(vote_list, list) and vote_list and all(map(is_vote, vote_list))
-            wrong = f"{record.where}: the field votes is no list of [name, number, number]"
+            wrong = f"{record.where}: the field votes is no list of [name, 0 .. 1, 0 .. 1]"
             run.require(vote_list is None or valid, wrong)
             records.append(record)
             votes.append(vote_list)
@@ -73,18 +73,18 @@ def main(config):
             hits = [0.5 if p == 0.5 else float((p > 0.5) == (gap > 0)) for p, gap in pairs]
             if hits:
                 board[name][dimension] = mean(hits)
-    print(f"agreement with the judge, on pairs that differ in\n{table(board)}")
+    run.show(f"agreement with the judge, on pairs that differ in\n{table(board)}")
     board["pairs"] = {name: float(sum(gap != 0 for gap in row)) for name, row in gaps.items()}
     counts = ", ".join(f"{n:.0f} differ in {name}" for name, n in board["pairs"].items())
-    print(f"of {len(records)} pairs, {counts}")
+    run.show(f"of {len(records)} pairs, {counts}")
     if votes:
         orders = [(p, q) for row in votes for _, p, q in row]
         first = mean([(p + 1 - q) / 2 for p, q in orders])
         turned = mean([(p > 0.5) != (q > 0.5) for p, q in orders])
         board["position"] = {"first": first, "turned": turned}
-        print(f"the answer shown first is preferred with probability {first:.3f}, ", end="")
-        print(f"and {turned:.3f} of all votes turn round with the order")
-        print("averaged over both orders, by construction: .500, and none")
+        run.show(f"the answer shown first is preferred with probability {first:.3f}, ", end="")
+        run.show(f"and {turned:.3f} of all votes turn round with the order")
+        run.show("averaged over both orders, by construction: .500, and none")
     if config.out:
         run.write_json(output(config.out) / "labels.json", board)
 

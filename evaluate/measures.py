@@ -139,7 +139,9 @@ def fit_form(kl, gold, form):
 def table(rows):
     """{name: {column: value or text}} -> an aligned text, a column per key."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    cells = [[name, *(show(row.get(key)) for key in columns)] for name, row in rows.items()]
+    cells = [
+        [run.one_line(name), *(show(row.get(key)) for key in columns)] for name, row in rows.items()
+    ]
     lines = [["", *columns], *cells]
     width, *widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     texts = []

@@ -178,22 +178,22 @@ def main(config):
     facts = {"boards": dict(zip(homes, boards, strict=True)), "best_of_n": best, "summary": rows}
     run.write_json(out / "methods.json", facts)
     report.frontier(rows, {kl_bound(n): best[n] for n in BEST_OF}, out / "methods.png")
-    print(f"{len(homes)} seeds, {LABELS} labels: mean and half-width of its 95 % interval")
+    run.show(f"{len(homes)} seeds, {LABELS} labels: mean and half-width of its 95 % interval")
     cells = {}
     for name, row in rows.items():
         cells[name] = {key: plus_minus(cell) for key, cell in row.items() if key in COLUMNS}
-    print(table(cells))
+    run.show(table(cells))
     cells = {}
     for n, cell in best.items():
         cells[f"n = {n}"] = {"kl at most": show(kl_bound(n)), "gold": plus_minus(cell)}
-    print(f"\nbest of n replies of sft, chosen by the reward model\n{table(cells)}")
+    run.show(f"\nbest of n replies of sft, chosen by the reward model\n{table(cells)}")
     cells = {}
     for a, b in COMPARED:
         gaps = [board[a]["gold"] - board[b]["gold"] for board in boards]
         by_seed = " ".join(f"{gap:+.3f}" for gap in gaps)
         cells[f"{a} - {b}"] = {"mean": plus_minus(spread(gaps)), "seeds": by_seed}
-    print(f"\ndifferences in gold, seed by seed\n{table(cells)}")
-    print(f"picture: {out / 'methods.png'}", flush=True)
+    run.show(f"\ndifferences in gold, seed by seed\n{table(cells)}")
+    run.show(f"picture: {out / 'methods.png'}")
 
 
 if __name__ == "__main__":

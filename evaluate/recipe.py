@@ -124,8 +124,8 @@ def main(config):
     boards = {seed: recipe(out / f"seed-{seed}", seed, keep=True) for seed in seeds}
     rows = summary(list(boards.values()))
     run.write_json(out / "seeds.json", {"boards": boards, "summary": rows})
-    print(f"\n{len(seeds)} seeds: mean, half-width of its 95 % interval, (the worst seed)")
-    print(summary_table(rows), flush=True)
+    run.show(f"\n{len(seeds)} seeds: mean, half-width of its 95 % interval, (the worst seed)")
+    run.show(summary_table(rows))
 
 
 if __name__ == "__main__":

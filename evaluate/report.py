@@ -3,6 +3,7 @@
 import html
 import os
 from pathlib import Path
+from urllib.parse import quote
 
 import run
 from data import world
@@ -24,8 +25,8 @@ def write(out, board, skills, texts, prompts, directories):
     pictures = ""
     for file in [Path(directory) / "curves.png" for directory in directories]:
         if file.exists():
-            source = html.escape(os.path.relpath(file, out))
-            pictures += f'<h3>{html.escape(file.parent.name)}</h3><img src="{source}">'
+            source = html.escape(quote(os.path.relpath(file, out)))
+            pictures += f'<h3>{escaped(file.parent.name)}</h3><img src="{source}">'
     page = f"""<!doctype html><meta charset="utf-8"><title>scoreboard</title>
 <style>body {{ font: 15px sans-serif; margin: 2em }} img {{ max-width: 100% }}</style>
 <h1>Scoreboard</h1>{block(table(board))}
@@ -33,12 +34,17 @@ def write(out, board, skills, texts, prompts, directories):
 <h2>The same prompts, every model</h2>{block(chr(10).join(samples))}<h2>Curves</h2>{pictures}
 """
     run.write(out / "report.html", page)
-    print(table(board), flush=True)
-    print(f"by skill, with samples and curves: {out / 'report.html'}", flush=True)
+    run.show(table(board))
+    run.show(f"by skill, with samples and curves: {out / 'report.html'}")
 
 
 def block(text):
-    return f"<pre>{html.escape(text)}</pre>"
+    return f"<pre>{escaped(text)}</pre>"
+
+
+def escaped(text):
+    """Text that a browser shows as it is, marks of direction included."""
+    return html.escape(run.visible(text))
 
 
 def frontier(rows, best_of_n, path):

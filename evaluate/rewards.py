@@ -176,15 +176,15 @@ def report(results, out):
     """Prints and writes {name: `reward_row` of it}."""
     board, kinds, curves = ({name: x[i] for name, x in results.items()} for i in range(3))
     run.write_json(out / "reward.json", {"board": board, "kinds": kinds, "reliability": curves})
-    print(table(board))
+    run.show(table(board))
     names = [kind for kind in world.SKILLS if any(kind in row for row in kinds.values())]
     if names:
         rows = {kind: {name: row.get(kind) for name, row in kinds.items()} for kind in names}
-        print(f"\naccuracy against the truth by kind of task\n{table(rows)}")
+        run.show(f"\naccuracy against the truth by kind of task\n{table(rows)}")
     lines = {}
     for name, rows in curves.items():
-        print(f"\n{name}: probability that it gave, and share that came true")
-        print(table({str(i): row for i, row in enumerate(rows)}))
+        run.show(f"\n{name}: probability that it gave, and share that came true")
+        run.show(table({str(i): row for i, row in enumerate(rows)}))
         lines[name] = [row["said"] for row in rows], [row["seen"] for row in rows]
     lines["perfect"] = [0.5, 1], [0.5, 1]
     run.lines_picture(out / "reliability.png", [("probability given", "share of labels", lines)])

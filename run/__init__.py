@@ -17,6 +17,7 @@ ranks.py      several processes under torchrun that compute what one process wou
 state.py      what --resume needs
 optimizer.py  AdamW, the learning-rate schedule, clipping
 memory.py, files.py, pictures.py     how much memory; files without halves; curves
+terminal.py   text that is shown and never obeyed
 
 Bad input: every module of the project raises ValueError or OSError with one sentence that says what
 is wrong and what to do. Any other exception is a bug and keeps its traceback.
@@ -27,10 +28,11 @@ from .directory import require_directory
 from .files import ROOT, read_facts, read_metrics, write, write_json, write_lines
 from .flags import Flags, check_choice, check_range, check_requires, fill, parse, require
 from .job import Job, due
-from .memory import peak_memory
+from .memory import free_memory, peak_memory
 from .optimizer import adamw, clip, linear, step
 from .pictures import lines_picture, plotting
 from .ranks import device, environment
 from .state import put_back, state_of
+from .terminal import Visible, one_line, paint, show, visible
 
 start = Job

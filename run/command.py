@@ -11,6 +11,7 @@ from . import lock
 from .files import ROOT
 from .flags import parse, require
 from .ranks import environment
+from .terminal import one_line, show
 
 
 def script(main, Config, doc, ranks=False):
@@ -35,7 +36,7 @@ def commands(table, doc):
     """`script` for a file with several commands, {name: (main, Config)}: the first word chooses."""
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command not in table:
-        print(doc)
+        show(doc)
         sys.exit(0 if command in ("-h", "--help") else 2)
     sys.argv = [f"{sys.argv[0]} {command}", *sys.argv[2:]]
     script(*table[command], doc)
@@ -51,7 +52,7 @@ def complain(error):
     # ends the others. A rank that is still alive after ten seconds met another error.
     if environment("LOCAL_RANK"):
         time.sleep(10)
-    print(f"error: {error}", file=sys.stderr)
+    show(f"error: {one_line(str(error))}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .terminal import one_line
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Integer flags for which 0 makes no sense:
 AT_LEAST_ONE = "batch_size rounds minibatches ppo_epochs prompts group_size max_new_tokens".split()
@@ -51,9 +53,10 @@ class Flags:
 
 
 def require(condition, sentence):
-    """Refuses bad input: ValueError with one sentence, which ends a command with exit code 2."""
+    """Refuses bad input: ValueError with one sentence, which ends a command with exit code 2. It
+    stays one line, whatever a file has put into it."""
     if not condition:
-        raise ValueError(sentence)
+        raise ValueError(one_line(sentence))
 
 
 def flag_name(name):

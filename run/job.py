@@ -14,6 +14,7 @@ from .directory import Directory, check_inputs
 from .files import GO_ON, writing
 from .flags import DTYPES
 from .optimizer import require_finite
+from .terminal import visible
 
 
 def due(step, steps, times=5):
@@ -186,7 +187,7 @@ class Job:
     def say(self, text):
         """Prints a line above the progress bar."""
         if self.rank == 0:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(visible(text), file=sys.stderr)
 
     @property
     def colour(self):

@@ -1,5 +1,6 @@
 """Memory: the models' own, which is exact, and the measured peak. Nothing is predicted."""
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -52,6 +53,19 @@ def describe(sizes):
             text += f" + gradients {parts['gradients']:.4g} + moments {parts['moments']:.4g}"
         texts.append(text)
     return ", ".join(texts)
+
+
+def free_memory():
+    """Bytes of main memory that are free, where the system says it; else all of it, or 2^63."""
+    try:  # Linux
+        meminfo = Path("/proc/meminfo").read_text()
+        return int(re.search(r"MemAvailable:\s+(\d+) kB", meminfo)[1]) * 1024
+    except (OSError, TypeError):
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # Windows
+        return 2**63
 
 
 def peak_memory(device):

@@ -3,6 +3,7 @@ embedded world's vocabulary."""
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,20 @@ from data import chat, tokenizer, world
 from model import GPT, Config
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+COUNTS = Counter()  # what the suites tried: {what: how many}
+
+
+@pytest.fixture(scope="session")
+def counts():
+    return COUNTS
+
+
+def pytest_terminal_summary(terminalreporter):
+    if COUNTS:
+        numbers = ", ".join(f"{count:,} {name}" for name, count in sorted(COUNTS.items()))
+        terminalreporter.write_line(f"suites as numbers: {numbers}")
 
 
 @pytest.fixture(scope="session")

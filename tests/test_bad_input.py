@@ -101,7 +101,7 @@ def call(monkeypatch, name, *argv):
 
 
 @pytest.fixture
-def refused(place, models, monkeypatch, capsys):
+def refused(place, models, monkeypatch, capsys, counts):
     """refused(script, flags...): asserts exit code 2, one sentence and nothing written; gives the
     sentence."""
 
@@ -117,6 +117,7 @@ def refused(place, models, monkeypatch, capsys):
         assert len(lines[-1]) > len("error: ") + 20 and "Traceback" not in captured.err
         assert captured.out == ""
         assert snapshot(place, models) == before
+        counts["bad inputs"] += 1
         return lines[-1]
 
     return check
@@ -379,7 +380,7 @@ def change_config(directory, **changes):
 
 def damage_config(directory):
     (directory / "config.json").write_text('{"model_type": "llama", ')
-    return "config.json is not valid JSON"
+    return "config.json:1: is malformed JSON"
 
 
 def other_architecture(directory):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiktoken
 
+import run
 from data import chat, tokenizer
 
 SHARED = Path(__file__).parents[1].parent / "shared"
@@ -383,9 +384,9 @@ def test_templates_render_as_the_checkpoints_own(name, published):
 
 def test_control_characters_are_shown_and_not_sent_to_the_terminal():
     """Also those of one byte that 8-bit terminals obey (0x9b)."""
-    text = "a\x1b[2J\x07b\rc\x7f\x9b\x00\t\né🙂"
-    shown = r"a\x1b[2J\x07b\x0dc\x7f\x9b\x00" + "\t\né🙂"
-    assert chat.visible(text) == shown
+    text = "a\x1b[2J\x07b\rc\x7f\x9b\x00\t\né🙂\u202ed\u2028\u2066"
+    shown = r"a\x1b[2J\x07b\x0dc\x7f\x9b\x00" + "\t\né🙂" + r"\u202ed\u2028\u2066"
+    assert run.visible(text) == shown
     encoding = tokenizer.train([""], 256)
     ids = encoding.encode_ordinary(text)
     line = chat.painted(ids, [True] * len(ids), encoding, colour=True)

@@ -456,7 +456,7 @@ FAULTS = {
     "alpha as text": (edit("lora_alpha", "16"), "no plain LoRA adapter .*alpha 16"),
     "DoRA": (edit("use_dora", True), "use_dora"),
     "another method": (edit("peft_type", "IA3"), "IA3"),
-    "another rank": (edit("r", 5), "shape"),
+    "another rank": (edit("r", 5), "rank r 5"),
     "no weights": (remove("adapter_model.safetensors"), "adapter_model.safetensors"),
     "no config": (remove("adapter_config.json"), "adapter_config.json"),
     "PiSSA changes the base": (edit("init_lora_weights", "pissa"), "pissa"),
@@ -517,10 +517,15 @@ def test_a_classifier_s_adapter_without_its_head_is_refused(opened, tmp_path):
 
 
 def test_an_adapter_that_is_its_own_base_is_refused(opened, tmp_path):
+    """Also in a circle of two."""
     checkpoints.save(opened().adapt(2), tmp_path / "saved")
-    edit("base_model_name_or_path", str(tmp_path / "saved/adapter"))(tmp_path / "saved/adapter")
-    with pytest.raises(ValueError, match="is the adapter itself"):
-        checkpoints.load(tmp_path / "saved/adapter")
+    adapter, other = tmp_path / "saved/adapter", tmp_path / "other"
+    shutil.copytree(adapter, other)
+    for base in (adapter, other):
+        edit("base_model_name_or_path", str(base))(adapter)
+        edit("base_model_name_or_path", str(adapter))(other)
+        with pytest.raises(ValueError, match="adapter: .* is, in the end, itself"):
+            checkpoints.load(adapter)
 
 
 def test_an_adapter_for_a_deeper_model_is_refused(opened, tmp_path):

@@ -7,7 +7,6 @@ import math
 import shutil
 import traceback
 import weakref
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import kernels
-from data import checkpoints
+from data import architectures, checkpoints
 from data.architectures import layout, read_config
 from model import GPT, Cache, rope_frequencies, sample
 
@@ -1043,18 +1042,15 @@ def test_a_checkpoint_is_read_without_a_second_copy(tiny, tmp_path, monkeypatch)
     """No two tensors of the file are alive at once, but for those that are stacked into one of
     ours."""
     saved(tiny(layers=4), tmp_path)
-    alive, most, tensors_of = [], [], checkpoints.tensors_of
+    alive, most, read = [], [], architectures.Stored.__call__
 
-    def watched(path):
-        def read(key, get):
-            tensor = get()
-            alive[:] = [ref for ref in alive if ref() is not None] + [weakref.ref(tensor)]
-            most.append(len(alive))
-            return tensor
+    def watched(stored):
+        tensor = read(stored)
+        alive[:] = [ref for ref in alive if ref() is not None] + [weakref.ref(tensor)]
+        most.append(len(alive))
+        return tensor
 
-        return {key: partial(read, key, get) for key, get in tensors_of(path).items()}
-
-    monkeypatch.setattr(checkpoints, "tensors_of", watched)
+    monkeypatch.setattr(architectures.Stored, "__call__", watched)
     checkpoints.load(tmp_path)
     assert max(most) <= 4 and len(most) == 4 * 9 + 2
 

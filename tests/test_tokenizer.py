@@ -376,7 +376,7 @@ def test_added_token_that_merges_make_anyway_stays_a_plain_token(trained, tmp_pa
         (lambda spec: spec["model"]["vocab"].update({"~": "3"}), "should be an integer"),
         (
             lambda spec: spec["added_tokens"].append({"content": "x"}),
-            "is malformed: .* .KeyError: 'id'.",
+            "the id of 'x' should be an integer",
         ),
         (lambda spec: spec.update(added_tokens=["x"]), "is malformed"),
         (lambda spec: spec.update(model=[]), "is malformed"),
@@ -493,7 +493,7 @@ def test_a_malformed_list_of_added_tokens_is_refused_in_one_sentence(trained, tm
     folder = write_vocab_and_merges(trained, tmp_path / "a")
     config = json.dumps({"added_tokens_decoder": added})
     (folder / "tokenizer_config.json").write_text(config)
-    with pytest.raises(ValueError, match="tokenizer_config.json has an added_tokens_decoder that"):
+    with pytest.raises(ValueError, match="tokenizer_config.json has an added.token"):
         tokenizer.load(folder)
 
 
