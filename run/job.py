@@ -53,8 +53,6 @@ class Job:
                 sys.exit(0)
         check_inputs(config)
         self.dtype = DTYPES.get(config.dtype) or ranks.default_dtype(self.device)
-        if self.device.type == "cuda":  # cuDNN's attention plans anew for each shape of a batch
-            torch.backends.cuda.enable_cudnn_sdp(False)
         torch.manual_seed(config.seed)
         if self.ranks > 1:  # last: nobody writes before everybody has checked
             ranks.join(self.device)
@@ -152,8 +150,7 @@ class Job:
         path = self.directory.partial / "state.pt"
         if not path.exists():
             late = f"{path.parent} had not come to writing its state: from the beginning"
-            self.say(f"{self.stage}: {late}")
-            return
+            return self.say(f"{self.stage}: {late}")
         saved = state.read_state(path, self.parts, self.device)
         self.first, self.size, self.cost_before = saved["first"], saved["size"], saved["cost"]
         self.facts["resumed_at"].append(self.first)
@@ -211,8 +208,7 @@ class Job:
             ranks.leave(self.learners, self.sharded)
         if self.rank:
             return
-        partial = self.directory.partial
-        with writing(partial, GO_ON):
+        with writing(partial := self.directory.partial, GO_ON):
             save(partial)
             self.directory.metrics.close()
             pictures.curves(partial / "metrics.jsonl", partial / "curves.png")

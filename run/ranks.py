@@ -45,6 +45,7 @@ def default_dtype(device):
 def device_of_rank(name):
     """This process's device under --device NAME. Raises ValueError if it has none of its own."""
     chosen = device(name)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention plans anew for each shape
     ranks = environment("WORLD_SIZE", 1)
     if ranks == 1 or chosen.type == "cpu":
         return chosen
