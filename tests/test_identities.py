@@ -776,14 +776,23 @@ def test_the_ratio_of_the_first_minibatch_is_1(rolled, arch, temperature):
         assert (logprob[~batch.mask] == 0).all()
 
 
-def test_ppo_s_run_starts_at_a_ratio_of_1_and_saves_its_policy(run_stage, checkpoint):
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_ppo_s_run_starts_at_a_ratio_of_1_and_saves_its_policy(run_stage, checkpoint, temperature):
     flags = dict(steps=2, batch_size=16, minibatches=2, critic_warmup=0, max_new_tokens=8, lr=1e-3)
-    out, metrics = run_stage(ppo, init=checkpoint(), reward=checkpoint("score"), **flags)
+    models = dict(init=checkpoint(), reward=checkpoint("score"))
+    out, metrics = run_stage(ppo, **models, **flags, temperature=temperature)
     for line in metrics:
         assert line["ratio_first"] == pytest.approx(1, abs=1e-5)
     # policy and reference are the same before the first step
     assert metrics[0]["kl"] == pytest.approx(0, abs=1e-3)
     assert checkpoints.load(out).config.head == "lm"
+
+
+def test_ppo_s_reference_stays_where_the_policy_began(run_stage, checkpoint):
+    flags = dict(steps=3, batch_size=16, critic_warmup=0, max_new_tokens=8, lr=1e-2)
+    _, metrics = run_stage(ppo, init=checkpoint(), reward=checkpoint("score"), **flags)
+    first, second, third = (line["kl_k3"] for line in metrics)  # k3 is never negative
+    assert first < 1e-6 and second > 0.01 and third > 0.01
 
 
 def test_stages_and_evaluation_never_meet_a_row_without_an_id(
