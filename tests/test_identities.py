@@ -890,7 +890,10 @@ def test_values_are_those_of_the_state_before_each_token_whatever_the_padding(ro
 
 @pytest.mark.parametrize("advantage", ["rloo", "grpo", "dr-grpo"])
 def test_without_a_critic_a_reply_is_compared_with_the_others_to_its_prompt(rolled, advantage):
-    r = rolled(n=6, advantage=advantage, group_size=4, beta=0.3)
+    # hardly a reply ends here: this gives each a score of its own
+    scores = torch.randn(24, generator=torch.Generator().manual_seed(0))
+    r = rolled(n=6, advantage=advantage, group_size=4, beta=0.3, no_end_score=scores)
+    assert len(set(r.scores.tolist())) == 24
     assert len(r.replies) == 24 and r.values is None and r.returns is None
     for row, reply in enumerate(r.replies):
         prompt = r.prompts[row // 4]

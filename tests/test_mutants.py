@@ -2,6 +2,7 @@
 that exist, and a bug is caught. `python -m tests.mutants` catches all of them."""
 
 import ast
+import functools
 import re
 
 import pytest
@@ -25,12 +26,16 @@ def test_names_are_unique_and_sources_name_a_repository_and_a_number():
     assert all(re.fullmatch(r"[\w.-]+/[\w.-]+#\d+", source) for source in sources)
 
 
+@functools.cache
+def functions_of(file):
+    body = ast.parse((mutants.ROOT / "tests" / file).read_text(encoding="utf-8")).body
+    return {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
+
+
 def test_every_guard_is_a_test_of_the_default_suite():
     for mutant in mutants.MUTANTS:
         file, name = mutant.guard.split("::")
-        body = ast.parse((mutants.ROOT / "tests" / file).read_text(encoding="utf-8")).body
-        functions = {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
-        test = functions[name.partition("[")[0]]
+        test = functions_of(file)[name.partition("[")[0]]
         marks = [ast.unparse(decorator) for decorator in test.decorator_list]
         assert not [mark for mark in marks if re.search(r"mark\.(slow|gpu|claims|skip)", mark)]
 
@@ -43,23 +48,38 @@ def test_every_run_names_a_stage():
             assert not set(flags) & set(mutants.NAMED)
 
 
-def test_a_bug_is_caught_and_healthy_code_is_not(capsys):
-    guard = "test_losses.py::test_dpo_by_hand"
-    assert mutants.healthy_code_passes([guard])
-    caught, line = mutants.catch(mutants.find("dpo-sides-swapped"))
-    assert caught and line.startswith("caught")
+def test_bugs_are_caught_and_healthy_code_is_not(capsys):
+    names = ["dpo-sides-swapped", "gaps-count-as-steps"]
+    assert mutants.catch_all(list(map(mutants.find, names)), jobs=2)
+    printed = capsys.readouterr().out
+    assert "healthy code: 2 guards" in printed and "2 of 2 bugs caught" in printed
 
 
-def test_a_bug_that_its_guard_does_not_see_survives():
-    blind = mutants.find("dpo-sides-swapped")._replace(guard="test_losses.py::test_gae_by_hand")
-    caught, line = mutants.catch(blind)
-    assert not caught and line.startswith("SURVIVES")
+@pytest.mark.parametrize(
+    "code, verdict", [(1, "caught"), (0, "SURVIVES"), (4, "BROKEN"), (None, "TOO SLOW")]
+)
+def test_only_a_test_that_fails_has_caught_a_bug(code, verdict, monkeypatch):
+    monkeypatch.setattr(mutants, "run_tests", lambda mutant, guards: (code, "its output", 1.5))
+    caught, line = mutants.catch(mutants.MUTANTS[0])
+    assert caught == (code == 1) and line.startswith(verdict)
+    assert ("its output" in line) == (code != 1)
 
 
-def test_a_test_that_cannot_run_catches_nothing():
-    missing = mutants.find("dpo-sides-swapped")._replace(guard="test_losses.py::test_nothing")
-    caught, line = mutants.catch(missing)
-    assert not caught and line.startswith("BROKEN")
+def test_a_bug_that_survives_makes_the_command_fail(monkeypatch, capsys):
+    codes = {None: 0, "dpo-sides-swapped": 0, "orpo-odds": 1}  # None: healthy code
+
+    def run_tests(mutant, guards):
+        return codes[mutant and mutant.name], "", 1.0
+
+    monkeypatch.setattr(mutants, "run_tests", run_tests)
+    with pytest.raises(SystemExit) as exit:
+        mutants.main(mutants.Config(only=["dpo-sides-swapped", "orpo-odds"]))
+    assert exit.value.code == 1 and "1 of 2 bugs caught" in capsys.readouterr().out
+    codes["dpo-sides-swapped"] = 1
+    mutants.main(mutants.Config(only=["dpo-sides-swapped", "orpo-odds"]))
+    codes[None] = 1  # a guard that fails without a bug catches nothing
+    with pytest.raises(SystemExit):
+        mutants.main(mutants.Config(only=["dpo-sides-swapped", "orpo-odds"]))
 
 
 def test_a_patch_that_no_longer_fits_is_refused_by_name():
