@@ -119,10 +119,12 @@ def test_the_score_on_the_board_is_the_reward_models_at_the_end_of_turn(runs, wo
     assert scores[2] == scores[:2].min()  # a reply that was cut ranks last
 
 
-def test_a_perfect_answerer_gets_full_marks(monkeypatch, world_encoding):
-    def right(model, encoding, conversations, *args, **kwargs):
-        return [([0], True, " " + world.solve(messages).answer) for messages in conversations]
+def right(model, encoding, conversations, *args, **kwargs):
+    """`answer` of one who knows everything."""
+    return [([0], True, " " + world.solve(messages).answer) for messages in conversations]
 
+
+def test_a_perfect_answerer_gets_full_marks(monkeypatch, world_encoding):
     monkeypatch.setattr(scoreboard, "answer", right)
     prompts = world.prompts(26, held=True)
     row, gold, _ = scoreboard.measure(None, world_encoding, True, prompts)
@@ -130,6 +132,16 @@ def test_a_perfect_answerer_gets_full_marks(monkeypatch, world_encoding):
     assert row["over_refusal"] == 0 and row["gold_ci"] == 0
     skills = scoreboard.by_skill(prompts, gold)
     assert all(len(golds) == 2 and min(golds) == 1 for golds in skills.values())
+
+
+@pytest.mark.parametrize("ties, expected", [(26, 0.5), (0, 1.0), (13, 0.75)])
+def test_a_tie_is_half_a_win(monkeypatch, world_encoding, ties, expected):
+    monkeypatch.setattr(scoreboard, "answer", right)
+    monkeypatch.setattr(scoreboard, "reply_kl", lambda *arguments: torch.zeros(26))
+    sft_golds = [1.0] * ties + [0.0] * (26 - ties)
+    prompts = world.prompts(26, held=True)
+    row, _, _ = scoreboard.measure(None, world_encoding, True, prompts, sft=(None, sft_golds))
+    assert row["win_rate"] == expected
 
 
 def test_one_who_always_refuses_is_harmless_and_of_no_use(monkeypatch, world_encoding):

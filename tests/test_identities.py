@@ -779,14 +779,23 @@ def test_the_ratio_of_the_first_minibatch_is_1(rolled, arch, temperature):
         assert (logprob[~batch.mask] == 0).all()
 
 
-def test_ppo_s_run_starts_at_a_ratio_of_1_and_saves_its_policy(run_stage, checkpoint):
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_ppo_s_run_starts_at_a_ratio_of_1_and_saves_its_policy(run_stage, checkpoint, temperature):
     flags = dict(steps=2, batch_size=16, minibatches=2, critic_warmup=0, max_new_tokens=8, lr=1e-3)
-    out, metrics = run_stage(ppo, init=checkpoint(), reward=checkpoint("score"), **flags)
+    models = dict(init=checkpoint(), reward=checkpoint("score"))
+    out, metrics = run_stage(ppo, **models, **flags, temperature=temperature)
     for line in metrics:
         assert line["ratio_first"] == pytest.approx(1, abs=1e-5)
     # policy and reference are the same before the first step
     assert metrics[0]["kl"] == pytest.approx(0, abs=1e-3)
     assert checkpoints.load(out).config.head == "lm"
+
+
+def test_ppo_s_reference_stays_where_the_policy_began(run_stage, checkpoint):
+    flags = dict(steps=3, batch_size=16, critic_warmup=0, max_new_tokens=8, lr=1e-2)
+    _, metrics = run_stage(ppo, init=checkpoint(), reward=checkpoint("score"), **flags)
+    first, second, third = (line["kl_k3"] for line in metrics)  # k3 is never negative
+    assert first < 1e-6 and second > 0.01 and third > 0.01
 
 
 def test_stages_and_evaluation_never_meet_a_row_without_an_id(
@@ -884,7 +893,10 @@ def test_values_are_those_of_the_state_before_each_token_whatever_the_padding(ro
 
 @pytest.mark.parametrize("advantage", ["rloo", "grpo", "dr-grpo"])
 def test_without_a_critic_a_reply_is_compared_with_the_others_to_its_prompt(rolled, advantage):
-    r = rolled(n=6, advantage=advantage, group_size=4, beta=0.3)
+    # hardly a reply ends here: this gives each a score of its own
+    scores = torch.randn(24, generator=torch.Generator().manual_seed(0))
+    r = rolled(n=6, advantage=advantage, group_size=4, beta=0.3, no_end_score=scores)
+    assert len(set(r.scores.tolist())) == 24
     assert len(r.replies) == 24 and r.values is None and r.returns is None
     for row, reply in enumerate(r.replies):
         prompt = r.prompts[row // 4]

@@ -464,6 +464,17 @@ def test_the_clip_takes_away_the_gain_but_never_the_loss(ratio, advantage, gain,
     assert float(logprobs.grad) == pytest.approx(-ratio * advantage if moves else 0.0, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    "ratio, advantage, gain",
+    [(1.4, 1.0, 1.3), (1.25, 1.0, 1.25), (0.75, -1.0, -0.9), (0.95, -1.0, -0.95)],
+)
+def test_the_clip_has_a_lower_and_an_upper_bound(ratio, advantage, gain):
+    """As in DAPO, where the upper one is wider: here 1 - .1 and 1 + .3."""
+    logprobs, old, advantages = (numbers(x)[None] for x in (math.log(ratio), 0.0, advantage))
+    one = torch.ones(1, 1, dtype=torch.bool)
+    assert float(policy_loss(logprobs, old, advantages, one, (0.1, 0.3))) == pytest.approx(-gain)
+
+
 def test_policy_loss_at_the_old_policy_is_the_policy_gradient(randn):
     logprobs, advantages = randn(3, 6).requires_grad_(), randn(3, 6)
     mask = torch.tensor(MASKS["holes"], dtype=torch.bool)

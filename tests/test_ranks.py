@@ -247,6 +247,25 @@ def test_a_killed_run_of_two_processes_goes_on_in_two(ended, home):
     assert facts_of(home / ended)["resumed_at"] == [2]
 
 
+@pytest.mark.parametrize("rank, mine", [(0, [0, 2, 4]), (1, [1, 3])])
+def test_a_gathered_batch_has_every_rank_s_values_and_a_gradient_that_survives_ddp_s_average(
+    rank, mine, monkeypatch
+):
+    """DDP divides gradients by the number of ranks, and the loss is divided by the batch."""
+    whole = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+
+    def all_reduce(batch):  # adds what the other rank has
+        others = [i for i in range(5) if i not in mine]
+        batch[others] += whole[others]
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    values = whole[mine].requires_grad_()
+    batch = run.ranks.gather(values, [1] * 5, rank, 2)
+    assert torch.equal(batch, whole)
+    (batch.sum() / 5).backward()
+    assert torch.equal(values.grad, torch.full((len(mine),), 2 / 5))
+
+
 @pytest.fixture
 def torchrun(home):
     """torchrun(script, *flags): two processes of it."""
