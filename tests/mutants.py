@@ -904,10 +904,10 @@ PPO = [
 MODEL = [
     Mutant(
         "stop-token-dropped",
-        "model.py",
-        "                replies[i].append(t)\n",
-        "                if t in stops.tolist():\n                    continue\n"
-        "                replies[i].append(t)\n",
+        "kernels/sampling.py",
+        "            replies[i].append(t)\n",
+        "            if t in stops.tolist():\n                continue\n"
+        "            replies[i].append(t)\n",
         symptom="after RL the replies get longer, and stopping is never rewarded",
         story="The sampler gives back the text without the token that ended it. For RL that token "
         "is an action, the one on which the score sits.",
@@ -917,8 +917,8 @@ MODEL = [
     Mutant(
         "sampling-ignores-its-generator",
         "kernels/sampling.py",
-        "torch.multinomial(logits.softmax(-1), 1, generator=generator)",
-        "torch.multinomial(logits.softmax(-1), 1)",
+        "torch.multinomial(probs, 1, generator=generator)",
+        "torch.multinomial(probs, 1)",
         symptom="the same seed gives another run as soon as I look at a sample in between",
         story="Evaluation and training draw from one global stream, so measuring changes what is "
         "measured.",
@@ -937,8 +937,8 @@ MODEL = [
     Mutant(
         "sampled-log-probs-without-temperature",
         "model.py",
-        "temperature=temperature or 1.0)",
-        "temperature=1.0)",
+        "temperature=temperature or 1.0, ",
+        "temperature=1.0, ",
         symptom="at temperature .7 the sampler's log-probs are not the trainer's",
         story="The sampler reports log-probs of another distribution than the one it drew from.",
         guard="test_model.py::test_sampled_logprobs_are_the_recomputed_ones",
@@ -947,8 +947,8 @@ MODEL = [
     Mutant(
         "padding-in-the-cache",
         "model.py",
-        "cache.lengths = torch.tensor(list(map(len, prompts)), device=self.device)",
-        "cache.lengths = torch.full((len(prompts),), longest, device=self.device)",
+        "cache.lengths = torch.tensor(list(map(len, prompts)), device=device)",
+        "cache.lengths = torch.full((len(prompts),), longest, device=device)",
         symptom="one prompt at a time is fine, in a batch the shorter ones get nonsense",
         story="All rows are treated as if they had the longest prompt's length, so short ones go "
         "on from padding.",
