@@ -119,14 +119,14 @@ def choices(config):
             first += 1  # no variant gets a length that an earlier one has met
             label = ", ".join(f"{key} {value}" for key, value in variant.items())
             times = {f"{when}_ms": function(model, lengths, **variant) for when in ("new", "known")}
-            print(json.dumps({"name": f"{name}: {label}", **times}), flush=True)
+            run.show(json.dumps({"name": f"{name}: {label}", **times}))
 
 
 def difference(config):
     run.require(len(config.runs) == 2, "--runs needs two run directories")
     a, b = (load_file(Path(path) / "model.safetensors") for path in config.runs)
     largest = max(float((a[key] - b[key]).norm() / a[key].norm().clamp(min=1e-9)) for key in a)
-    print(json.dumps({"name": "weights", "relative_difference": largest}), flush=True)
+    run.show(json.dumps({"name": "weights", "relative_difference": largest}))
     run.require(largest == 0, f"the weights of {' and '.join(config.runs)} differ")
 
 

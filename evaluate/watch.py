@@ -117,7 +117,7 @@ class Watch:
             self.totals["flops"] += sum(int(number) * flops for number, flops in self.heads)
             self.steps.append(self.totals)
             if len(self.steps) > WARM_UP:
-                print(json.dumps({"name": job.stage} | self.summary(job)), flush=True)
+                run.show(json.dumps({"name": job.stage} | self.summary(job)))
             if len(self.steps) == self.stop:
                 os._exit(0)  # a kill: nothing is cleaned up
             self.begin()
@@ -159,7 +159,7 @@ def main(words):
 
 if __name__ == "__main__":
     if sys.argv[1:] in ([], ["-h"], ["--help"]):
-        print(__doc__)
+        run.show(__doc__)
     else:
         try:
             main(sys.argv[1:])

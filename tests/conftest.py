@@ -1,8 +1,10 @@
 """What several rooms' tests share: the material beside the checkout, small random models, the
 embedded world's vocabulary."""
 
+import os
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +16,45 @@ from data import chat, tokenizer, world
 from model import GPT, Config
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+INTERPRETED = "test_interpreter.py"  # whose one test takes a minute, beside all others
+WORKING = {}  # INTERPRETED -> its process and the file of its output
+
+
+def pytest_collection_finish(session):
+    """Starts the Triton source in Triton's interpreter, which has a core of its own to use."""
+    asked = any(item.path.name == INTERPRETED for item in session.items)
+    if asked and not session.config.option.collectonly:
+        options = "-q -m gpu -p no:cacheprovider tests/test_triton.py"
+        output = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pytest", *options.split()],
+            cwd=ROOT,
+            env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        WORKING[INTERPRETED] = process, output
+
+
+def pytest_unconfigure():
+    for process, output in WORKING.values():
+        process.kill()
+        output.close()
+
+
+@pytest.fixture(scope="session")
+def interpreted():
+    """interpreted() waits for the tests in the interpreter -> their exit code and output."""
+
+    def wait():
+        process, output = WORKING[INTERPRETED]
+        code = process.wait(timeout=600)
+        output.seek(0)
+        return code, output.read()
+
+    return wait
 
 
 COUNTS = Counter()  # what the suites tried: {what: how many}

@@ -48,6 +48,7 @@ def test_every_run_names_a_stage():
             assert not set(flags) & set(mutants.NAMED)
 
 
+@pytest.mark.slow
 def test_bugs_are_caught_and_healthy_code_is_not(capsys):
     names = ["dpo-sides-swapped", "gaps-count-as-steps"]
     assert mutants.catch_all(list(map(mutants.find, names)), jobs=2)

@@ -394,6 +394,7 @@ def test_a_process_takes_the_device_of_its_own_number(second_of_three, monkeypat
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(dist, "init_process_group", join)
     monkeypatch.setattr(torch, "manual_seed", lambda seed: None)
     job = run.start(sft.Config(init="scratch", out=str(tmp_path / "a")), "sft")
