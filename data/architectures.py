@@ -270,10 +270,10 @@ def write_config(config):
     return raw
 
 
-def check_memory(source, weights, context, head_dim):
+def check_memory(source, weights, context, position):
     """Raises ValueError for a model that the free memory cannot hold: its weights in fp32, and the
-    table of positions."""
-    needed = 4 * (weights + context * head_dim) / 2**30
+    table of positions, with so many numbers for each `position`."""
+    needed = 4 * (weights + context * position) / 2**30
     free = run.free_memory() / 2**30
     sizes = f"a model of {needed:,.4g} GiB, and {free:.4g} GiB of memory are free"
     run.require(needed <= free, f"{source} asks for {sizes}: correct its sizes, or name another")
@@ -290,7 +290,7 @@ def check_sizes(directory, config, tensors):
     path = directory / "config.json"
     wrong = f"{path} promises {weights:,} weights, and the files beside it hold {stored:,}"
     run.require(weights <= 2 * stored, f"{wrong}: fetch or save the checkpoint again")
-    check_memory(path, weights, c.context, c.head_dim)
+    check_memory(path, weights, c.context, c.width if c.arch == "gpt2" else c.head_dim)
 
 
 class Stored(NamedTuple):

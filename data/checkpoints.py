@@ -211,7 +211,7 @@ def check_shape(shape, vocab_size):
     if match:
         layers, width, context = map(int, match.groups())
         weights = 12 * layers * width**2 + vocab_size * width
-        architectures.check_memory(f"--shape {shape}", weights, context, head_dim=32)
+        architectures.check_memory(f"--shape {shape}", weights, context, position=width)
 
 
 def untaught_ids(model, encoding):

@@ -17,7 +17,7 @@ import run
 
 KINDS = {stat.S_IFREG: "a file", stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO"}
 KINDS |= {stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
-SHARE = 8  # of the free memory that one file may fill: records take several times their text
+SHARE = 8  # one file may fill 1/8 of the free memory: records take several times their text
 DEPTH = 200  # of values in values; an OpenAssistant tree has two levels per turn
 NESTS = (dict, list)
 # The first bytes of files that are no text, and what to do:
@@ -111,7 +111,10 @@ def parse(path, source, line=1, remedy="correct or delete it"):
     except json.JSONDecodeError as error:
         line += error.lineno - 1
         reason = f"{error.msg} at column {error.colno}"
-    except (RecursionError, ValueError) as error:  # nested too deep; 4300 digits; `unique`
+    except (
+        RecursionError,
+        ValueError,
+    ) as error:  # too deep, a number of 4300 digits, or a field twice
         reason = str(error)
     raise ValueError(f"{path}:{line}: is malformed JSON ({reason}); {remedy}")
 
@@ -123,9 +126,9 @@ def decode(source):
     if source.count("[") + source.count("{") <= DEPTH:
         return value
     level = [value]
-    for _ in range(DEPTH):
-        lists = [x.values() if isinstance(x, dict) else x for x in level if isinstance(x, NESTS)]
-        level = [value for values in lists for value in values]
+    for _ in range(DEPTH + 1):
+        nested = [x.values() if isinstance(x, dict) else x for x in level if isinstance(x, NESTS)]
+        level = [inner for values in nested for inner in values]
     run.require(not level, f"nested deeper than {DEPTH} levels")
     return value
 
@@ -134,7 +137,7 @@ def unique(pairs):
     fields = dict(pairs)
     if len(fields) < len(pairs):
         repeated = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
-        raise ValueError(f"the field {listed(repeated)} stands in one object twice")
+        raise ValueError(f"the field {listed(repeated)} occurs twice in one object")
     return fields
 
 

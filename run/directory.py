@@ -22,6 +22,7 @@ import torch
 from . import lock
 from .files import GO_ON, ROOT, read_facts, refusal, write_json, writing
 from .flags import flag_name, require
+from .ranks import environment
 from .renames import FIRST_FILES, exchange, is_mount, remove
 
 # Flags that do not change the result, so --resume accepts other values than the killed run had.
@@ -49,6 +50,11 @@ def check_inputs(config):
             require_directory(value, flag_name(name), "run the stage before, or name a checkpoint")
 
 
+def is_complete(place):
+    """Whether the run in a directory has come to its end: it knows how long it took."""
+    return (place / "run.json").exists() and "seconds" in read_facts(place)
+
+
 class Directory:
     def __init__(self, config, stage, writes=True):
         """Locks the directory if this process `writes` it, and ends what a kill has interrupted.
@@ -58,6 +64,8 @@ class Directory:
         self.out = Path(config.out or f"out/{stage}")
         nameless = f"--out {self.out} has no name: name a directory of the run's own"
         require(self.out.name not in ("", ".."), nameless)
+        ours = f"--out {self.out}: names with this ending are for runs at work: name another"
+        require(not self.out.name.endswith((".partial", ".lock")), ours)
         try:
             if self.out.is_symlink():
                 self.out = self.out.resolve()  # a link to a larger disk stays a link
@@ -86,9 +94,18 @@ class Directory:
         foreign = f"--out {self.out}: {place} holds files that are no run of ours"
         is_run = {"run.json", "metrics.jsonl"} <= names
         require(is_run, f"{foreign}: name another directory")
+        inner = [path.parent.name for path in place.glob("*/run.json")]
+        nested = f"--out {self.out}: {place} also holds the run {''.join(inner[:1])}"
+        require(set(inner) <= {"replaced"}, f"{nested}: name another directory")
         locked = f"--out {self.out} cannot be written (permission denied)"
         require(os.access(place, os.W_OK), f"{locked}: name another directory")
-        replace = not self.config.out or self.config.overwrite or self.config.resume
+        finished = (
+            f"--out {self.out}: the run in {self.partial} is complete but for its last rename"
+        )
+        keep = place == self.partial and is_complete(place)
+        allowed = self.config.overwrite or self.config.resume
+        require(allowed or not keep, f"{finished}: pass --resume to end it, or --overwrite")
+        replace = not self.config.out or allowed
         taken = f"--out {self.out} already holds a run: name another directory"
         require(replace or place == self.partial, f"{taken} or pass --overwrite")
 
@@ -113,13 +130,22 @@ class Directory:
         kind = "cpu" if facts["device"].startswith("cpu") else "cuda"
         moved = f"--resume: {place} was run on {kind}, and this is {device}"
         require(kind == device.type, f"{moved}: name that --device, or {remedy}")
-        return facts, place == self.out
+        ranks = environment("WORLD_SIZE", 1)
+        before = facts.get("ranks", ranks)
+        others = f"--resume: {place} was run in {before} processes, not {ranks}"
+        require(before == ranks, f"{others}: start as many, or {remedy}")
+        complete = place == self.out
+        halfway = f"--resume: {self.out} is a run that has not ended"
+        ended = "seconds" in facts or not complete
+        require(ended, f"{halfway}: rename it to {self.partial}, or {remedy}")
+        return facts, complete
 
-    def open(self, size=0):
-        """Makes DIR.partial and opens metrics.jsonl. size: bytes of it to keep (0: a new run)."""
+    def open(self, size=None):
+        """Makes DIR.partial and opens metrics.jsonl. size: bytes to keep (None: a new run)."""
         path = self.partial / "metrics.jsonl"
-        with writing(self.partial, GO_ON if size else "name another directory"):
-            if size:
+        resumed = size is not None
+        with writing(self.partial, GO_ON if resumed else "name another directory"):
+            if resumed:
                 os.truncate(path, size)
             else:
                 remove(self.partial)
@@ -153,6 +179,10 @@ class Directory:
         """DIR.partial becomes DIR, and an earlier DIR is deleted. Where the system cannot exchange
         both in one call, a kill may come between two renames: see `repair`."""
         remedy = f"the run is complete in {self.partial}: rename it yourself"
+        try:
+            self.check(self.out)  # hours after the first time
+        except ValueError as error:
+            raise ValueError(f"{error}; {remedy}") from None
         with writing(self.out, remedy):
             earlier = self.out.exists()
             if not (earlier and exchange(self.partial, self.out)):
@@ -162,8 +192,8 @@ class Directory:
         self.clear()
 
     def clear(self):
-        """Deletes what a published run has replaced; then its state, which tells until then that
-        this is still to do."""
+        """Deletes what a published run has replaced. state.pt goes last: while it is there, this is
+        not finished."""
         with contextlib.suppress(OSError):
             remove(self.partial)
             remove(self.out / "replaced")
@@ -173,14 +203,13 @@ class Directory:
         """Whether a kill interrupted `publish` when DIR was the new run already: something of it is
         left, and in DIR.partial at most a finished run, the one that it replaced."""
         left = (self.out / "state.pt").exists() or (self.out / "replaced").exists()
-        if not left or (self.partial / "state.pt").exists():
+        if not left or (self.partial / "state.pt").exists() or not is_complete(self.out):
             return False
-        return not (self.partial / "run.json").exists() or "seconds" in read_facts(self.partial)
+        return not (self.partial / "run.json").exists() or is_complete(self.partial)
 
     def repair(self):
-        """Ends a `publish` that a kill interrupted, or puts the earlier run back into its place."""
-        replaced = self.partial / "replaced"
-        if replaced.exists() and not self.out.exists():
-            os.replace(replaced, self.out)
-        elif self.published():
+        """Ends a `publish` that a kill interrupted."""
+        if (self.partial / "replaced").exists() and not self.out.exists():
+            os.replace(self.partial, self.out)
+        if self.published():
             self.clear()

@@ -74,7 +74,7 @@ def read_facts(directory, **kinds):
         facts = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         facts = None
-    wrong = f"{path} is damaged, or no run's"
+    wrong = f"{path} is damaged, or does not belong to a run"
     require(isinstance(facts, dict), f"{wrong}: name another directory, or run the stage again")
     for name, kind in kinds.items():
         lacking = f"{wrong}: it has no valid {name!r}"

@@ -23,8 +23,8 @@ def due(step, steps, times=5):
 
 
 class Job:
-    """One run of a stage. Its making prepares directory, seed, device and precision, and writes
-    nothing but a lock; out/<stage> is the default directory.
+    """One run of a stage. Creating it prepares directory, seed, device and precision, and writes
+    nothing new but a lock; out/<stage> is the default directory.
 
     Raises ValueError for a directory that must not be written, a missing --init or device, or a
     --resume of another run. With --resume of a complete run the process ends, with exit code 0.
@@ -116,7 +116,7 @@ class Job:
                 modules = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
                 self.learners = {id(module): ranks.Replica(module) for module in modules}
         if self.rank == 0:
-            self.directory.open(self.size)
+            self.directory.open(self.size if self.first else None)
             self.directory.write_facts(self.device, self.facts)
         options = dict(initial=self.first, desc=self.stage, file=sys.stderr, dynamic_ncols=True)
         quiet = True if self.rank else None  # None: no bar without a terminal
@@ -149,7 +149,7 @@ class Job:
         """Reads the state in DIR.partial. Raises ValueError if it is damaged or another run's."""
         path = self.directory.partial / "state.pt"
         if not path.exists():
-            late = f"{path.parent} had not come to writing its state: from the beginning"
+            late = f"no state was written in {path.parent} yet: starting from step 1"
             return self.say(f"{self.stage}: {late}")
         saved = state.read_state(path, self.parts, self.device)
         self.first, self.size, self.cost_before = saved["first"], saved["size"], saved["cost"]
@@ -173,7 +173,7 @@ class Job:
             if not self.bar.disable:
                 self.bar.set_postfix_str(line, refresh=False)
             elif step % max(1, self.n // 10) == 0 or step == self.n - 1:
-                print(f"{self.stage} step {step + 1}/{self.n}  {line}", file=sys.stderr, flush=True)
+                self.say(f"{self.stage} step {step + 1}/{self.n}  {line}")
         self.check(step, **values)
 
     def check(self, step, **values):
@@ -184,7 +184,8 @@ class Job:
     def say(self, text):
         """Prints a line above the progress bar."""
         if self.rank == 0:
-            tqdm.write(visible(text), file=sys.stderr)
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                tqdm.write(visible(text), file=sys.stderr)
 
     @property
     def colour(self):
@@ -193,8 +194,9 @@ class Job:
 
     def peak(self):
         """The peak memory in MiB, that of the run before --resume included."""
-        peak = round(memory.peak_memory(self.device))
-        return max(peak, self.cost_before.get("peak_memory_mib", 0))
+        return max(
+            round(memory.peak_memory(self.device)), self.cost_before.get("peak_memory_mib", 0)
+        )
 
     def cost(self):
         """Time and memory that the run has taken, before --resume included."""

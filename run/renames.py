@@ -10,10 +10,10 @@ FIRST_FILES = {"run.json.tmp", "run.json", "metrics.jsonl"}  # of a run: made fi
 
 
 def is_mount(path):
-    """Whether a filesystem is mounted there, or on Linux a directory of the same filesystem."""
+    """Whether a filesystem is mounted there, on Linux also a bind mount."""
     points = set()
     with contextlib.suppress(OSError):
-        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+        lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
         points = {line.split()[4] for line in lines}
     return os.path.ismount(path) or str(path.resolve()) in points
 

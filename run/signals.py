@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM during training: the running step ends, its state is written, then the run."""
+"""Ctrl-C, SIGTERM and a closed terminal during training: the running step is finished, its state is
+written, and the run ends."""
 
 import contextlib
 import os
@@ -22,11 +23,13 @@ def deferred(alone=True):
     def note(number, frame):
         received.append(number)
         if alone:
-            os.write(2, NOTE)  # print() may not run inside another print()
             restore()
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(2, NOTE)  # print() may not run inside another print()
 
     if threading.current_thread() is threading.main_thread():  # others may not ask for signals
-        for number in (signal.SIGINT, signal.SIGTERM):
+        hang_up = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []  # not on Windows
+        for number in (signal.SIGINT, signal.SIGTERM, *hang_up):
             handler = signal.getsignal(number)
             if handler not in (signal.SIG_IGN, None):  # SIG_IGN: of a shell's background job
                 before[number] = handler

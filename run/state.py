@@ -38,8 +38,8 @@ def put_back(part, state):
 
 
 def write_state(path, parts, facts, device):
-    """Writes the parts' states, the random generators and `facts`, as one whole file. Rank 0's
-    serves all ranks: their parameters, moments and generators are the same."""
+    """Writes the parts' states, the random generators and `facts`, as one whole file. Rank 0
+    writes it for all ranks: their parameters, moments and generators are the same."""
     state = facts | {"parts": {name: state_of(part) for name, part in parts.items()}}
     state["rng"] = torch.get_rng_state()
     state["cuda_rng"] = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -61,6 +61,9 @@ def read_state(path, parts, device):
         torch.set_rng_state(state["rng"].cpu())
         if device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"].cpu(), device)
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+        reason = f"{path} cannot be read ({type(error).__name__})"
+        raise ValueError(f"--resume: {reason}: nothing is lost, make room and try again") from None
     except Exception as error:
         wrong = f"{path} is damaged, or no state of this run ({type(error).__name__})"
         raise ValueError(f"--resume: {wrong}: {remedy}") from None

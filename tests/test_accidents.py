@@ -76,7 +76,7 @@ CONTENTS = {  # name: (file, content, words)
     ),
     "a number of 5000 digits": ("a.jsonl", b'{"text": 1' + b"0" * 5000 + b"}", "malformed JSON"),
     "two values in a line": ("a.jsonl", pair() + b" " + pair(), "is malformed JSON"),
-    "a field twice": ("a.jsonl", b'{"prompt": "a", "prompt": "b"}', "stands in one object twice"),
+    "a field twice": ("a.jsonl", b'{"prompt": "a", "prompt": "b"}', "occurs twice in one object"),
     "a number": ("a.jsonl", b"7\n", "is no record"),
     "a text": ("a.jsonl", b'"hello"\n', "is no record"),
     "null": ("a.jsonl", b"null\n", "is no record"),

@@ -1007,7 +1007,7 @@ def test_a_field_that_an_object_names_twice_is_refused_with_its_line(raw):
     path = raw(
         '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "prompt": "c", "completion": "b"}'
     )
-    reason = "the field prompt stands in one object twice"
+    reason = "the field prompt occurs twice in one object"
     assert refusal(path).startswith(f"{path}:2: is malformed JSON ({reason})")
 
 
