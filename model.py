@@ -35,7 +35,7 @@ from torch import nn
 
 import kernels
 from kernels.checks import autocast_dtype
-from kernels.sampling import decode, decode_fixed, fixes_shapes, sample
+from kernels.sampling import decode, decode_fixed, sample, uses_graphs
 
 TARGETS = "qkv,out,up,down"  # the matrices of a block, as `adapt` names them
 
@@ -91,7 +91,7 @@ def rotate(x, cos, sin):
 
 class Cache:
     """Keys and values of every layer; each row has its own length. Use: begin(), model(ids, cache),
-    then add the real tokens to `lengths`. New tokens overwrite padding that no query sees."""
+    then set `lengths` to the real tokens. New tokens overwrite padding that no query sees."""
 
     def __init__(self, model, batch, capacity):
         c, dtype = model.config, autocast_dtype(model.embed.weight)
@@ -114,7 +114,7 @@ class Cache:
         rows = torch.arange(k.shape[0], device=k.device)[:, None]  # (B, 1)
         # torch puts the two indexed axes first: (B, T, Hkv, d)
         self.keys[layer][rows, :, self.positions] = k.transpose(1, 2).to(self.keys.dtype)
-        self.values[layer][rows, :, self.positions] = v.transpose(1, 2).to(self.keys.dtype)
+        self.values[layer][rows, :, self.positions] = v.transpose(1, 2).to(self.values.dtype)
         return self.keys[layer][:, :, : self.longest], self.values[layer][:, :, : self.longest]
 
     def select(self, rows):
@@ -172,11 +172,12 @@ class Linear(nn.Linear):
         return list(zip(self.A.chunk(len(self.parts)), self.B.split(self.parts), strict=True))
 
     def forward(self, x):
-        y = super().forward(x.to(self.weight.dtype))  # a frozen matrix may be bf16 (run/memory.py)
+        casts = torch.is_autocast_enabled(x.device.type)  # else x as the matrix: frozen ones may be
+        y = super().forward(x if casts else x.to(self.weight.dtype))  # bf16, see run/memory.py
         if self.A is None:
             return y
-        low = (F.linear(x, self.A) * self.scale).chunk(len(self.parts), dim=-1)  # (..., r) per part
-        pairs = zip(low, self.pairs(), strict=True)
+        low = F.linear(x if casts else x.to(self.A.dtype), self.A) * self.scale  # (..., parts r)
+        pairs = zip(low.chunk(len(self.parts), dim=-1), self.pairs(), strict=True)
         return y + torch.cat([F.linear(z, B) for z, (_, B) in pairs], dim=-1)
 
     def merged(self):
@@ -205,16 +206,15 @@ class Attention(nn.Module):
             q, k, v = qkv.split(self.qkv.parts, dim=-1)
             q = self.q_norm(q.unflatten(-1, (-1, *self.q_norm.normalized_shape))).flatten(-2)
             k = self.k_norm(k.unflatten(-1, (-1, *self.k_norm.normalized_shape))).flatten(-2)
-            qkv = torch.cat([q, k, v], dim=-1)
+            qkv = torch.cat([q, k, v], dim=-1).to(v.dtype)  # autocast norms in fp32
         qkv = qkv.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 Hkv, T, d)
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         if rope is not None:
             qk = rotate(qk, *rope)
         q, k = qk.split([self.heads, self.kv_heads], dim=1)  # (B, H, T, d), (B, Hkv, T, d)
-        mask = None
+        mask = None if cache is None else cache.mask
         if cache is not None:
-            k, v = cache.append(layer, k, v)  # (B, Hkv, longest, d)
-            k, v, mask = k.to(q.dtype), v.to(q.dtype), cache.mask  # autocast may make q bf16
+            k, v = (x.to(q.dtype) for x in cache.append(layer, k, v))  # (B, Hkv, longest, d)
         groups = self.heads // self.kv_heads
         if q.is_cuda and groups > 1 and (mask is not None or q.dtype == torch.float32):
             # on a GPU flash attention alone groups heads; the fallback holds (B, H, T, T)
@@ -399,16 +399,16 @@ class GPT(nn.Module):
         hidden = hidden[rows, cache.lengths - 1].repeat_interleave(samples, dim=0)  # (B, D)
         if samples > 1:
             cache.select(rows.repeat_interleave(samples))
-        head = self.head_weight  # (V, D)
-        fixed = fixes_shapes(device) and not stream
+        head = self.head_weight.to(autocast_dtype(hidden))  # (V, D) once, not in every step
+        fixed = uses_graphs(device) and not stream  # a stream needs each token at once
 
         def advance(token, rows=None):
             """Reads one more token (B,) of each reply -> the hidden states there (B, D)."""
-            if rows is not None:  # (B,) the others have finished
+            if rows is not None:  # (B,) the replies that go on
                 cache.select(rows)
             cache.begin(1, capacity if fixed else min(cache.longest + 1, capacity))
             hidden = self(token[:, None], cache)[:, 0]  # (B, D)
-            cache.lengths.add_(1).clamp_(max=capacity - 1)  # a finished reply may go on unread
+            cache.lengths.add_(1).clamp_(max=capacity - 1)  # in place: a recorded step needs that
             return hidden
 
         def draw(hidden):
@@ -421,7 +421,7 @@ class GPT(nn.Module):
             return token, kernels.logprob_rows(logits, token, **options).logprob
 
         most = [min(max_new_tokens, context - len(p)) for p in prompts for _ in range(samples)]
-        stops = torch.tensor([] if stop_id is None else stop_id, device=device).reshape(-1)
+        stops = torch.tensor([] if stop_id is None else stop_id, device=device).long().reshape(-1)
         loop, option = (decode_fixed, generator) if fixed else (decode, stream)
         result = loop(advance, draw, hidden, most, stops, option)
         return result if return_logprobs else result[0]

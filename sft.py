@@ -76,7 +76,7 @@ def sequence_losses(model, examples):
 
     hidden = model(batch.inputs).flatten(0, 1)[supervised]  # (n, D) before each target
     targets = batch.targets.flatten()[supervised]  # (n,)
-    options = dict(ignore_index=None)  # no target is skipped: no wait for a GPU to say so
+    options = dict(ignore_index=None)  # every target counts, so nobody asks a GPU which do
     losses = kernels.linear_token_loss(hidden, model.head_weight, targets, weighted_nll, **options)
     by_token = losses.new_zeros(batch.mask.numel()).index_copy(0, supervised, losses)  # (B * T,)
     return by_token.view_as(batch.inputs).sum(1)

@@ -33,8 +33,8 @@ class Batch(NamedTuple):
         return Batch(*(to_device(tensor, device) for tensor in self))
 
     def select(self, rows):
-        selected = [tensor[rows] for tensor in self[:-1]]
-        return Batch(*selected, true_index(selected[2]))
+        parts = [tensor[rows] for tensor in self[:-1]]  # all but `index`
+        return Batch(*parts, true_index(self.mask[rows]))
 
 
 def true_index(mask):
@@ -44,7 +44,7 @@ def true_index(mask):
 
 def to_device(tensor, device):
     """The tensor on a device; to a GPU from pinned memory, so that the host does not wait."""
-    if device.type == "cuda":
+    if device.type == "cuda" and not tensor.is_cuda:
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 

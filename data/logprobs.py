@@ -13,7 +13,7 @@ def token_logprobs(model, batch, temperature=1.0):
     """log pi of each target of a Batch (B, T), zero outside the mask."""
     hidden = model(batch.inputs).flatten(0, 1)[batch.index]  # (n, D) before the targets
     targets = batch.targets.flatten()[batch.index]  # (n,)
-    # The logits (n, V) never exist as a whole. No target is skipped: no wait for a GPU to say so.
+    # The logits (n, V) never exist as a whole. Every target counts, so nobody asks a GPU which do.
     options = dict(temperature=temperature, ignore_index=None)
     logprob = kernels.linear_logprob(hidden, model.head_weight, targets, **options).logprob  # (n,)
     logprobs = logprob.new_zeros(batch.mask.numel())  # (B * T,)
@@ -35,9 +35,9 @@ def pair_logps(model, pairs, kto=False):
     hidden = forked_hidden(model, batch.inputs, batch.lengths, rows, positions)  # (n, D)
     targets = to_device(batch.targets[rows, positions], model.device)  # (n,)
     out = kernels.linear_logprob(hidden, model.head_weight, targets, ignore_index=None)
-    logprob = out.logprob  # (n,)
-    mask = to_device(batch.mask, model.device)
-    return logprob.new_zeros(mask.shape).masked_scatter(mask, logprob).sum(1).view(-1, 2)
+    index = to_device(batch.index, model.device)  # (n,) of the reply tokens, as above
+    logprobs = out.logprob.new_zeros(batch.mask.numel()).index_copy(0, index, out.logprob)
+    return logprobs.view(batch.mask.shape).sum(1).view(-1, 2)
 
 
 def mismatched_logps(model, pairs):

@@ -92,7 +92,7 @@ def sampling(model, lengths, fixed=True):
     or not -> ms of a call."""
     began = time.perf_counter()
     autocast = torch.autocast(model.device.type, torch.bfloat16, model.device.type == "cuda")
-    with mock.patch("model.fixes_shapes", lambda device: fixed), autocast:
+    with mock.patch("model.uses_graphs", lambda device: fixed), autocast:
         for length in lengths:
             model.generate([[1] * length] * 8, 48)
     return 1e3 * (time.perf_counter() - began) / len(lengths)

@@ -183,8 +183,8 @@ class Job:
 
     def say(self, text):
         """Prints a line above the progress bar."""
-        if self.rank == 0:
-            with contextlib.suppress(OSError):  # the terminal may be gone
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            if self.rank == 0:
                 tqdm.write(visible(text), file=sys.stderr)
 
     @property
@@ -218,5 +218,5 @@ class Job:
             self.directory.write_facts(self.device, self.facts | cost | facts)
         self.directory.publish()
         lock.release()
-        cost = f"{cost['seconds']:.0f} s, peak memory {cost['peak_memory_mib']} MiB"
-        self.say(f"{self.stage}: {cost}, written to {self.directory.out}")
+        took = f"{cost['seconds']:.0f} s, peak memory {cost['peak_memory_mib']} MiB"
+        self.say(f"{self.stage}: {took}, written to {self.directory.out}")

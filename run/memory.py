@@ -12,19 +12,21 @@ MIB = 2**20
 
 @torch.no_grad()
 def hold_frozen(models, dtype):
-    """Holds the frozen matrices of the models' blocks in dtype, in place: less memory, and nothing
-    to cast in every pass. The first model is saved at the end, so a matrix of its own, or one that
-    others share with it, is only rounded if that loses nothing: published weights are mostly bf16.
+    """Holds the frozen matrices of the models' blocks, and their biases, in dtype, in place: less
+    memory, and nothing to cast in every pass. models[0] will be saved, so what is its own is only
+    rounded if that changes no value (published weights are mostly bf16); the other models' always.
     """
     if dtype == torch.float32:
         return
     saved = {id(parameter) for parameter in models[0].parameters()}
     for model in models:
-        for _, module in model.linears():
-            rounded = module.weight.to(dtype)
-            same = id(module.weight) not in saved or torch.equal(rounded.float(), module.weight)
-            if same and not module.weight.requires_grad:
-                module.weight.data = rounded
+        weights = [p for _, module in model.linears() for p in module.parameters()]
+        for weight in weights:
+            if weight.requires_grad:
+                continue
+            rounded = weight.to(dtype)
+            if id(weight) not in saved or torch.equal(rounded.float(), weight):
+                weight.data = rounded
 
 
 def footprint(models):

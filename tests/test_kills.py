@@ -372,7 +372,9 @@ def test_a_damaged_run_json_is_named(text, place):
     begun()
     (place / "a.partial" / "run.json").write_text(text)
     before = contents(place / "a.partial")
-    with pytest.raises(ValueError, match=r"^a\.partial/run\.json is damaged, or does not belong to a run"):
+    with pytest.raises(
+        ValueError, match=r"^a\.partial/run\.json is damaged, or does not belong to a run"
+    ):
         noisy(Config(resume=True))
     assert contents(place / "a.partial") == before
 

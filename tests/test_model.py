@@ -656,8 +656,8 @@ def test_what_is_streamed_is_what_is_returned(writer, ragged):
 @pytest.fixture
 def fixed_shapes(monkeypatch):
     """A GPU's loop over steps and its way to draw, on the CPU, without recording."""
-    monkeypatch.setattr("model.fixes_shapes", lambda device: True)
-    monkeypatch.setattr("kernels.sampling.fixes_shapes", lambda device: True)
+    monkeypatch.setattr("model.uses_graphs", lambda device: True)
+    monkeypatch.setattr("kernels.sampling.uses_graphs", lambda device: True)
 
 
 @torch.no_grad()
@@ -732,7 +732,7 @@ def test_the_generator_decides_what_is_sampled(tiny, ragged):
 def test_tokens_are_drawn_with_the_probabilities_that_were_asked_for(
     options, expected, on_gpu, monkeypatch
 ):
-    monkeypatch.setattr("kernels.sampling.fixes_shapes", lambda device: on_gpu)
+    monkeypatch.setattr("kernels.sampling.uses_graphs", lambda device: on_gpu)
     n = 40000
     order = [2, 0, 3, 1]  # shuffled, so that a sorted order cannot pass for the vocabulary's
     probabilities = torch.zeros(4)
