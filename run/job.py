@@ -24,11 +24,9 @@ def due(step, steps, times=5):
 
 class Job:
     """One run of a stage. Creating it prepares directory, seed, device and precision, and writes
-    nothing new but a lock; out/<stage> is the default directory.
-
-    Raises ValueError for a directory that must not be written, a missing --init or device, or a
-    --resume of another run. With --resume of a complete run the process ends, with exit code 0.
-    """
+    nothing new but a lock; out/<stage> is the default directory. Raises ValueError for a directory
+    that must not be written, a missing --init or device, or a --resume of another run. With
+    --resume of a complete run the process ends, with exit code 0."""
 
     def __init__(self, config, stage):
         self.config, self.stage = config, stage
@@ -194,9 +192,8 @@ class Job:
 
     def peak(self):
         """The peak memory in MiB, that of the run before --resume included."""
-        return max(
-            round(memory.peak_memory(self.device)), self.cost_before.get("peak_memory_mib", 0)
-        )
+        peak = round(memory.peak_memory(self.device))
+        return max(peak, self.cost_before.get("peak_memory_mib", 0))
 
     def cost(self):
         """Time and memory that the run has taken, before --resume included."""
