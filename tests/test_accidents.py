@@ -319,7 +319,7 @@ CONFIGS = {  # name: (damage, words)
     "a config in UTF-16": (text("config.json", "{}".encode("utf-16")), "is not UTF-8"),
     "a config with a NUL": (text("config.json", '{"a": "\0"}'), "holds the character NUL"),
     "a config of half a character": (text("config.json", b'{"a": "\xc3'), "ends in the middle"),
-    "a config with a field twice": (text("config.json", '{"a": 1, "a": 2}'), "object twice"),
+    "a config with a field twice": (text("config.json", '{"a": 1, "a": 2}'), "twice in one object"),
     "empty weights": (text("model.safetensors", b""), "is not a whole safetensors file"),
     "weights of eight bytes": (text("model.safetensors", bytes(8)), "is not a whole safetensors"),
     "a header without end": (text("model.safetensors", b"\xff" * 64), "is not a whole safe"),
