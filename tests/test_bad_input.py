@@ -719,6 +719,7 @@ def test_process_ends_with_code_2_and_one_sentence(root, place, flags):
     assert list(place.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_killed_run_leaves_the_earlier_one_untouched(root, place, flags, world_encoding):
     before = snapshot(checkpoint(place / "mine", world_encoding))
     write(place / "good.jsonl", *good(3), pair(chosen=""))

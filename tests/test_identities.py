@@ -547,7 +547,7 @@ def test_every_preference_loss_is_lowered_by_its_own_run(
     run_stage, jsonl, checkpoint, preferences, loss
 ):
     path = jsonl(rows_of(preferences))
-    flags = dict(init=checkpoint(), data=[path], steps=8, batch_size=48, lr=1e-3, loss=loss)
+    flags = dict(init=checkpoint(), data=[path], steps=8, batch_size=24, lr=1e-3, loss=loss)
     _, metrics = run_stage(dpo, **flags)
     assert metrics[-1]["loss"] < metrics[0]["loss"]
     assert metrics[-1]["margin"] > metrics[0]["margin"]

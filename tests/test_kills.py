@@ -140,9 +140,10 @@ def test_a_name_that_is_too_long_is_one_sentence(out, place):
 
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
+EACH_SIGNAL = [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", EACH_SIGNAL)
 @pytest.mark.parametrize("case", ["sft", "reward", "online", "ppo"])
 def test_a_signal_saves_the_step_and_resume_ends_the_same(case, number, place, flags, capsys):
     given = [*flags(CASES[case]), "--steps=4", "--save-every=4"]
@@ -165,7 +166,7 @@ def test_a_signal_saves_the_step_and_resume_ends_the_same(case, number, place, f
     assert_same_run(place / "cut", place / "whole", [2])
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", EACH_SIGNAL)
 def test_a_second_signal_ends_at_once(number, root, place):
     code = f"""
 def twice(sums):
@@ -284,7 +285,10 @@ def test_a_rename_that_the_system_refuses_says_where_the_run_is(place, monkeypat
     assert contents(place / "a") == before and (place / "a.partial" / "model").exists()
 
 
-@pytest.mark.parametrize("mount", ["mount -t tmpfs none a", "mkdir b && mount --bind b a"])
+BIND = pytest.param("mkdir b && mount --bind b a", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("mount", ["mount -t tmpfs none a", BIND])
 def test_a_mount_point_is_refused_before_training(mount, root, place):
     (place / "a").mkdir()
     inner = f"{sys.executable} -c 'from test_kills import *; run.start(Config(), str())'"
@@ -325,7 +329,9 @@ def full_finish(job, save):
 finish = run.Job.finish
 
 
-@pytest.mark.parametrize("what", FULL)
+@pytest.mark.parametrize(
+    "what", [pytest.param(x, marks=[pytest.mark.slow] * (x != "state")) for x in FULL]
+)
 def test_a_full_disk_ends_the_run_in_one_sentence_and_the_state_before_stays(what, root, place):
     body, name = FULL[what]
     process = script(root, f"limited(300_000)\nrun.script(lambda c: {body}, Config, '')")

@@ -569,7 +569,10 @@ def measured_run(script, flags):
     return times["weights"], times["weights"] + max(itertools.accumulate(sizes))
 
 
-@pytest.fixture(scope="module", params=["rows of one length", "ragged rows"])
+RAGGED = pytest.param("ragged rows", marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=["rows of one length", RAGGED])
 def measured(request, tmp_path_factory):
     """({stage: (bytes of the weights, bytes at the peak)}, directory) of the four stages with LoRA,
     each from the one before."""

@@ -121,7 +121,12 @@ CASES = {
 THREE = {"online", "spin"}  # three steps between two states; the others two
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = {"sft lora", "reward heads", "kto lora", "ppo lora", "grpo"}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(x, marks=[pytest.mark.slow] * (x in SLOW)) for x in CASES]
+)
 def test_a_run_cut_short_twice_ends_like_one_that_was_not(case, place, flags, capsys):
     every = 3 if case in THREE else 2
     given = [*flags(CASES[case]), "--steps=6", f"--save-every={every}"]

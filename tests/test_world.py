@@ -360,7 +360,9 @@ def test_the_strength_puts_the_mean_agreement_on_its_dial(agreement):
     assert agreed == pytest.approx(agreement, abs=1e-6)
 
 
-@pytest.mark.parametrize("agreement", [0.6, 0.73, 0.9])
+@pytest.mark.parametrize(
+    "agreement", [0.73, *(pytest.param(x, marks=pytest.mark.slow) for x in (0.6, 0.9))]
+)
 def test_annotators_agree_with_the_judge_as_often_as_asked(writer, agreement):
     gaps = []
     for r in labels(world.prompts(26000), agreement, seed=5):
