@@ -37,7 +37,8 @@ def test_every_guard_is_a_test_of_the_default_suite():
         file, name = mutant.guard.split("::")
         test = functions_of(file)[name.partition("[")[0]]
         marks = [ast.unparse(decorator) for decorator in test.decorator_list]
-        assert not [mark for mark in marks if re.match(r"pytest\.mark\.(slow|gpu|claims|skip)", mark)]
+        elsewhere = re.compile(r"pytest\.mark\.(slow|gpu|claims|skip)")
+        assert not [mark for mark in marks if elsewhere.match(mark)]
 
 
 def test_every_run_names_a_stage():
