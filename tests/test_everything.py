@@ -19,6 +19,7 @@ import ppo
 import reward
 import run
 import sft
+from data.forks import fork
 from evaluate import chat, speed, watch
 from kernels import bench, choices, everything
 from kernels.steps import Step, all_steps
@@ -233,6 +234,42 @@ def test_watch_counts_the_flops_of_products_and_attention(tiny):
         watched.before_forward(model, (ids, None))
     assert watched.totals["flops"] == pytest.approx(4 * (2 * B * T * matrices + attention))
     assert watched.totals["trained"] == B * T
+
+
+def flops(watched):
+    return watched.totals["flops"] + sum(int(number) * each for number, each in watched.pending)
+
+
+@torch.no_grad()
+def flops_of_sequences(model, *lengths):
+    """Each read once, in a row of its own."""
+    watched = watch.Watch(stop=0)
+    for length in lengths:
+        watched.before_forward(model, (torch.zeros(1, length),))
+    return flops(watched)
+
+
+@torch.no_grad()
+def test_watch_counts_a_reply_as_one_sequence_and_its_prompt_once_for_all_samples(tiny):
+    model, watched = tiny(), watch.Watch(stop=0)
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(watched.before_forward)
+    with hook:
+        generate = watched.around_generate(watch.GPT.generate)
+        replies = generate(model, [[1, 2, 3], [4] * 7], 9, stop_id=range(20), samples=2)
+    lengths = [p + len(reply) - 1 for p, reply in zip((3, 3, 7, 7), replies)]
+    expected = flops_of_sequences(model, *lengths) - flops_of_sequences(model, 3, 7)
+    expected += 2 * sum(map(len, replies)) * model.head_weight.numel()
+    assert flops(watched) == pytest.approx(expected)
+
+
+@torch.no_grad()
+def test_watch_counts_the_common_beginning_of_two_sequences_once(tiny):
+    model, watched = tiny(), watch.Watch(stop=0)
+    ids = torch.tensor([[1, 2, 3, 4, 5, 0], [1, 2, 9, 9, 9, 9]])  # 2 of 5 and 6 tokens are shared
+    forks = fork(ids, torch.tensor([5, 6]))
+    watched.before_forward(model, (forks.ids, forks))
+    expected = flops_of_sequences(model, 5, 6) - flops_of_sequences(model, 2)
+    assert flops(watched) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("words", [["no_such.py"], ["--stop", "soon", "sft.py"], ["--stop"]])
