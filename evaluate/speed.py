@@ -71,9 +71,9 @@ def random_text(rng, words):
     return " ".join(map("".join, letters))
 
 
-def trunk(model, lengths, multiple=1, cudnn=True):
+def trunk(model, lengths, multiple=1, cudnn=False):
     """Forward and backward passes of a model's trunk on a batch of each length, rounded up to a
-    multiple -> ms of a batch. cudnn: whether attention may use it."""
+    multiple -> ms of a batch. cudnn: whether attention may use it; in a run it may not."""
     cuda = model.device.type == "cuda"
     torch.backends.cuda.enable_cudnn_sdp(cudnn)
     began = time.perf_counter()
@@ -84,17 +84,20 @@ def trunk(model, lengths, multiple=1, cudnn=True):
             model(ids).float().mean().backward()
     if cuda:
         torch.cuda.synchronize()
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return 1e3 * (time.perf_counter() - began) / len(lengths)
 
 
 def sampling(model, lengths, fixed=True):
-    """Samples 48 tokens after 8 prompts of each length, in steps of one shape, which a GPU records,
-    or not -> ms of a call."""
+    """Samples up to 48 tokens after 64 prompts (on a CPU 8) of each length, in steps of one shape,
+    which a GPU records, or without the replies that have ended -> ms of a call."""
     began = time.perf_counter()
-    autocast = torch.autocast(model.device.type, torch.bfloat16, model.device.type == "cuda")
+    cuda = model.device.type == "cuda"
+    autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=cuda)
     with mock.patch("model.uses_graphs", lambda device: fixed), autocast:
         for length in lengths:
-            model.generate([[1] * length] * 8, 48)
+            prompts = [[1] * length] * (64 if cuda else 8)
+            model.generate(prompts, 48, stop_id=range(8))  # of 512 ids: half of the replies end
     return 1e3 * (time.perf_counter() - began) / len(lengths)
 
 
@@ -111,12 +114,12 @@ def choices(config):
     device = run.device(config.device)
     model = GPT.from_scratch("gpt2:12x768x1024" if device.type == "cuda" else "gpt2:1x64x1024", 512)
     model.to(device)
-    trunk(model, [32])
     first = 200
     for name, function, *variants in CHOICES:
         for variant in variants:
             lengths = range(first, first + 8 * 7, 7)
             first += 1  # no variant gets a length that an earlier one has met
+            function(model, [32], **variant)  # warm-up
             label = ", ".join(f"{key} {value}" for key, value in variant.items())
             times = {f"{when}_ms": function(model, lengths, **variant) for when in ("new", "known")}
             run.show(json.dumps({"name": f"{name}: {label}", **times}))

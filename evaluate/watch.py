@@ -6,7 +6,9 @@
 Prints a line of JSON after each step, about all steps but the first two, in which kernels are
 compiled. A step is the time between two log lines, where the host reads its metrics.
 
-    trained_tokens_per_s    positions of forward passes with a gradient, padding included
+    ms, median_ms           mean and median of a step
+    trained_tokens_per_s    positions of forward passes with a gradient, padding included; of PPO
+                            those of policy and critic both
     sampled_tokens_per_s    new tokens over the time of whole steps; generate_...: while sampling
     model_tflops            10^12 FLOP/s: forward 2 for each weight and position, backward 4;
                             attention up to the diagonal; the head for supervised tokens only;
@@ -18,6 +20,7 @@ compiled. A step is the time between two log lines, where the host reads its met
 import json
 import os
 import runpy
+import statistics
 import sys
 import time
 import warnings
@@ -46,7 +49,10 @@ class Watch:
     def begin(self):
         self.began = time.perf_counter()
         self.totals = Counter()
-        self.heads = []  # (number of supervised tokens, FLOPs of each), read at the step's end
+        self.pending = []  # (number of tokens or keys, FLOPs of each), read at the step's end
+        self.generating = False
+        if self.cuda:
+            torch.cuda.set_sync_debug_mode("warn")
 
     def start(self):
         """Puts itself around what a stage calls."""
@@ -58,40 +64,46 @@ class Watch:
         if self.cuda:
             warnings.simplefilter("always")
             warnings.showwarning = self.around_warning(warnings.showwarning)
-            torch.cuda.set_sync_debug_mode("warn")
 
     def before_forward(self, model, inputs):
-        if not isinstance(model, GPT):
+        if not isinstance(model, GPT) or self.generating:
             return
         ids, cache = (*inputs, None)[:2]  # (B, T)
-        mask = None if cache is None else cache.mask
-        keys = (ids.shape[1] + 1) / 2 if mask is None else mask.shape[-1]
-        config = model.config
-        weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear))
-        attention = 2 * config.layers * config.heads * config.head_dim * keys
+        weights, attention = costs(model)
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
         passes = 3 if trains else 1  # a backward pass costs two forward passes
-        self.totals["flops"] += passes * ids.numel() * 2 * (weights + attention)
+        self.totals["flops"] += passes * ids.numel() * weights
+        if cache is None:
+            self.totals["flops"] += passes * ids.numel() * (ids.shape[1] + 1) / 2 * attention
+        else:  # Forks: a token sees those before it in its own sequence
+            self.pending.append(((cache.positions + 1).sum(), passes * attention))
         self.totals["trained"] += ids.numel() * trains
 
     def around_head(self, function):
         def counted(hidden, weight, targets, *arguments, **options):
             passes = 3 if torch.is_grad_enabled() else 1
             number = (targets != -100).sum()  # a tensor: the host does not wait
-            self.heads.append((number, passes * 2 * weight.numel()))
+            self.pending.append((number, passes * 2 * weight.numel()))
             return function(hidden, weight, targets, *arguments, **options)
 
         return counted
 
     def around_generate(self, function):
-        def timed(model, *arguments, **options):
+        def timed(model, prompts, *arguments, **options):
             began = time.perf_counter()
-            result = function(model, *arguments, **options)
-            replies = result[0] if options.get("return_logprobs") else result
-            tokens = sum(map(len, replies))
+            self.generating = True  # a recorded step, replayed, calls no hook: counted below
+            result = function(model, prompts, *arguments, **options)
+            self.generating = False
             self.totals["generate_s"] += time.perf_counter() - began
-            self.totals["sampled"] += tokens
-            self.totals["flops"] += 2 * tokens * model.head_weight.numel()
+            replies = result[0] if options.get("return_logprobs") else result
+            self.totals["sampled"] += sum(map(len, replies))
+            samples, (weights, attention) = options.get("samples", 1), costs(model)
+            for i, n in enumerate(map(len, replies)):
+                p, first = len(prompts[i // samples]), i % samples == 0  # reads the prompt for all
+                read = n - 1 + p * first  # the last token is not read
+                keys = (n - 1) * p + n * (n - 1) / 2 + p * (p + 1) / 2 * first
+                head = 2 * n * model.head_weight.numel()
+                self.totals["flops"] += read * weights + keys * attention + head
             return result
 
         return timed
@@ -112,9 +124,10 @@ class Watch:
             function(job, step, **values)
             self.totals["waits_of_metrics"] = self.totals["waits"] - waits
             if self.cuda:
+                torch.cuda.set_sync_debug_mode("default")  # the waits below are not the stage's
                 torch.cuda.synchronize()
             self.totals["s"] = time.perf_counter() - self.began
-            self.totals["flops"] += sum(int(number) * flops for number, flops in self.heads)
+            self.totals["flops"] += sum(int(number) * flops for number, flops in self.pending)
             self.steps.append(self.totals)
             if len(self.steps) > WARM_UP:
                 run.show(json.dumps({"name": job.stage} | self.summary(job)))
@@ -128,6 +141,7 @@ class Watch:
         steps = self.steps[WARM_UP:]
         total = sum(steps, Counter())
         result = {"steps": len(steps), "ms": round(1e3 * total["s"] / len(steps), 2)}
+        result["median_ms"] = round(1e3 * statistics.median(step["s"] for step in steps), 2)
         times = {"trained": "s", "sampled": "s", "generate": "generate_s"}
         total["generate"] = total["sampled"]
         for name, seconds in times.items():
@@ -142,6 +156,13 @@ class Watch:
             places = self.places.most_common(8)
             result["waits_at"] = {place: round(n / len(steps), 1) for place, n in places}
         return result
+
+
+def costs(model):
+    """-> FLOPs of a forward pass for each token, and for each key that a token sees."""
+    config = model.config
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear))
+    return 2 * weights, 4 * config.layers * config.heads * config.head_dim
 
 
 def main(words):

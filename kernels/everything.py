@@ -1,7 +1,8 @@
 """All that a GPU can tell this project, in a quarter of an hour and one command:
 
     python -m kernels.bench --everything --minutes 13            a CPU rehearses it in small sizes
-    python -m kernels.bench --everything --steps "end to end"    only steps whose names begin so
+    python -m kernels.bench --everything --steps "model: 1B"    only steps whose names begin so, and
+                                                                 what they need
 
 A step is a command in a process of its own, with a deadline. A crash costs that step alone, and a
 step that hangs is killed with every process that it started. When time runs short the last steps
@@ -43,7 +44,10 @@ def run_step(step, seconds, log, keep):
         for line in process.stdout:
             log.write(line)
             log.flush()
-            keep(line)
+            try:
+                keep(line)
+            except Exception as error:  # a full disk; a step whose output is not read would stop
+                log.write(f"=== not kept: {error!r}\n")
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
@@ -118,11 +122,12 @@ def record_step(step, seconds, log, record, path):
 
 
 def utilisation(result, record):
-    """The share of the device's own product that a model reached, of a result with its speed."""
-    ceilings = record.get("ceilings", {}).get("results", {}).get("ceilings")
-    if not ceilings or "model_tflops" not in result:
+    """A model's share of the speed of a large matrix product on this device."""
+    ceilings = record.get("ceilings", {}).get("results", {}).get("ceilings", {})
+    ceiling = ceilings.get(f"{result.get('dtype')}_tflops")
+    if not ceiling or "model_tflops" not in result:
         return {}
-    return {"mfu": round(result["model_tflops"] / ceilings[f"{result['dtype']}_tflops"], 4)}
+    return {"mfu": round(result["model_tflops"] / ceiling, 4)}
 
 
 def write(record, path):
@@ -132,16 +137,28 @@ def write(record, path):
     partial.replace(path)
 
 
+def selected(steps, names):
+    """The steps whose names begin so, and those that they need."""
+    chosen = {step.name for step in steps if step.name.startswith(tuple(names))}
+    for step in reversed(steps):  # what a step needs comes before it
+        chosen.update(step.needs if step.name in chosen else ())
+    return [step for step in steps if step.name in chosen]
+
+
 def everything(options, path):
-    """kernels.bench --everything: runs the steps and prints how each has ended."""
+    """kernels.bench --everything: runs the steps and prints how each has ended -> the exit code, 1
+    if a step has failed."""
     ends = time.monotonic() + 60 * options.minutes
-    with tempfile.TemporaryDirectory() as work:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # kills the step that runs, too
+    # a process that outlives its step may still write there
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
         cuda = options.device == "cuda"
         steps = all_steps(cuda, options.out.resolve(), Path(work), options.peers)
         if options.steps:
-            steps = [step for step in steps if step.name.startswith(tuple(options.steps))]
+            steps = selected(steps, options.steps)
         statuses = run_steps(steps, ends - time.monotonic(), path)
     print("\n" + "\n".join(f"{name:34} {s:6.1f} s  {text}" for name, (text, s) in statuses.items()))
     if not cuda:
         print("no CUDA device: a rehearsal in small sizes, without the GPU tests")
     print(f"written to {path}")
+    return int(any(text.startswith("failed") for text, _ in statuses.values()))

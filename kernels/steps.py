@@ -13,6 +13,7 @@ class Step(NamedTuple):
     words: list  # what follows `python`
     module: str = ""  # skipped where this is not installed
     typed: str = ""  # its standard input
+    needs: tuple = ()  # names of earlier steps whose files it reads
 
 
 def all_steps(cuda, out, work, peers):
@@ -22,7 +23,9 @@ def all_steps(cuda, out, work, peers):
         pytest = ["-m", "pytest", "-v", "-rf", "--tb=short", "-p", "no:cacheprovider", "-m", "gpu"]
         tests = sorted((ROOT / "tests").glob("test_*.py"))  # collecting all of them takes long
         tests = [path for path in tests if "mark.gpu" in path.read_text(encoding="utf-8")]
-        steps.append(Step("GPU tests", 120, [*pytest, *tests]))
+        for path in tests:  # a kill costs one file
+            seconds = 180 if path.stem == "test_triton" else 90
+            steps.append(Step(f"GPU tests: {path.stem}", seconds, [*pytest, path]))
     steps += stage_steps(cuda, work)
     steps += [
         Step("choices: kernels", 60, ["-m", "kernels.choices"]),
@@ -38,11 +41,12 @@ def stage_steps(cuda, work):
     short = ["--steps", n, "--batch-size", 16]
     base, sft, reward, killed = (work / name for name in ("base", "sft", "reward", "killed"))
     from_base = ["sft.py", "--init", base, *short]
-    from_sft = ["--init", sft, *short]
+    unsaved = ["--save-every", 10**6]  # no state for --resume
+    from_sft = ["--init", sft, *short, *unsaved]
     pairs = [*from_sft, "--prompts", 30 * n]
     commands = {
-        "pretrain": [*watch, "sft.py", "--pretrain", *short, "--out", base],
-        "sft": [*watch, *from_base, "--out", sft],
+        "pretrain": [*watch, "sft.py", "--pretrain", *short, *unsaved, "--out", base],
+        "sft": [*watch, *from_base, *unsaved, "--out", sft],
         "reward": [*watch, "reward.py", *pairs, "--out", reward],
         "dpo": [*watch, "dpo.py", *pairs, "--watch", 16, "--out", work / "dpo"],
         "ppo": [*watch, "ppo.py", *from_sft, "--reward", reward, "--out", work / "ppo"],
@@ -51,9 +55,16 @@ def stage_steps(cuda, work):
         "killed or whole": ["-m", "evaluate.speed", "difference", "--runs", sft, killed],
     }
     deadlines = {"pretrain": 60}  # the first one compiles kernels
-    steps = [Step(f"stage: {x}", deadlines.get(x, 30), words) for x, words in commands.items()]
+    needs = {"sft": ["pretrain"], "reward": ["sft"], "dpo": ["sft"], "ppo": ["reward"]}
+    needs |= {"sft, killed": ["pretrain"], "sft, resumed": ["sft, killed"]}
+    needs |= {"killed or whole": ["sft", "sft, resumed"]}
+    steps = []
+    for name, words in commands.items():
+        needed = tuple(f"stage: {other}" for other in needs.get(name, []))
+        steps.append(Step(f"stage: {name}", deadlines.get(name, 30), words, needs=needed))
     chat = ["-m", "evaluate.chat", sft, "--max-new-tokens", 20]
-    return [*steps, Step("stage: chat", 20, chat, typed="add 2 and 3\n")]
+    talk = Step("stage: chat", 20, chat, typed="add 2 and 3\n", needs=("stage: sft",))
+    return [*steps, talk]
 
 
 def bench_steps(cuda, out, peers):
@@ -92,23 +103,26 @@ def model_steps(cuda, work):
     shapes = {"tiny": ("llama:2x64x128", 2)}  # name: shape, rows in a batch
     if cuda:
         shapes = {"GPT-2 small": ("gpt2:12x768x1024", 16), "1B": ("llama:20x2048x1024", 8)}
-    watch = ["-m", "evaluate.watch", "--stop", 12 if cuda else 4]
+    watch = ["-m", "evaluate.watch", "--stop"]
     for name, (shape, batch) in shapes.items():
+        large, stop = name == "1B", 12 if cuda else 4
         scratch = ["--init", "scratch", "--shape", shape, "--tokenizer", data]
         scratch += ["--save-every", 10**6]  # no state for --resume
         pairs = ["--data", data / "pairs.jsonl", "--batch-size", batch]
-        reward = ["--out", work / f"{name} reward"]
+        reward = work / f"{name} reward"
         dpo = ["--steps", 1000, "--watch", 0]
-        ppo = ["--reward", reward[1], "--data", data / "pairs.jsonl", "--batch-size", 4 * batch]
+        ppo = ["--reward", reward, "--data", data / "pairs.jsonl", "--batch-size", 4 * batch]
         ppo += ["--minibatches", 4, "--critic-warmup", 0, "--max-new-tokens", length // 4]
         chats = ["--data", data / "chats.jsonl", "--batch-size", batch]
         commands = {
-            "SFT": [*watch, "sft.py", *scratch, *chats],
-            "DPO": [*watch, "dpo.py", *scratch, *pairs, *dpo],
-            "reward": ["reward.py", *scratch, *pairs, "--steps", 1, *reward],
-            "PPO": [*watch, "ppo.py", *scratch, *ppo],
+            "SFT": [*watch, stop, "sft.py", *scratch, *chats],
+            "DPO": [*watch, stop, "dpo.py", *scratch, *pairs, *dpo],
+            "reward": ["reward.py", *scratch, *pairs, "--steps", 1],
+            "PPO": [*watch, 6 if large else stop, "ppo.py", *scratch, *ppo],
         }
         for stage, words in commands.items():
-            words += ["--out", work / f"{name} {stage}"] if stage != "reward" else []
-            steps.append(Step(f"model: {name}, {stage}", 60 if name == "1B" else 30, words))
+            words += ["--out", work / f"{name} {stage}"]
+            seconds = 30 if not large else 100 if stage in ("reward", "PPO") else 60
+            needs = "model: files", *([f"model: {name}, reward"] if stage == "PPO" else [])
+            steps.append(Step(f"model: {name}, {stage}", seconds, words, needs=needs))
     return steps

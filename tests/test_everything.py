@@ -2,10 +2,12 @@
 results are on disk as they come, later steps are dropped first, a second run adds to the first. The
 command lines that only a GPU runs are at least understood. The slow test runs the whole here."""
 
+import argparse
 import importlib
 import json
 import math
 import re
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -19,12 +21,13 @@ import ppo
 import reward
 import run
 import sft
+from data.forks import fork
 from evaluate import chat, speed, watch
 from kernels import bench, choices, everything
 from kernels.steps import Step, all_steps
 
 STAGES = {"sft.py": sft, "reward.py": reward, "dpo.py": dpo, "ppo.py": ppo}
-PLACES = Path("/out"), Path("/work"), bench.PEERS
+PLACES = Path("/no/out"), Path("/no/work"), bench.PEERS
 
 
 def step(name, code, seconds=60, **options):
@@ -121,6 +124,49 @@ def test_a_peer_that_is_not_installed_is_skipped_and_input_reaches_a_step(path):
     assert results(path) == {"talk": {"hello": None}}
 
 
+@pytest.mark.parametrize("code, expected", [("", 0), ("raise SystemExit(3)", 1)])
+def test_the_exit_code_tells_whether_a_step_failed(path, monkeypatch, code, expected):
+    monkeypatch.setattr(everything, "all_steps", lambda *_: [step("one", code), step("two", "")])
+    monkeypatch.setattr(everything.signal, "signal", lambda *_: None)
+    options = argparse.Namespace(minutes=1, device="cpu", out=path.parent, peers=[], steps=[])
+    assert everything.everything(options, path) == expected
+
+
+def test_what_cannot_be_written_down_does_not_stop_the_step(path, monkeypatch):
+    """Its output is larger than a pipe: a step whose output is not read would hang."""
+    write, failed = everything.write, []
+
+    def full_once(record, path):
+        if not failed:
+            failed.append(True)
+            raise OSError("No space left on device")
+        write(record, path)
+
+    monkeypatch.setattr(everything, "write", full_once)
+    code = "tell('a', value=1); print('x' * 80 * 10**4); tell('b', value=2)"
+    assert statuses([step("one", code, seconds=20)], path) == {"one": "ok"}
+    assert results(path) == {"one": {"a": 1, "b": 2}}
+    assert "not kept: OSError('No space" in path.with_suffix(".log").read_text()
+
+
+def test_a_command_that_is_told_to_end_kills_its_step(path, tmp_path):
+    beat = tmp_path / "beat"
+    child = f"import time\nwhile True: open({str(beat)!r}, 'a').write('x'); time.sleep(.02)"
+    code = "import argparse, pathlib\nfrom kernels import everything, steps\n"
+    code += f"everything.all_steps = lambda *_: [steps.Step('hang', 60, ['-c', {child!r}])]\n"
+    code += "options = argparse.Namespace(minutes=1, device='cpu', out=pathlib.Path(), peers=[])\n"
+    code += f"options.steps = []\neverything.everything(options, pathlib.Path({str(path)!r}))"
+    command = subprocess.Popen([sys.executable, "-c", code], cwd=run.ROOT)
+    ends = time.monotonic() + 60
+    while not beat.exists() and time.monotonic() < ends:
+        time.sleep(0.02)
+    command.terminate()
+    assert command.wait(timeout=30) == 143
+    size = beat.stat().st_size
+    time.sleep(0.3)
+    assert beat.stat().st_size == size > 0
+
+
 def test_a_model_s_speed_is_compared_with_the_product_of_its_own_precision():
     ceilings = {"bfloat16_tflops": 800.0, "float32_tflops": 50.0}
     record = {"ceilings": {"results": {"ceilings": ceilings}}}
@@ -128,6 +174,7 @@ def test_a_model_s_speed_is_compared_with_the_product_of_its_own_precision():
         result = {"model_tflops": 200.0, "dtype": dtype}
         assert everything.utilisation(result, record) == {"mfu": share}
     assert everything.utilisation(result, {}) == everything.utilisation({"ms": 1}, record) == {}
+    assert everything.utilisation(result | {"dtype": "float16"}, record) == {}
 
 
 # ----------------------------------------------------------------------------------- command lines
@@ -146,9 +193,8 @@ def understood(words, monkeypatch):
             run.parse(speed.COMMANDS[words[2]][1], words[3:])
         case ["-m", "evaluate.chat"]:
             run.parse(chat.Config, words[3:])
-        case ["-m", "pytest"]:
-            assert all(Path(word).is_file() for word in words if word.endswith(".py"))
-            assert any(word.endswith("test_gpu.py") for word in words)
+        case ["-m", "pytest", *_]:
+            assert Path(words[-1]).is_file()
         case ["-m", module]:
             assert hasattr(importlib.import_module(module), "main")
         case [script, *_]:
@@ -166,21 +212,27 @@ def test_every_command_line_is_understood(cuda, monkeypatch):
 
 def test_a_stage_comes_after_what_it_needs_and_peers_can_be_chosen():
     names = [each.name for each in all_steps(True, *PLACES)]
-    assert names[:2] == ["ceilings", "GPU tests"]
+    assert names[:3] == ["ceilings", "GPU tests: test_gpu", "GPU tests: test_triton"]
     order = ["stage: ppo", "choices: kernels", "table: eager", "table: QuACK", "model: files"]
     assert sorted(order, key=names.index) == order
     few = [each.name for each in all_steps(True, *PLACES[:2], ["eager"])]
     assert [name for name in names if name not in few] == [
         name for name in names if name.startswith("table") and name != "table: eager"
     ]
-    made = set()
-    for each in all_steps(True, *PLACES):
-        words = list(map(str, each.words))
-        for flag, value in zip(words, words[1:]):
-            if flag in ("--init", "--reward") and value != "scratch":
-                assert value in made, f"{each.name} needs {value}"
-            if flag == "--out":
-                made.add(value)
+    for alone in names:  # chosen alone, a step brings with it what it needs
+        made = set()
+        for each in everything.selected(all_steps(True, *PLACES), [alone]):
+            words = list(map(str, each.words))
+            outputs = {value for flag, value in zip(words, words[1:]) if flag == "--out"}
+            read = {word for word in words if word.startswith("/no/work/")} - outputs
+            if "--resume" in words:
+                read |= outputs
+            for place in read:
+                assert any(Path(place).is_relative_to(x) for x in made), f"{each.name}: {place}"
+            made |= outputs
+    steps = all_steps(True, *PLACES)
+    chosen = [each.name for each in everything.selected(steps, ["model: 1B, PPO", "ceilings"])]
+    assert chosen == ["ceilings", "model: files", "model: 1B, reward", "model: 1B, PPO"]
 
 
 def test_the_constants_of_the_choices_exist_and_are_put_back():
@@ -214,6 +266,30 @@ def test_a_later_bench_adds_implementations_to_a_case_and_replaces_its_own():
     ]
 
 
+def test_a_peer_that_fails_on_few_tokens_keeps_its_time_and_no_yardstick_gives_no_rows(monkeypatch):
+    few, case = 256, dict(op="mean", V=11, D=4, N=300, valid=1.0, frozen=False, backward=True)
+    implementations = bench.implementations
+
+    def with_a_peer(op, peers):
+        functions, twin = implementations(op, peers)
+
+        def peer(hidden, weight, targets):
+            if len(hidden) <= few:
+                raise RuntimeError("too few tokens")
+            return functions["ours"](hidden, weight, targets)
+
+        return functions | {"peer": peer}, twin
+
+    monkeypatch.setattr(bench, "implementations", with_a_peer)
+    timed = bench.Case(case | dict(dtype="float32"), "cpu", [])
+    for times in timed.times.values():
+        times.append(1.0)
+    ours, peer = timed.rows(None)
+    assert peer["ms"] == 1.0 and "errors" in ours and "errors" not in peer
+    monkeypatch.setattr(bench.measure, "multiplied", lambda *_: 1 / 0)
+    assert bench.Case(case | dict(dtype="float32"), "cpu", []).rows(None) == []
+
+
 # -------------------------------------------------------------------------------- evaluate/watch.py
 
 
@@ -233,6 +309,42 @@ def test_watch_counts_the_flops_of_products_and_attention(tiny):
         watched.before_forward(model, (ids, None))
     assert watched.totals["flops"] == pytest.approx(4 * (2 * B * T * matrices + attention))
     assert watched.totals["trained"] == B * T
+
+
+def flops(watched):
+    return watched.totals["flops"] + sum(int(number) * each for number, each in watched.pending)
+
+
+@torch.no_grad()
+def flops_of_sequences(model, *lengths):
+    """Each read once, in a row of its own."""
+    watched = watch.Watch(stop=0)
+    for length in lengths:
+        watched.before_forward(model, (torch.zeros(1, length),))
+    return flops(watched)
+
+
+@torch.no_grad()
+def test_watch_counts_a_reply_as_one_sequence_and_its_prompt_once_for_all_samples(tiny):
+    model, watched = tiny(), watch.Watch(stop=0)
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(watched.before_forward)
+    with hook:
+        generate = watched.around_generate(watch.GPT.generate)
+        replies = generate(model, [[1, 2, 3], [4] * 7], 9, stop_id=range(20), samples=2)
+    lengths = [p + len(reply) - 1 for p, reply in zip((3, 3, 7, 7), replies)]
+    expected = flops_of_sequences(model, *lengths) - flops_of_sequences(model, 3, 7)
+    expected += 2 * sum(map(len, replies)) * model.head_weight.numel()
+    assert flops(watched) == pytest.approx(expected)
+
+
+@torch.no_grad()
+def test_watch_counts_the_common_beginning_of_two_sequences_once(tiny):
+    model, watched = tiny(), watch.Watch(stop=0)
+    ids = torch.tensor([[1, 2, 3, 4, 5, 0], [1, 2, 9, 9, 9, 9]])  # 2 of 5 and 6 tokens are shared
+    forks = fork(ids, torch.tensor([5, 6]))
+    watched.before_forward(model, (forks.ids, forks))
+    expected = flops_of_sequences(model, 5, 6) - flops_of_sequences(model, 2)
+    assert flops(watched) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("words", [["no_such.py"], ["--stop", "soon", "sft.py"], ["--stop"]])
