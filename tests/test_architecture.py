@@ -227,10 +227,10 @@ def test_the_readme_is_a_front_door():
 def test_the_whole_can_be_read():
     """The aim was 8,800 lines, and 10,540 were reached. Reading what public files and checkpoints
     mean (formats, added tokens, chat templates, three more architectures) took 1,750 more, guarding
-    runs and readers against accidents 700, and measuring a whole GPU in one command 930. This limit
+    runs and readers against accidents 750, and running and measuring on a GPU 1,000. This limit
     is what there is: lower it when lines go, and weigh a feature before raising it."""
     total = sum(map(count_lines, NAMES))
-    assert total <= 13926, f"{total} lines of Python outside tests"
+    assert total <= 14047, f"{total} lines of Python outside tests"
 
 
 # ------------------------------------------------------------------------------------------ import
