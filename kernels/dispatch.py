@@ -40,6 +40,8 @@ def fused_forward(hidden):
     there a CPU's products, which compute the backward's logits, round, and the two would differ."""
     is_bf16 = hidden.dtype == torch.bfloat16
     pays = hidden.is_cuda and is_bf16 and hidden.shape[1] <= FUSED_WIDTH
+    if pays:  # older ones have registers for a quarter of a tile
+        pays = torch.cuda.get_device_capability(hidden.device) >= (8, 0)
     if interpreting():
         pays = not is_bf16
     if not pays:

@@ -166,8 +166,9 @@ def launch(p, q, targets, rows, scale, stats, unit, entropy=False, reverse=True)
     n, V = stats.shape[1], p.shape[1]
     if n == 0:
         return
-    R, B = tile_shape(V, TILE if unit is None else UNIT_TILE)
-    warps = WARPS if unit is None else UNIT_WARPS
+    large = unit is not None and q is None  # of a KL two rows would fill the registers
+    R, B = tile_shape(V, UNIT_TILE if large else TILE)
+    warps = UNIT_WARPS if large else WARPS
     p, p_stride = with_stride(p)
     q, q_stride = with_stride(q)
     unit, unit_stride = with_stride(unit, written=True)
