@@ -23,7 +23,7 @@ from . import lock
 from .files import GO_ON, ROOT, read_facts, refusal, write_json, writing
 from .flags import flag_name, require
 from .ranks import environment
-from .renames import FIRST_FILES, exchange, is_mount, remove
+from .renames import FIRST_FILES, exchange, flush, is_mount, remove
 
 # Flags that do not change the result, so --resume accepts other values than the killed run had.
 FREE = {"out", "overwrite", "resume", "save_every", "device"}
@@ -184,6 +184,7 @@ class Directory:
         except ValueError as error:
             raise ValueError(f"{error}; {remedy}") from None
         with writing(self.out, remedy):
+            flush(self.partial)  # before the earlier run and this one's state are deleted
             earlier = self.out.exists()
             if not (earlier and exchange(self.partial, self.out)):
                 if earlier:  # moved inside the new run: a third name might be somebody's

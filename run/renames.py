@@ -28,6 +28,15 @@ def exchange(one, other):
     return swap(here, os.fsencode(one), here, os.fsencode(other), swapping) == 0
 
 
+def flush(directory):
+    """Waits until a directory's files are on the disk itself, where a power cut leaves them whole.
+    Windows cannot do that for files that are open for reading."""
+    for path in directory.rglob("*") if os.name == "posix" else []:
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
 def remove(directory):
     """Deletes a run. What a kill leaves of it is still known as a run: FIRST_FILES go last."""
     if not directory.is_dir():

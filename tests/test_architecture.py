@@ -230,7 +230,7 @@ def test_the_whole_can_be_read():
     runs and readers against accidents 750, and running and measuring on a GPU 1,000. This limit
     is what there is: lower it when lines go, and weigh a feature before raising it."""
     total = sum(map(count_lines, NAMES))
-    assert total <= 14050, f"{total} lines of Python outside tests"
+    assert total <= 14060, f"{total} lines of Python outside tests"
 
 
 # ------------------------------------------------------------------------------------------ import

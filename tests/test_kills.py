@@ -253,6 +253,28 @@ def test_a_kill_anywhere_in_the_last_rename_loses_neither_run(swaps, root, place
     assert int(out) >= 5
 
 
+@pytest.mark.skipif(os.name != "posix", reason="Windows flushes no file that is open for reading")
+def test_a_run_is_on_the_disk_before_it_replaces_the_earlier_one(place, monkeypatch):
+    noisy(Config())
+    lock.release()
+    flushed = set()
+    fsync, exchange = os.fsync, renames.exchange
+
+    def watched(number):
+        flushed.add(os.fstat(number).st_ino)
+        fsync(number)
+
+    def checked(one, other):
+        assert {path.stat().st_ino for path in one.iterdir() if path.is_file()} <= flushed
+        flushed.clear()
+        return exchange(one, other)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    monkeypatch.setattr("run.directory.exchange", checked)
+    noisy(Config(overwrite=True))
+    assert not flushed
+
+
 def test_two_directories_are_exchanged_in_one_call(place):
     for name in ("a", "b"):
         (place / name).mkdir()
