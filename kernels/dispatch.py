@@ -33,15 +33,15 @@ def row_ops(tensor):
     return ops
 
 
-def fused_forward(hidden):
+def fused_forward(hidden, entropy=False):
     """-> linear_triton.statistics where it should beat product + row kernel, else None: bf16 (in
     fp32 a library is far ahead) and small widths. Its log-probs differ from the other path's in the
     last bits, because it sums in another order. The interpreter uses it for every dtype but bf16:
     there a CPU's products, which compute the backward's logits, round, and the two would differ."""
     is_bf16 = hidden.dtype == torch.bfloat16
     pays = hidden.is_cuda and is_bf16 and hidden.shape[1] <= FUSED_WIDTH
-    if pays:  # older ones have registers for a quarter of a tile
-        pays = torch.cuda.get_device_capability(hidden.device) >= (8, 0)
+    if pays:  # else registers spill: kilobytes on Turing, with an entropy a few bytes on Ampere
+        pays = torch.cuda.get_device_capability(hidden.device) >= ((9, 0) if entropy else (8, 0))
     if interpreting():
         pays = not is_bf16
     if not pays:

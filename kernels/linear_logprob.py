@@ -91,7 +91,7 @@ class LinearLogprob(Function):
 def fill(hidden, weight, targets, scale, budget, stats, saved=None, entropy=False):
     """stats (4, n) <- log p_t, m, s, H. saved (n, padded V) or None <- S, if entropy the logits."""
     V, P = len(weight), padded(len(weight))
-    fused = fused_forward(hidden)
+    fused = fused_forward(hidden, entropy)
     if saved is None and fused is not None:
         return fused(hidden, weight, targets, scale, stats, entropy)
     ops = row_ops(hidden)

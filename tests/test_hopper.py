@@ -21,7 +21,7 @@ from kernels import dispatch, gradient_triton, linear_triton, rows_triton  # noq
 # {architecture: bytes of shared memory that one block may use}: Turing; A100; H100, H200; B200
 SHARED_LIMITS = {75: 64 << 10, 80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 SHARED_LIMIT = SHARED_LIMITS[90]
-SPILLS = {(80, "fused linear, entropy"): 8}  # bytes that are known to spill, under Triton 3.6
+NOT_LAUNCHED = {(80, "fused linear, entropy")}  # see dispatch.fused_forward
 REGISTERS = 65536  # of a multiprocessor
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {"fp32": "*fp32", "fp64": "*fp64", "bf16": "*bf16", "i64": "*i64"}
@@ -183,13 +183,13 @@ def test_kernel_compiles_for_hopper_without_spills(name, tmp_path, record_proper
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("architecture", [80, 100])
-def test_no_kernel_spills_on_an_a100_or_a_b200_but_the_known_ones(architecture, tmp_path):
+def test_no_kernel_spills_on_an_a100_or_a_b200(architecture, tmp_path):
     """And all fit in shared memory."""
     needs_a_compiler()
     for name, usage in usage_on(architecture, tmp_path).items():
         assert isinstance(usage, dict), f"{name} does not compile: {usage}"
         spilled = usage["STACK"] + usage["LOCAL"]
-        assert spilled <= SPILLS.get((architecture, name), 0), f"{name} spills: {usage}"
+        assert not spilled or (architecture, name) in NOT_LAUNCHED, f"{name} spills: {usage}"
         assert usage["SHARED"] <= SHARED_LIMITS[architecture], f"{name}: {usage}"
 
 

@@ -8,8 +8,11 @@ is slow, so a few tests shrink there."""
 
 import math
 import re
+import sys
+import types
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -1223,3 +1226,20 @@ def test_zero_size_inputs_give_zero_size_outputs_and_zero_gradients():
         x.shape == (0,)
         for x in kernels.logprob_rows(logits, torch.zeros(0, dtype=torch.int32), entropy=True)
     )
+
+
+@pytest.mark.parametrize(
+    "capability, entropy, fused",
+    [((7, 5), False, False), ((8, 0), False, True), ((8, 0), True, False), ((9, 0), True, True)],
+)
+def test_the_fused_forward_runs_where_its_registers_do_not_spill(
+    capability, entropy, fused, monkeypatch
+):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    hidden = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(8, 768), device="cuda")
+    module = types.ModuleType("kernels.linear_triton")
+    module.statistics = print
+    monkeypatch.setitem(sys.modules, "kernels.linear_triton", module)
+    monkeypatch.setattr(kernels, "linear_triton", module, raising=False)
+    assert (dispatch.fused_forward(hidden, entropy) is print) == fused
