@@ -49,10 +49,11 @@ def load(directory, head=None, trunk=None):
         model = load_on_trunk(directory, config, trunk)
         if model is not None:
             return model
-    architectures.check_sizes(directory, config, tensors_of_checkpoint(directory))
+    values = tensors_of_checkpoint(directory)
+    architectures.check_sizes(directory, config, values)
     model = GPT(config)
     model.origin = str(directory)
-    for tensor, value in matching_tensors(directory, model, head_of_file):
+    for tensor, value in matching_tensors(directory, values, model, head_of_file):
         tensor.copy_(value)
     return model
 
@@ -103,15 +104,14 @@ def load_on_trunk(directory, config, trunk):
     nn.init.constant_(model.score_head.bias, config.score_bias)
     model._modules.pop("lm_head", None)
     load_adapter(model, directory / "adapter")
-    pairs = matching_tensors(directory, model, "score")
+    pairs = matching_tensors(directory, tensors_of_checkpoint(directory), model, "score")
     same = all(torch.allclose(tensor.cpu(), x, rtol=1e-4, atol=1e-6) for tensor, x in pairs)
     return model if same else None
 
 
-def matching_tensors(directory, model, head_of_file):
+def matching_tensors(directory, values, model, head_of_file):
     """Yields (tensor of the model, its value in the checkpoint), without a head that the checkpoint
-    lacks. Files are mapped, so only one value at a time is in memory."""
-    values = tensors_of_checkpoint(directory)
+    lacks. values: tensors_of_checkpoint's, which are taken out; only one is in memory at a time."""
     for key, tensor in named_tensors(model):
         if key.startswith(architectures.HEADS) and model.config.head != head_of_file:
             continue
@@ -136,7 +136,7 @@ def matching_tensors(directory, model, head_of_file):
 
 
 def tensors_of_checkpoint(directory):
-    """{name without prefix: a function that reads the tensor}, over all shards."""
+    """{name without prefix: Stored, which reads the tensor when it is called}, over all shards."""
     index = directory / "model.safetensors.index.json"
     files = ["model.safetensors"]
     if kind_of(index):

@@ -27,7 +27,7 @@ from kernels import bench, choices, everything
 from kernels.steps import Step, all_steps
 
 STAGES = {"sft.py": sft, "reward.py": reward, "dpo.py": dpo, "ppo.py": ppo}
-PLACES = Path("/no/out"), Path("/no/work"), bench.PEERS
+PLACES = Path("/no/out"), Path("/no/runs"), bench.PEERS
 
 
 def step(name, code, seconds=60, **options):
@@ -224,7 +224,7 @@ def test_a_stage_comes_after_what_it_needs_and_peers_can_be_chosen():
         for each in everything.selected(all_steps(True, *PLACES), [alone]):
             words = list(map(str, each.words))
             outputs = {value for flag, value in zip(words, words[1:]) if flag == "--out"}
-            read = {word for word in words if word.startswith("/no/work/")} - outputs
+            read = {word for word in words if word.startswith("/no/runs/")} - outputs
             if "--resume" in words:
                 read |= outputs
             for place in read:

@@ -71,6 +71,16 @@ def test_linear_ops_on_more_than_65535_tokens_and_2_31_logits():
     torch.testing.assert_close(scored, -token, rtol=1e-4, atol=1e-4)
 
 
+def never_waits(work):
+    """Raises RuntimeError if the host waits for the GPU in work()."""
+    work()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_without_an_ignore_index_the_host_never_waits():
     hidden, weight = (
         torch.randn(300, 64).bfloat16().requires_grad_(),
@@ -84,12 +94,7 @@ def test_without_an_ignore_index_the_host_never_waits():
             loss = kernels.linear_cross_entropy(hidden, weight, targets, ignore_index=None)
         (out.logprob.sum() + loss).backward()
 
-    work()  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        work()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    never_waits(work)
 
 
 @pytest.mark.parametrize("D", [256, 2048])
@@ -220,9 +225,4 @@ def test_the_forward_of_sft_never_waits_for_the_gpu(gpt):
             losses = sft.sequence_losses(gpt, examples)
         return losses.sum()
 
-    work()  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        work()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    never_waits(work)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
+import test_resume
 import torch
 from safetensors.torch import load_file, save_file
 from test_resume import CASES, assert_same_run, contents, models, names, stage  # noqa: F401
@@ -39,15 +40,9 @@ def unlocked():
 
 
 @dataclass
-class Config:
-    out: str = "a"  # run directory
-    overwrite: bool = False  # replace it
-    resume: bool = False  # go on with it
+class Config(test_resume.Config):
     save_every: int = 2  # steps between two states
     steps: int = 4  # how many
-    seed: int = 0  # of the noise
-    device: str = "cpu"  # where
-    dtype: str = "float32"  # precision
 
 
 def noisy(config, at=None, action=None):
