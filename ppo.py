@@ -1,11 +1,12 @@
-"""Stage 3a: reinforcement learning from human feedback. Sample, score, reinforce.
+"""Stage 3a: reinforcement learning. Sample, score, reinforce.
 
     maximise   E[ r(x, y) ] - beta KL(pi || pi_ref)
                                       (Ziegler et al. 2019, eq. 2; Ouyang et al. 2022, eq. 2)
 
-Four models: the policy pi and its critic V are trained; the reference pi_ref (the SFT model) and
-the reward model r are not. Each iteration samples a reply to every prompt of a batch and turns it
-into a Markov decision process, a step per token (r, A, R, old: fixed at sampling):
+The score r is a reward model's (RLHF) or a rule's that checks the reply (RLVR, data/rules.py). The
+policy pi and its critic V are trained, the reference pi_ref (the SFT model) is not. Each iteration
+samples a reply to every prompt of a batch and turns it into a Markov decision process, a step per
+token (r, A, R, old: fixed at sampling):
 
     reward      r_t = -beta (log pi(y_t) - log pi_ref(y_t)),  plus score r(x, y) at the last
     advantage   A_t = sum_k (gamma lam)^k delta_{t+k},  delta_t = r_t + gamma V_{t+1} - V_t
@@ -14,32 +15,39 @@ into a Markov decision process, a step per token (r, A, R, old: fixed at samplin
                                                                   (Schulman et al. 2017, eq. 7)
     critic      minimise  1/2 max((V - R)^2, (clip(V, V_old-eps, V_old+eps) - R)^2),  R = A + V_old
 
-The critic predicts the return from every prefix (--advantage gae). The other three have no critic:
-they sample each prompt K times and compare G = sum_t r_t (grpo: the score r).
+The critic predicts the return from every prefix (gae). The others have no critic: they sample each
+prompt K times and compare G = sum_t r_t, or the score r alone.
 
-                advantage                      loss of a minibatch
-    gae         A_t, whitened                  mean over all its tokens
-    rloo        G_i - mean of the others' G    sum over tokens / replies      (Ahmadian et al. 2024)
-    grpo        (r_i - mean) / (std + 1e-4)    mean over replies of the mean over tokens
-                - the centred KL penalty                                 (Shao et al. 2024, eq. 3)
-    dr-grpo     G_i - mean                     sum over tokens / (replies x max_new_tokens)
-                                                                               (Liu et al. 2025)
+    --advantage                          sum of a minibatch divided by   KL penalty
+    gae      A_t, whitened               tokens                          in r_t
+    rloo     G - mean of the others' G   replies                         in G    Ahmadian 2024
+    grpo     (r - mean) / (std + 1e-4)   replies, each by its length     beside  Shao 2024, eq. 3
+    dr-grpo  G - mean                    replies x max_new_tokens        in G    Liu 2025
+    dapo     as grpo                     tokens                          (none)  Yu 2025, eq. 8
 
-DEVIATION: all keep PPO's clipped ratio, and the KL beside the score. The RLOO paper takes one
-unclipped step per batch, as does --minibatches 1. The GRPO paper adds KL estimate k3 to the loss,
-whose gradient is not the KL's (tests/test_optimum.py). GRPO divides the score alone by std: among
-replies of equal score a divided penalty would be noise of size 1, for any beta. With large groups
-it ends at pi_ref exp(r / (beta std)) / Z, std the policy's own, or for a small beta at the best
-reply; with the penalty divided too it would end at pi_ref exp(r / beta) / Z.
+    --clip   gain of a token             ratio
+    ppo      as above                    of the token
+    gspo     as above                    of the reply: the mean in logs          Zheng 2025, eq. 5
+    cispo    min(ratio, 1+eps) A log pi  of the token, without gradient          MiniMax 2025, eq. 4
+
+DAPO is --advantage dapo --clip-upper .28 --redraw 4 --overlong 8, GSPO --advantage grpo --clip gspo
+--clip-eps 3e-4 --clip-upper 4e-4 (a mean moves little), CISPO --advantage dapo --clip cispo.
+
+DEVIATION: the RLOO paper takes one unclipped step per batch, as does --minibatches 1. GRPO's adds
+KL estimate k3 to the loss, whose gradient is not the KL's; --kl-loss adds k2 of the reply. GRPO
+divides the score alone by std: among replies of equal score a divided penalty would be noise of
+size 1, for any beta. tests/test_optimum.py has the policy that each ends at.
 
     python ppo.py                                          out/sft against out/reward -> out/ppo
-    python ppo.py --advantage rloo --out out/rloo          the same without a critic
+    python ppo.py --advantage grpo --reward rule:exact --skills sum sort --out out/grpo
     python ppo.py --init DIR --reward DIR --data prompts.jsonl
 
-Watch: score (the reward model's opinion: rises), kl (nats per reply to the reference: rises slowly;
-if it runs away, raise beta), ratio_first (1 on the first minibatch; in float32, where it compares
-sampling with training, to 1e-5). On the embedded world `gold` is the truth, never trained on: score
-up and gold down is reward hacking. Real runs have only a detector's warnings, evaluate/detector.py.
+Watch: score (rises), kl (nats per reply to the reference: rises slowly; if it runs away, raise
+beta), ratio_first (1 on the first minibatch; in float32, where it compares sampling with training,
+to 1e-5), entropy (nats per token; as it nears 0, the replies to a prompt become one, `equal` nears
+1, and nothing is left to compare: collapse). Without a critic the loss starts at 0, since a group's
+advantages sum to 0; its gradient does not. On the embedded world `gold` is the truth: score up and
+gold down is reward hacking. Real runs have only a detector's warnings, evaluate/detector.py.
 
 What everybody gets wrong: the end-of-turn token is an action too. It gets a log-prob, a KL penalty
 and an advantage, and the score sits on it, not one later. A reply without one gets a low score.
@@ -47,41 +55,45 @@ and an advantage, and the score sits on it, not one later. A reply without one g
 
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 
 import kernels
 import run
-from data import chat, checkpoints, world
-from data.collate import Batch, collate, reply_examples
+from data import chat, checkpoints, rules, world
 from data.logprobs import token_logprobs
-from data.reinforcement import load_prompts, open_models, prompt_batches
-from data.scores import score
+from data.reinforcement import Questions, collate_groups, group_size, open_models, sample
 from evaluate.detector import Detector, observe
 
-ADVANTAGES = ["gae", "rloo", "grpo", "dr-grpo"]
+ADVANTAGES = ["gae", "rloo", "grpo", "dr-grpo", "dapo"]
+BETA = {"grpo": 1.0, "dapo": 0.0}  # grpo: in units of a std; others: .2
 
 
 @dataclass
 class Config(run.Flags):  # which has --init, --data, --out, --seed, --lora-rank, ...
-    reward: str = "out/reward"  # the reward model; the critic starts from it too
-    advantage: str = "gae"  # gae (with a critic), rloo, grpo or dr-grpo (compared within a group)
+    reward: str = "out/reward"  # a reward model, "world" (its judge), rule:NAME or file.py:function
+    skills: list = field(default_factory=list)  # without --data: the world's skills (none: all)
+    advantage: str = "gae"  # gae (with a critic), rloo, grpo, dr-grpo or dapo (all by comparison)
+    clip: str = "ppo"  # ppo, gspo (a ratio per reply) or cispo (a clipped weight, not a gain)
     steps: int = 32  # iterations: a batch is sampled, scored and learned from
     batch_size: int = 256  # replies per iteration
-    group_size: int = 4  # rloo, grpo, dr-grpo: replies to one prompt
+    group_size: int = 4  # without a critic: replies to one prompt
+    redraw: int = 0  # without a critic: how often groups of equal scores give way to others
     minibatches: int = 2  # optimiser steps per pass over the batch
     ppo_epochs: int = 1  # passes over each batch
     max_new_tokens: int = world.MAX_NEW_TOKENS  # limit of a reply's length
+    overlong: int = 0  # tokens before the limit over which the score falls by 1
     temperature: float = 1.0  # of sampling, and of every log-prob
-    beta: float | None = None  # KL strength, or its first value (default: .2, grpo 1)
+    beta: float | None = None  # KL strength, or its first value (default: .2, grpo 1, dapo 0)
     kl_target: float = 0.0  # nats per reply; beta slowly adapts to reach it (0: beta is fixed)
+    kl_loss: bool = False  # the KL as a loss instead of in the reward
     clip_eps: float = 0.2  # clip range of the ratio, and of the value
+    clip_upper: float | None = None  # of the ratio above 1 (default: --clip-eps)
     gamma: float = 1.0  # gae: discount per token
     lam: float = 0.95  # gae: 1 trusts returns, 0 trusts the critic
     critic_warmup: int = 3  # gae: iterations, at most a tenth, in which only the critic learns
     critic_lr: float = 1e-3  # gae: peak learning rate of the critic
-    no_end_score: float = -2.0  # of a reply without an end-of-turn token, instead of its score
+    no_end_score: float | None = None  # of a reply without an end (default: -2, of a rule 0)
     ensemble: list = field(default_factory=list)  # reward models to compare with, never trained on
     kl_budget: float = 2.5  # nats per reply; beyond it the detector warns (0: no budget)
     stop_on_hacking: bool = False  # end the run after the step with the detector's first sign
@@ -89,25 +101,26 @@ class Config(run.Flags):  # which has --init, --data, --out, --seed, --lora-rank
 
 
 def check(config):
-    run.fill(config, beta=1.0 if config.advantage == "grpo" else 0.2)  # 1: in units of a std
-    run.check_range(config, "temperature", "clip_eps", above=0)
+    """Fills in the method's defaults, and refuses flags that do not go together."""
+    run.check_choice(config, "advantage", ADVANTAGES)
+    run.check_choice(config, "clip", ["ppo", "gspo", "cispo"])
+    critic, groups = {"advantage": ["gae"]}, {"advantage": ADVANTAGES[1:]}
+    requires = dict.fromkeys(["critic_warmup", "critic_lr", "gamma", "lam"], critic)
+    requires |= dict.fromkeys(["clip", "group_size", "redraw"], groups)
+    requires |= {"kl_target": {"beta": True}, "skills": {"data": False}}
+    run.fill(config, beta=BETA.get(config.advantage, 0.2))
+    run.check_requires(config, requires)
+    lowest = 0.0 if rules.is_rule(config.reward) else -2.0
+    run.fill(config, clip_upper=config.clip_eps, no_end_score=lowest)
+    run.check_range(config, "temperature", "clip_eps", "clip_upper", above=0)
     run.check_range(config, "gamma", "lam", most=1)
     run.check_range(config, "minibatches", most=config.batch_size)
+    run.check_range(config, "overlong", most=config.max_new_tokens)
     run.check_range(config, "group_size", least=2)  # to compare
-    run.check_choice(config, "advantage", ADVANTAGES)
-    critic_flags = ("critic_warmup", "critic_lr", "gamma", "lam")
-    requires = {name: {"advantage": ["gae"]} for name in critic_flags}
-    requires |= {"group_size": {"advantage": ADVANTAGES[1:]}, "kl_target": {"beta": True}}
-    run.check_requires(config, requires)
     K = group_size(config)
     run.require(config.reward not in config.ensemble, "--ensemble holds --reward: name others")
     size = f"--batch-size {config.batch_size}"
     run.require(config.batch_size % K == 0, f"{size} is no multiple of --group-size {K}")
-
-
-def group_size(config):
-    """Replies to each prompt: one with a critic, K without."""
-    return 1 if config.advantage == "gae" else config.group_size
 
 
 # ----------------------------------------------------------------------------------- mathematics
@@ -155,16 +168,30 @@ def grpo_advantages(scores, scale=True):
     return centred / (scores.std(1, keepdim=True) + 1e-4) if scale else centred
 
 
-def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps, divisor=None):
+def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps, divisor=None, clip="ppo"):
     """PPO's clipped surrogate, a scalar: sum over the tokens under mask (B, T) / divisor (None:
     their number). clip_eps: a number, or (lower, upper). min(ratio A, clip(ratio) A) is
     pessimistic: moving away gains nothing beyond the clip, while moving back always counts."""
     lower, upper = clip_eps if isinstance(clip_eps, tuple) else (clip_eps, clip_eps)
     log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0)  # (B, T)
+    if clip == "gspo":  # all tokens of a reply have one ratio, the geometric mean of theirs
+        log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
     ratio = torch.exp(log_ratio.clamp(max=20.0))  # beyond it exp would overflow
     advantages = advantages.masked_fill(~mask, 0.0)
-    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - lower, 1 + upper) * advantages)
+    if clip == "cispo":  # a bounded weight for log pi: no token loses its gradient
+        weight = ratio.detach().clamp(max=1 + upper)
+        gain = weight * advantages * logprobs.masked_fill(~mask, 0.0)
+    else:
+        gain = torch.minimum(ratio * advantages, ratio.clamp(1 - lower, 1 + upper) * advantages)
     return -gain.sum() / (mask.sum().clamp(min=1) if divisor is None else divisor)
+
+
+def kl_losses(logprobs, ref_logprobs, mask):
+    """k2 of each reply (B,), (log pi - log pi_ref)^2 / 2, from its tokens' log-probs (B, T). On the
+    policy's own samples its gradient is the KL's. The sum of each token's k2 has another gradient:
+    it forgets that a token also decides what follows."""
+    logps, ref_logps = (x.masked_fill(~mask, 0.0).sum(1) for x in (logprobs, ref_logprobs))  # (B,)
+    return kernels.kl_estimate(logps, ref_logps, "k2")
 
 
 def value_loss(values, old_values, returns, mask, clip_eps):
@@ -198,7 +225,7 @@ def token_advantages(config, scores, kl, values, batch, beta):
     match config.advantage:
         case "rloo":
             advantages = rloo_advantages(scores - penalties)
-        case "grpo":
+        case "grpo" | "dapo":
             advantages = grpo_advantages(scores) - grpo_advantages(penalties, scale=False)
         case "dr-grpo":
             advantages = grpo_advantages(scores - penalties, scale=False)
@@ -211,7 +238,7 @@ def token_advantages(config, scores, kl, values, batch, beta):
 def loss_divisor(config, replies):
     """What policy_loss divides a minibatch's sum by (None: the number of its tokens)."""
     match config.advantage:
-        case "gae":
+        case "gae" | "dapo":
             return None  # the mean over tokens
         case "rloo" | "grpo":
             return replies  # the mean over replies, of sums or (grpo) means
@@ -220,21 +247,6 @@ def loss_divisor(config, replies):
 
 
 # --------------------------------------------------------------------------------------- rollout
-
-
-class Rollout(NamedTuple):
-    """An iteration's replies, and all that the update needs."""
-
-    replies: list  # ids of each
-    sequences: list  # ids of prompt and reply
-    batch: Batch  # inputs (B, T); the target in column t is token t + 1
-    old_logprobs: torch.Tensor  # (B, T) the sampling policy's
-    values: torch.Tensor | None  # (B, T) the critic's, of the state before each token
-    returns: torch.Tensor | None  # (B, T)
-    advantages: torch.Tensor  # (B, T)
-    scores: torch.Tensor  # (B,)
-    kl: torch.Tensor  # (B, T) k1 = log pi - log pi_ref; the mean row sum estimates KL
-    ended: torch.Tensor  # (B,) bool
 
 
 def row_logprobs(model, rows, batch, temperature):
@@ -248,39 +260,44 @@ def row_values(critic, rows, batch):
 
 
 @torch.no_grad()
-def rollout(config, job, models, prompts, stops, generator, beta):
-    """Samples replies to the prompts (lists of ids); computes, once, all that the update needs."""
-    K, device = group_size(config), models.policy.device
-    options = dict(stop_id=stops, generator=generator, return_logprobs=True, samples=K)
-    setting = config.max_new_tokens, config.temperature
-    with job.autocast():
-        replies, sampled_logprobs = models.policy.generate(prompts, *setting, **options)
-    prompts = [prompt for prompt in prompts for _ in range(K)]  # K adjacent replies to each
-    batch = collate(reply_examples(prompts, replies)).to(device)
-    rows = torch.arange(len(replies), device=device)
+def rollout(config, job, models, questions, step, generator, beta):
+    """Samples replies to an iteration's questions; computes, once, all that the update needs."""
+    groups, redrawn = sample(config, job, models, questions.batch(step), generator), 0
+    for draw in range(config.redraw):  # replies of equal scores teach nothing: ask something else
+        differing = [group for group in groups if not group.equal]
+        others = questions.others(len(groups) - len(differing), step, draw)
+        groups = differing + sample(config, job, models, others, generator)
+        redrawn += len(others)
+    # K adjacent replies to each question; batch (B, T): the target in column t is token t + 1
+    replies, batch, sampled_logprobs = collate_groups(groups, job.device)
+    rows = torch.arange(len(replies), device=job.device)
     reading = dict(batch=batch, temperature=config.temperature)
-    if job.dtype == torch.float32:
-        flat = [logprob for reply in sampled_logprobs for logprob in reply]
-        old_logprobs = torch.zeros(batch.mask.shape, device=device)  # (B, T)
-        old_logprobs[batch.mask] = torch.tensor(flat, device=device)  # both in row order
-    else:  # bfloat16 rounds otherwise when a token is read alone: read again as in training
+    old_logprobs = sampled_logprobs  # (B, T)
+    if job.dtype != torch.float32:  # bfloat16 rounds otherwise when a token is read alone
         old_logprobs = job.forward(row_logprobs, models.policy, rows, **reading)
     ref_logprobs = job.forward(row_logprobs, models.ref, rows, **reading)  # (B, T)
-    kl = (old_logprobs - ref_logprobs).masked_fill(~batch.mask, 0.0)  # (B, T)
-    # end-of-turn comes first; after the end of text the reward model has never read a score
-    ended = torch.tensor([reply[-1] == stops[0] for reply in replies], device=device)  # (B,)
-    sequences = [prompt + reply for prompt, reply in zip(prompts, replies, strict=True)]
-    scores = score(models.reward_model, sequences)  # (B,)
-    scores = torch.where(ended, scores, config.no_end_score)
+    kl = (old_logprobs - ref_logprobs).masked_fill(~batch.mask, 0.0)  # (B, T) k1
+    ended = torch.cat([group.ended for group in groups])  # (B,)
+    scores = torch.cat([group.scores for group in groups])  # (B,)
+    if config.overlong:  # Yu et al. 2025, eq. 13
+        beyond = batch.mask.sum(1) - (config.max_new_tokens - config.overlong)  # (B,) tokens
+        scores = scores - beyond.clamp(min=0) / config.overlong
     values = None
     if models.critic:
         values = job.forward(row_values, models.critic, rows, batch=batch)  # (B, T)
-    advantages, returns = token_advantages(config, scores, kl, values, batch, beta)
-    sampled = replies, sequences, batch, old_logprobs
-    return Rollout(*sampled, values, returns, advantages, scores, kl, ended)
+    penalty = 0.0 if config.kl_loss else beta
+    advantages, returns = token_advantages(config, scores, kl, values, batch, penalty)
+    # truncated importance weights: 1 where the sampler has the trainer's precision
+    advantages = advantages * (old_logprobs - sampled_logprobs).exp().clamp(max=2)
+    return SimpleNamespace(
+        **dict(groups=groups, replies=replies, batch=batch, redrawn=redrawn, ended=ended),
+        **dict(sampled_logprobs=sampled_logprobs, old_logprobs=old_logprobs, kl=kl),
+        **dict(ref_logprobs=ref_logprobs, values=values, returns=returns),
+        **dict(scores=scores, advantages=advantages),
+    )
 
 
-def update(config, job, models, parts, old, step):
+def update(config, job, models, parts, old, step, beta):
     """Learns from a rollout in minibatches -> metrics of the last, and the first one's ratio."""
     warming_up = models.critic and step < min(config.critic_warmup, config.steps // 10)
     metrics, first_ratio = {}, None
@@ -301,8 +318,15 @@ def update(config, job, models, parts, old, step):
             reading = dict(batch=old.batch, temperature=config.temperature)
             logprobs = job.forward(row_logprobs, models.policy, rows, **reading)  # (b, T)
             old_logprobs, advantages = old.old_logprobs[rows], old.advantages[rows]
-            divisor = loss_divisor(config, len(rows))
-            loss = policy_loss(logprobs, old_logprobs, advantages, mask, config.clip_eps, divisor)
+            clip_eps, divisor = (
+                (config.clip_eps, config.clip_upper),
+                loss_divisor(config, len(rows)),
+            )
+            four = logprobs, old_logprobs, advantages, mask
+            loss = policy_loss(*four, clip_eps, divisor, config.clip)
+            if config.kl_loss:
+                penalties = kl_losses(logprobs, old.ref_logprobs[rows], mask)  # (b,)
+                loss = loss + beta * penalties.mean()
             loss.backward()
             grad_norm = run.clip(models.policy, max_norm=1.0)
             run.step(parts.optimizer, run.linear(config.lr, step, config.steps))  # and zero_grad
@@ -319,16 +343,8 @@ def update(config, job, models, parts, old, step):
 def main(config):
     check(config)
     job = run.start(config, "ppo")
-    # random weights (--init scratch) get the reward model's vocabulary
-    policy, encoding = checkpoints.open_policy(config, job.device, default=config.reward)
-    models, ensemble = open_models(config, policy, encoding)
-    contexts = [model.config.context for model in (policy, models.reward_model, *ensemble)]
-    prompts = load_prompts(config, encoding, min(contexts) - config.max_new_tokens, job.say)
-    size = config.batch_size // group_size(config)
-    batches = prompt_batches(prompts, size, config.seed, config.steps)
-    named = {name: model for name, model in models._asdict().items() if model}
-    job.memory(**named, **{f"ensemble_{i + 1}": model for i, model in enumerate(ensemble)})
-    stops = chat.stop_ids(encoding)
+    policy, encoding, models, ensemble = open_models(config, job)
+    questions = Questions(config, models, ensemble, encoding, job.say)
     parts = SimpleNamespace(  # what job.steps saves, and restores in place
         policy=policy,
         optimizer=run.adamw(policy, config.lr, eps=1e-5),
@@ -341,26 +357,17 @@ def main(config):
     )
     for step in job.steps(config.steps, **vars(parts)):
         beta = parts.kl_strength.beta
-        ids, asked = zip(*batches[step], strict=True)  # of each prompt; its messages
-        old = rollout(config, job, models, ids, stops, parts.generator, beta)
-        metrics = {
-            "score": old.scores.mean(),
-            "kl": old.kl.sum(1).mean(),  # k1: unbiased, noisy
-            "ended": old.ended.float().mean(),
-            "beta": beta,
-            "kl_k3": kernels.kl_estimate(old.kl, torch.zeros_like(old.kl), "k3").sum(1).mean(),
-            "length": old.batch.mask.sum(1).float().mean(),
-        }
-        watched = config, encoding, ids, asked, old
-        signs, warnings = observe(parts.detector, models, ensemble, *watched)
-        metrics |= update(config, job, models, parts, old, step) | signs
+        old = rollout(config, job, models, questions, step, parts.generator, beta)
+        metrics, warnings = observe(parts.detector, models, ensemble, config, encoding, old)
+        metrics |= update(config, job, models, parts, old, step, beta) | {"beta": beta}
         if config.kl_target:
             kl = float(metrics["kl"])
             parts.kl_strength.beta = adaptive_beta(beta, kl, config.kl_target, config.batch_size)
         for warning in warnings:
-            job.say(f"ppo: step {step + 1}: this looks like reward hacking: {warning}")
+            job.say(f"ppo: step {step + 1}: {warning}")
         if run.due(step, config.steps):
-            reply = chat.painted_reply(ids[0], old.replies[0], encoding, job.colour)
+            shown = old.groups[0]
+            reply = chat.painted_reply(shown.question.ids, shown.replies[0], encoding, job.colour)
             job.say(reply + f"  score {old.scores[0]:.2f}")
         job.log(step, **metrics)
         if metrics["hacking"] and config.stop_on_hacking:

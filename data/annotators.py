@@ -80,16 +80,22 @@ def sample(
     """
     ids = [encode(messages, encoding) for messages in prompts]
     longest = max(map(len, ids), default=0) + max_new_tokens
-    stops = chat.stop_ids(encoding)
     generator = torch.Generator(model.device).manual_seed(seed)
-    options = dict(stop_id=stops, generator=generator, samples=samples)
+    options = dict(stop_id=chat.stop_ids(encoding), generator=generator, samples=samples)
     replies = [[] for _ in ids]  # of each prompt
     for rows in by_length(ids, len, replies_at_once(model, longest, samples) // samples):
         sampled = model.generate([ids[i] for i in rows], max_new_tokens, temperature, **options)
-        for k, reply in enumerate(sampled):
-            text = encoding.decode(reply[:-1] if reply[-1] in stops else reply)
-            replies[rows[k // samples]].append((reply, reply[-1] == stops[0], text))
+        for k, reply in enumerate(as_read(sampled, encoding)):
+            replies[rows[k // samples]].append(reply)
     return list(chain(*replies))
+
+
+def as_read(replies, encoding):
+    """Sampled replies (lists of ids) as (ids, ended, text), see `sample`."""
+    stops = chat.stop_ids(encoding)
+    ends = [reply[-1] == stops[0] for reply in replies]
+    texts = [encoding.decode(ids[:-1] if ids[-1] in stops else ids) for ids in replies]
+    return list(zip(replies, ends, texts, strict=True))
 
 
 def two_replies(model, encoding, prompts, max_new_tokens=world.MAX_NEW_TOKENS, seed=0):

@@ -325,11 +325,14 @@ def demonstrations(n, seed=0, wrong=0.04, misjudged=0.2, padded=0.38):
     return records
 
 
-def prompts(n, seed=0, held=False):
-    """Questions without answers, every skill equally often. held: the part for evaluation only."""
+def prompts(n, seed=0, held=False, skills=SKILLS):
+    """Questions, every skill equally often. held: the part for evaluation only."""
     rng = random.Random(f"prompts {seed} {held}")
-    drawn = [draw(rng, [SKILLS[i % len(SKILLS)]], held) for i in range(n)]
-    return [Prompt(messages, f"world prompt {i}") for i, (messages, _) in enumerate(drawn)]
+    records = []
+    for i in range(n):
+        messages, task = draw(rng, [skills[i % len(skills)]], held)
+        records.append(Prompt(messages, f"world prompt {i}", task.answer))
+    return records
 
 
 # Long sums: a part of the world for process supervision, apart from all of the above. Its writers

@@ -9,8 +9,9 @@ import math
 
 import torch
 
-from data import annotators, chat, world
-from data.scores import score, score_rows
+from data import annotators, world
+from data.reinforcement import group_size, rollout_metrics
+from data.scores import score
 from evaluate.measures import mean
 
 REFUSALS = ("i can not", "i cannot", "i can't", "i do not know", "i don't know")
@@ -149,41 +150,48 @@ class Detector:
         self.start, self.seen = state["start"], state["seen"]
 
 
-def length_paid_afresh(models, config, encoding, prompts, conversations):
-    """`correlation_within` of length and score, from four new replies to each of 64 prompts (their
-    ids and messages): with a critic a batch has one reply to each."""
+def length_paid_afresh(models, config, encoding, questions):
+    """`correlation_within` of length and score, from four new replies to each of 64 questions: with
+    a critic a batch has one reply to each."""
+    questions = questions[:64]
     setting = config.max_new_tokens, config.temperature, config.seed
-    replies = annotators.sample(models.policy, encoding, conversations[:64], *setting, samples=4)
-    prompts = [prompt for prompt in prompts[:64] for _ in range(4)]
-    sequences = [prompt + ids for prompt, (ids, _, _) in zip(prompts, replies, strict=True)]
-    scores = score_rows(models.reward_model, sequences)  # (B,)
-    ended = torch.tensor([ended for _, ended, _ in replies], device=scores.device)  # (B,)
+    asked = [question.record.messages for question in questions]
+    sampled = annotators.sample(models.policy, encoding, asked, *setting, samples=4)
+    replies, ended, _ = zip(*sampled, strict=True)
+    with torch.no_grad():
+        scores = models.reward([question for question in questions for _ in range(4)], replies)
+    ended = torch.tensor(ended, device=scores.device)  # (B,)
     scores = torch.where(ended, scores, config.no_end_score)
-    lengths = scores.new_tensor([len(ids) for ids, _, _ in replies])  # (B,)
-    return correlation_within(lengths, scores, 4)
+    return correlation_within(scores.new_tensor(list(map(len, replies))), scores, 4)
 
 
-def observe(detector, models, ensemble, config, encoding, prompts, conversations, old):
-    """The replies of a rollout -> metrics, with gold if the prompts are the embedded world's, and
-    the detector's new warnings. ensemble: reward models that were not trained against; prompts: the
-    ids before each reply; conversations: the messages; old: ppo.py's Rollout."""
-    stops = chat.stop_ids(encoding)
-    texts = [encoding.decode(reply[:-1] if reply[-1] in stops else reply) for reply in old.replies]
-    others = [score(model, old.sequences) for model in ensemble]  # (B,) each
+def observe(detector, models, ensemble, config, encoding, old):
+    """The rollout `old` of ppo.py -> metrics, and sentences to warn with, each once in a run.
+    ensemble: reward models that were not trained against."""
+    K, lengths, log_ratios = group_size(config), old.batch.mask.sum(1), old.kl.sum(1)  # (B,) each
+    asked = [group.question for group in old.groups for _ in range(K)]
+    read = annotators.as_read(old.replies, encoding)
+    sequences = [x.ids + reply for x, reply in zip(asked, old.replies, strict=True)]
+    others = [score(model, sequences) for model in ensemble]  # (B,) each
     others = [torch.where(old.ended, scores, config.no_end_score) for scores in others]
-    lengths, log_ratios = old.batch.mask.sum(1), old.kl.sum(1)  # (B,) each
-    values = traces(old.replies, texts, old.scores, lengths, others)
-    K = len(old.replies) // len(prompts)
+    values = traces(old.replies, [text for _, _, text in read], old.scores, lengths, others)
 
     def length_paid():
         if K > 1:
             return correlation_within(values["length"], old.scores, K)
-        return length_paid_afresh(models, config, encoding, prompts, conversations)
+        questions = [group.question for group in old.groups]
+        return length_paid_afresh(models, config, encoding, questions)
 
-    metrics, warnings = detector.observe(values, log_ratios, K, length_paid)
-    if not config.data:
-        ended = old.ended.tolist()
-        asked = [messages for messages in conversations for _ in range(K)]
-        replies = zip(asked, texts, ended, strict=True)
-        metrics["gold"] = mean([world.judge(*reply)["gold"] for reply in replies])
-    return metrics, warnings
+    metrics = rollout_metrics(config, models, old)
+    if all(world.solve(group.question.record.messages) for group in old.groups):
+        rows = [(x.record.messages, reply) for x, reply in zip(asked, read, strict=True)]
+        metrics["gold"] = mean([verdict["gold"] for verdict in annotators.world_judge(rows)])
+    found, signs = detector.observe(values, log_ratios, K, length_paid)
+    warnings = [f"this looks like reward hacking: {sign}" for sign in signs]
+    if metrics.get("equal") == 1 and "equal" not in detector.seen:
+        detector.seen.append("equal")
+        first = old.groups[0].question.record.where
+        why = f"no two replies to one prompt differ in score (the first prompt is {first})"
+        remedy = "raise --group-size, ask easier or harder prompts, or look at --reward"
+        warnings.append(f"{why}, so that only the KL is learnt: {remedy}")
+    return metrics | found, warnings

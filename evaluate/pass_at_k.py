@@ -1,0 +1,107 @@
+"""How often is one of k replies right, by a rule, on held-out questions?
+
+    python -m evaluate.pass_at_k --runs out/sft out/grpo --skills sum sort --k 1 8
+    python -m evaluate.pass_at_k --runs DIR --data test.jsonl --reward rule:last
+
+In the table, for each run:
+    pass@k     the probability that at least one of k replies to a question is right, mean over the
+               questions, and (ci@k) the half-width of its 95 % interval over them
+    entropy    nats per token, over the sampled replies
+    length     tokens of a reply;  ended: the share of replies that ended by themselves
+Reinforcement learning raises pass@1. pass@k shows whether it taught something (it rises too) or
+only chose among what the model could say before (it stays, or falls: replies become alike).
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+import run
+from data import annotators, chat, formats, rules, world
+from data.collate import in_batches, reply_examples
+from data.logprobs import sequence_logps
+from evaluate.measures import interval, mean, open_run, output, table
+
+
+@dataclass
+class Config:
+    runs: list = field(default_factory=lambda: ["out/sft"])  # directories of policies
+    data: list = field(default_factory=list)  # prompts with answers (none: the world's held-out)
+    skills: list = field(default_factory=list)  # without --data: the world's skills (none: all)
+    reward: str = "rule:exact"  # a rule of data/rules.py; a reply is right if it gives 1
+    k: list = field(default_factory=lambda: [1, 8])  # how many tries
+    samples: int = 16  # replies to each question
+    prompts: int = 600  # questions at most
+    max_new_tokens: int = world.MAX_NEW_TOKENS  # limit of a reply's length
+    temperature: float = 1.0  # of sampling
+    seed: int = 0  # of questions and samples
+    out: str = "out"  # directory for pass-at-k.json
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+
+
+def pass_at_k(right, k):
+    """right (N, n) bool, whether each of n replies is -> (N,), the probability that of k of them,
+    drawn without return, at least one is: 1 - C(n - c, k) / C(n, k), c right ones (Chen et al.
+    2021, eq. 1). The share of right ones to the power of k would be biased."""
+    n = right.shape[1]
+    run.require(1 <= k <= n, f"pass@{k} asks for 1 to {n} replies to each question: --samples")
+    wrong = [math.comb(n - int(c), k) / math.comb(n, k) for c in right.sum(1)]
+    return 1 - torch.tensor(wrong, dtype=torch.float64)
+
+
+def row_of(config, records, rule, directory, device):
+    """A policy's row of the table, and which of its replies are right (N, n) bool."""
+    model, encoding, chats = open_run(directory, device)
+    writes = model.config.head == "lm" and chats
+    run.require(writes, f"{directory} does not answer in chats: name a run of sft, dpo or ppo")
+    asked = [record.messages for record in records]
+    setting = config.max_new_tokens, config.temperature, config.seed, config.samples
+    replies = annotators.sample(model, encoding, asked, *setting)
+    repeated = [record for record in records for _ in range(config.samples)]
+    scores = torch.tensor(rule.scores(repeated, replies))  # (N n,)
+    ended = torch.tensor([ended for _, ended, _ in replies])  # (N n,)
+    right = ((scores >= 1) & ended).view(-1, config.samples)  # (N, n)
+    prompts = [chat.prompt(record.messages, encoding) for record in repeated]
+    lengths = [len(ids) for ids, _, _ in replies]
+    examples = reply_examples(prompts, [ids for ids, _, _ in replies])
+    with torch.no_grad():
+        logps = in_batches(lambda x: sequence_logps(model, x), examples, example_length, model)
+    row = {}
+    for k in sorted(map(int, config.k)):
+        values = pass_at_k(right, k).tolist()
+        row |= {f"pass@{k}": mean(values), f"ci@{k}": interval(values)}
+    row |= {"entropy": -float(logps.sum()) / sum(lengths), "length": mean(lengths)}
+    return row | {"ended": float(ended.float().mean())}, right
+
+
+def example_length(example):
+    return len(example[0])
+
+
+def questions(config):
+    """The records to ask: of --data, or of the embedded world's held-out part."""
+    if config.data:
+        run.require(not config.skills, "--skills is not read with --data: leave one of them out")
+        return formats.read_all(config.data, "prompt")[: config.prompts]
+    skills = config.skills or world.SKILLS
+    return world.prompts(config.prompts, config.seed, held=True, skills=skills)
+
+
+def main(config):
+    wrong = f"--reward {config.reward} is no rule: name world, rule:NAME or file.py:function"
+    run.require(rules.is_rule(config.reward), wrong)
+    rule, device = rules.open_rule(config.reward), run.device(config.device)
+    records = questions(config)
+    rule.check(records)
+    board = {}
+    for directory in config.runs:
+        board[str(directory)], _ = row_of(config, records, rule, directory, device)
+    out = output(config.out)
+    run.write_json(out / "pass-at-k.json", board)
+    run.show(table(board))
+    run.show(f"{len(records)} questions, {config.samples} replies each: {out / 'pass-at-k.json'}")
+
+
+if __name__ == "__main__":
+    run.script(main, Config, __doc__)

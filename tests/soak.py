@@ -1,0 +1,78 @@
+"""A long PPO run, with its memory watched: does anything grow?
+
+    python -m tests.soak --minutes 120         after the main command: needs out/sft, out/reward
+
+Trains the default run, but with more iterations than the time allows, a state every 20 of them.
+Every ten seconds it reads what the process holds (VmRSS in MiB, Linux only) and the files that it
+has open. Prints the median of each sixth of the time: a leak shows as a rise from one to the next.
+The run is ended by SIGTERM, so it also stops as a terminated run should, with a state to go on
+from. Exit code 1 if the last sixth's median is over 2 % above the second's: in the first one the
+allocator still meets the first long batches.
+"""
+
+import argparse
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+ALLOWED = 1.02  # the last sixth's median by the second's
+
+
+def resident(pid):
+    """MiB of memory that process `pid` holds in RAM."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS"):
+            return int(line.split()[1]) / 1024
+    return None  # it has ended
+
+
+def watch(process, minutes):
+    """Samples (MiB, open files) of a running process, one every ten seconds."""
+    samples, end = [], time.monotonic() + 60 * minutes
+    while time.monotonic() < end and process.poll() is None:
+        time.sleep(min(10, max(0, end - time.monotonic())))
+        held = resident(process.pid) if process.poll() is None else None
+        if held:
+            samples.append((held, len(os.listdir(f"/proc/{process.pid}/fd"))))
+    return samples
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--minutes", type=float, default=120)
+    parser.add_argument("--init", default="out/sft")
+    parser.add_argument("--reward", default="out/reward")
+    args = parser.parse_args()
+    inputs = ["--init", Path(args.init).resolve(), "--reward", Path(args.reward).resolve()]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "soak"
+        steps = max(100, round(120 * args.minutes))  # more than the time allows
+        command = [sys.executable, "ppo.py", *inputs, "--out", out, "--steps", steps]
+        command = [str(word) for word in command + ["--save-every", 20]]
+        with (Path(folder) / "log").open("w") as log:
+            process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+            samples = watch(process, args.minutes)
+            process.send_signal(signal.SIGTERM)
+            code = process.wait()
+        last = (Path(folder) / "log").read_text().splitlines()[-1]
+    print(f"{args.minutes:g} minutes, exit code {code}: {last}")
+    size = len(samples) // 6
+    sixths = [samples[size * i : size * (i + 1)] for i in range(6)]
+    for i, sixth in enumerate(sixths):
+        held, files = zip(*sixth, strict=True)
+        print(f"sixth {i + 1}: median {statistics.median(held):.1f} MiB (", end="")
+        print(f"{min(held):.1f} to {max(held):.1f}), at most {max(files)} open files")
+    medians = [statistics.median(held for held, _ in sixth) for sixth in sixths]
+    growth = medians[-1] / medians[1]
+    print(f"last / second sixth: {growth:.4f}")
+    sys.exit(growth > ALLOWED or code != 128 + signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main()
