@@ -11,6 +11,7 @@ import re
 from data.records import Conversation, Document, Preference, Process, Prompt, Unpaired
 from data.turns import (
     END_OF_DOCUMENT,
+    as_answer,
     as_list,
     as_message,
     as_messages,
@@ -56,6 +57,23 @@ def first_turn(record, where, turns):
     return Prompt([message("user", as_list(record[turns], turns)[0], turns)], where)
 
 
+def answered(record, where, question, answer):
+    """{"problem": "2 + 2?", "ground_truth": 4}"""
+    return Prompt(prompt_of(record, question), where, as_answer(record[answer], answer))
+
+
+def solved(record, where, problem, solution):
+    """{"problem": "2 + 2?", "solution": "It is .. 4", "answer": "4"}: MATH-500 and NuminaMath-1.5
+    have the answer in a field of its own."""
+    lacks_answer = record.get("answer") in (None, "")
+    return answered(record, where, problem, solution if lacks_answer else "answer")
+
+
+def verifiable(record, where, prompt, reward):
+    """{"prompt": [..], "reward_model": {"ground_truth": "4", "style": "rule"}}"""
+    return Prompt(prompt_of(record, prompt), where, as_answer(record[reward]["ground_truth"]))
+
+
 def chat(record, where, messages):
     """{"messages": [{"role": "user", "content": "hi"}, ..]}; ShareGPT's conversations"""
     return Conversation(prompt_of(record, messages), where)
@@ -64,7 +82,10 @@ def chat(record, where, messages):
 def question_answer(record, where, question, answer):
     """{"prompt": "2 + 2?", "completion": "4"}; {"instruction": .., "input": .., "output": ..}"""
     prompt = prompt_of(record, question)
-    messages = conversation(prompt, as_messages(record[answer], "assistant", answer))
+    reply = record[answer]
+    if answer == "answer" and isinstance(reply, int | float):
+        reply = as_answer(reply, answer)
+    messages = conversation(prompt, as_messages(reply, "assistant", answer))
     check_prompt(prompt, messages)
     return Conversation(messages, where)
 

@@ -50,6 +50,7 @@ class Shape(NamedTuple):
 
 QUESTION = "prompt|instruction|question|query|input"
 ANSWER = "completion|response|output|answer"
+TRUTH = "ground_truth|answer"
 LABEL = "label|kto_tag"
 CHAT = "messages|conversations|conversation"
 PERSONA = "question, answer_matching_behavior, answer_not_matching_behavior"
@@ -96,14 +97,19 @@ SHAPES = [
     Shape("Alpaca", f"{QUESTION}, {ANSWER}", "conversation", convert.question_answer),
     Shape("FLAN", "inputs, targets", "conversation", convert.question_answer),
     Shape("MATH", "problem, solution", "conversation", convert.question_answer),
+    Shape("MATH", "problem, solution", "prompt", convert.solved),
     Shape("MT-Bench", "turns", "prompt", convert.first_turn),
+    Shape("DAPO-Math", "prompt, reward_model", "prompt", convert.verifiable),
+    Shape("prompts with answers", "prompt, ground_truth", "prompt", convert.answered),
     Shape("prompts", "prompt", "prompt", convert.prompt_only),
     Shape("text", "text", "document", convert.document),
+    Shape("questions with answers", f"{QUESTION}|problem, {TRUTH}", "prompt", convert.answered),
     Shape("questions", "instruction|question", "prompt", convert.prompt_only),
 ]
 # What the converters read beside the fields of a shape; all read turns.OPTIONAL.
 EXTRAS = {convert.pair: {"label", "margin", "ratings", "metadata", *chain(*convert.SCORES)}}
 EXTRAS |= {convert.persona: {"label_confidence"}, convert.document: {"prompt_length"}}
+EXTRAS |= {convert.solved: {"answer"}}
 
 
 JSON_START = re.compile(r'\s*(\{\s*["}]|\[\s*[{"\]])')
@@ -167,11 +173,12 @@ def read(path, kind=None):
         raise ValueError(f"{path}: holds no records; give a file with at least one")
     where, value = values[0]
     shapes = shapes_of(value, where)
-    shape = next((shape for shape in shapes if kind in READINGS[shape.kind]), shapes[0])
+    possible = [shape for shape in shapes if kind in READINGS[shape.kind]] or shapes
+    shape = next((shape for shape in possible if shape.kind == kind), possible[0])
     name = f"{shape.name} ({', '.join(columns(shape, value))})"
     if kind is not None and kind not in READINGS[shape.kind]:
-        possible = {other for shape in shapes for other in READINGS[shape.kind]}
-        remedy = f"use it as {' or '.join(other for other in READINGS if other in possible)}"
+        kinds = {other for shape in shapes for other in READINGS[shape.kind]}
+        remedy = f"use it as {' or '.join(other for other in READINGS if other in kinds)}"
         problem = f"holds {shape.kind} records, {name}, which cannot be read as {kind} records"
         raise ValueError(f"{path}: {problem}{unread([value], shape)}; {remedy}")
     records = []
@@ -258,11 +265,22 @@ def trim(record, kind):
     """A conversation up to its last answer. For kind "prompt" the prompt of any record, which needs
     no answer. Other records, and reasons to drop one, as they are."""
     if kind == "prompt" and not isinstance(record, str):
-        messages = record.messages if isinstance(record, Conversation | Prompt) else record.prompt
-        return Prompt(without_end(messages, is_assistant=True), record.where)
+        return as_prompt(record)
     if isinstance(record, Conversation):
         return replace(record, messages=without_end(record.messages, is_assistant=False))
     return record
+
+
+def as_prompt(record):
+    """The Prompt of any record, with its answer: the record's own, or the text of the assistant's
+    last turn behind the prompt. The sides of a pair and judged replies are no reference answers."""
+    if not isinstance(record, Conversation | Prompt):
+        return Prompt(without_end(record.prompt, is_assistant=True), record.where)
+    prompt = without_end(record.messages, is_assistant=True)
+    answer = record.answer if isinstance(record, Prompt) else ""
+    if not answer and len(prompt) < len(record.messages):
+        answer = record.messages[-1]["content"]
+    return Prompt(prompt, record.where, answer)
 
 
 def without_end(messages, is_assistant):

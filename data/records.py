@@ -59,3 +59,4 @@ class Process:  # a solution that was rated step by step
 class Prompt:  # a question to sample answers to
     messages: list[dict]
     where: str
+    answer: str = ""  # the reference answer as published, often a whole solution; "": none is known

@@ -11,6 +11,7 @@ speaks, is not read; `formats.read` lists such fields of turns in a warning.
 import json
 import re
 import sys
+from decimal import Decimal
 
 # What published files call a role. A function call is the assistant's: the model writes it.
 ASSISTANTS = ("assistant", "gpt", "chatgpt", "bing", "bard", "function_call")
@@ -74,6 +75,19 @@ def number(value, field, lowest=None, highest=None):
         return float(value)
     wanted = "a finite number" if lowest is None else f"a number from {lowest} to {highest}"
     raise ValueError(f"the field {field} holds {value!r:.40}, not {wanted}")
+
+
+def as_answer(value, field="ground_truth"):
+    """A reference answer: text as it is, and a finite number as digits."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        kind = JSON_TYPES[type(value)]
+        raise ValueError(
+            f"the field {field} holds {kind} where an answer, text or a number, belongs"
+        )
+    number(value, field)
+    return f"{Decimal(str(value)):f}"  # 0.00001, not 1e-05
 
 
 def whole_number(value, field, lowest, highest):

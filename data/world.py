@@ -424,8 +424,11 @@ def main(config):
     seed = config.seed
     texts = [{"text": r.text, "prompt_length": r.prompt} for r in documents(config.documents, seed)]
     chats = [{"messages": r.messages} for r in demonstrations(config.demonstrations, seed)]
-    questions = [{"prompt": r.messages} for r in prompts(config.prompts, seed)]
-    held = [{"prompt": r.messages} for r in prompts(config.held_out, seed, held=True)]
+    # As ground_truth, which no reader takes for a demonstration. An "answer" would be one.
+    questions, held = (
+        [{"prompt": r.messages, "ground_truth": r.answer} for r in records]
+        for records in (prompts(config.prompts, seed), prompts(config.held_out, seed, held=True))
+    )
     files = dict(documents=texts, demonstrations=chats, prompts=questions, held_out_prompts=held)
     if config.long_demonstrations:
         sums = long_demonstrations(config.long_demonstrations, seed)

@@ -1,0 +1,322 @@
+"""Rewards that can be checked: a plain function says whether a reply is right, no model is asked.
+
+    world                       the embedded world's judge: gold, from 0 to 1
+    rule:NAME                   a function of this file, against each record's own answer
+    rule:NAME=VALUE             the same against VALUE, for every record: rule:words=5
+    path/to/file.py:function    a function of yours: (messages, reply) or (messages, reply, answer)
+
+The rules that compare:
+    equals    the number behind the last "=" of the reply
+    last      the last number of the reply
+    boxed     what the last \\boxed{..} of the reply holds, as a number or as LaTeX
+    exact     the whole reply, without the spaces around it
+The rules of form, which a VALUE mostly belongs to:
+    ends      the reply ends with this text
+    length    it has at most so many characters
+    words     it has exactly so many words
+    case      it is all in "lower" or "upper" case
+
+A rule is (messages, reply, answer) -> 1.0 right or 0.0 wrong. An empty reply is never right. Rules
+read text only: they do not know whether a reply was cut, so the caller decides what it gets then.
+
+The one thing that everybody gets wrong is what the policy finds out first. `last` is right for a
+reply that lists numbers and ends on the right one by chance; `length` and `case` are right for one
+word that says nothing. Read some replies with a reward of 1 before you believe a curve.
+"""
+
+import inspect
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from numbers import Real
+from types import ModuleType
+
+import run
+from data import doors, world
+
+# A run of digits, commas and periods is one number or none. A minus between two terms ("10-3")
+# belongs to none. No branch goes back far, so that a long text takes linear time.
+NUMERAL = re.compile(
+    r"(?:(?<![\w)\]}])-\$?|\$-?)?(?:(?<![.\w])\.)?[0-9][0-9.,]*(?:[eE][-+]?[0-9]+)?"
+)
+VALUE = re.compile(r"-?(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)?(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
+DIGIT = re.compile("[0-9]")
+BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+NOT_SHOWN = re.compile(r"\\[,!;: $]|\\(?:left|right)(?![A-Za-z])|[\s$]")  # spacing and sizes
+
+
+# ----------------------------------------------------------------------- the rules
+
+
+def equals(messages, reply, answer):
+    """The number that follows the last "=" of the reply is the answer's."""
+    wanted = reference_number(answer)
+    _, sign, after = reply.rpartition("=")
+    found = NUMERAL.match(after.lstrip()) if sign else None
+    return float(bool(found) and to_decimal(found[0]) == wanted)
+
+
+def last(messages, reply, answer):
+    """The last number of the reply is the answer's."""
+    wanted = reference_number(answer)
+    # From the end, word by word: NUMERAL looks at each character several times.
+    word = next((word for word in reversed(reply.split()) if DIGIT.search(word)), None)
+    return float(bool(word) and to_decimal(NUMERAL.findall(word)[-1]) == wanted)
+
+
+def boxed(messages, reply, answer):
+    r"""The last \boxed{..} of the reply holds the answer: the same number, or the same LaTeX."""
+    wanted = reference_text(answer)
+    found = in_box(reply)
+    if found is None:
+        return 0.0
+    found, wanted = plain(found), plain(wanted)
+    number = as_number(found)
+    return float(found == wanted or (number is not None and number == as_number(wanted)))
+
+
+def exact(messages, reply, answer):
+    return float(reply.strip() == answer.strip())
+
+
+def ends(messages, reply, answer):
+    return float(reply.rstrip().endswith(answer.rstrip()))
+
+
+def length(messages, reply, answer):
+    return float(0 < len(reply.strip()) <= count(answer))
+
+
+def words(messages, reply, answer):
+    return float(len(reply.split()) == count(answer))
+
+
+def case(messages, reply, answer):
+    wanted = answer.strip()
+    is_case = wanted in ("lower", "upper")
+    run.require(is_case, f"the answer {shown(answer)} is no case: give lower or upper")
+    changed = reply.lower() if wanted == "lower" else reply.upper()
+    return float(bool(reply.strip()) and reply == changed)
+
+
+RULES = dict(equals=equals, last=last, boxed=boxed, exact=exact)
+RULES |= dict(ends=ends, length=length, words=words, case=case)
+
+
+# ----------------------------------------------------------------------- what an answer says
+
+
+def to_decimal(numeral):
+    """The value of a text that NUMERAL matches ("1,234", "$5", "-3.50", "5."), or None if it is no
+    number ("3,5"). Two Decimals are compared digit by digit, however many there are."""
+    text = numeral.replace("$", "").rstrip(".,")
+    try:
+        return Decimal(text.replace(",", "")) if VALUE.fullmatch(text) else None
+    except InvalidOperation:  # "1e99999999999999999999"
+        return None
+
+
+def as_number(text):
+    """The number that a text is as a whole, or None."""
+    text = text.strip()
+    return to_decimal(text) if NUMERAL.fullmatch(text) else None
+
+
+def in_box(text):
+    r"""The content of a text's last \boxed{..}, or None: without one, or if it does not end."""
+    _, mark, content = text.rpartition("\\boxed{")
+    depth = 1
+    for brace in BRACE.finditer(content if mark else ""):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return content[: brace.start()]
+    return None
+
+
+def plain(latex):
+    r"""LaTeX without what only changes its looks: spaces, \left, \text{..}, \dfrac, $, a period."""
+    latex = re.sub(r"\\text\{([^{}]*)\}", r"\1", latex)
+    latex = NOT_SHOWN.sub("", latex).replace("\\dfrac", "\\frac")
+    return latex.removesuffix(".")
+
+
+def reference_text(answer):
+    r"""What a reference answer comes to: what follows GSM8K's "####", else what its last \boxed{..}
+    holds, else all of it."""
+    text = answer
+    if "####" in answer:
+        text = answer.rpartition("####")[2]
+    elif "\\boxed{" in answer:
+        text = in_box(answer) or ""
+    run.require(plain(text), f"the answer {shown(answer)} comes to nothing: complete it")
+    return text
+
+
+def reference_number(answer):
+    """The number of a reference answer, which may stand behind an equals sign."""
+    text = reference_text(answer)
+    text = plain(text) if "\\boxed{" in answer else text
+    number = as_number(text.rpartition("=")[2])
+    remedy = 'give the number alone or behind "####", or take rule:boxed or rule:exact'
+    run.require(number is not None, f"the answer {shown(answer)} is no number: {remedy}")
+    return number
+
+
+def count(answer):
+    text = answer.strip()
+    is_count = re.fullmatch("[0-9]{1,9}", text) and int(text) > 0
+    run.require(is_count, f"the answer {shown(answer)} is no count: give a whole number from 1 on")
+    return int(text)
+
+
+def shown(answer):
+    """The end of an answer for a message; there a solution says what it comes to."""
+    return repr(answer if len(answer) <= 60 else f"..{answer[-60:]}")
+
+
+# ----------------------------------------------------------------------- the interface
+
+
+def is_rule(spec):
+    """Whether a reward is a rule. Otherwise it is the directory of a reward model."""
+    is_file = re.search(r"\.py(:[^/\\:]*)?$", spec)
+    return spec == "world" or spec.startswith("rule:") or bool(is_file)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A reward that can be checked. `open_rule` makes it."""
+
+    spec: str  # as on the command line
+    flag: str  # that named it, for messages
+    function: Callable | None  # (messages, reply, answer) -> number; None: the world's judge
+    value: str | None = None  # in place of every record's answer
+    is_users: bool = False
+    needs_answer: bool = True
+
+    def check(self, prompts):
+        """To be called once, before training. ValueError, with the record and the remedy, for one
+        that lacks what the rule needs."""
+        for prompt in prompts:
+            if self.function is None:
+                known = world.solve(prompt.messages)
+                self.require(
+                    known, prompt, "is no question of the embedded world: name a rule:NAME"
+                )
+            elif self.needs_answer and self.value is None:
+                lacking = 'has no answer: give it a field "answer" or "ground_truth"'
+                self.require(prompt.answer.strip(), prompt, lacking)
+                if not self.is_users:
+                    self.score(prompt, "")  # a rule reads the answer first
+
+    def scores(self, prompts, replies):
+        """Prompt records and a reply to each, as `annotators.sample` gives them: (ids, ended, text)
+        -> a list of floats. The world's judge gives a reply that has not ended 0; rules do not
+        look at it. ValueError, with the record and the place, for a user's function that fails."""
+        pairs = list(zip(prompts, replies, strict=True))
+        if self.function is None:
+            return [
+                world.judge(prompt.messages, text, ended)["gold"]
+                for prompt, (_, ended, text) in pairs
+            ]
+        return [self.score(prompt, text) for prompt, (_, _, text) in pairs]
+
+    def score(self, prompt, text):
+        answer = prompt.answer if self.value is None else self.value
+        try:
+            return self.function(prompt.messages, text, answer)
+        except ValueError as error:
+            sentence = f"{self.flag} {self.spec}: {prompt.where}: {error}"
+            raise ValueError(run.one_line(sentence)) from None
+
+    def require(self, condition, prompt, problem):
+        run.require(condition, f"{self.flag} {self.spec}: {prompt.where} {problem}")
+
+
+def open_rule(spec, flag="--reward"):
+    """The Rule of a spec for which `is_rule` holds. ValueError, with the flag, for an unknown name,
+    a VALUE that does not fit, or a user's function that cannot be called."""
+    if spec == "world":
+        return Rule(spec, flag, None)
+    if not spec.startswith("rule:"):
+        return users_rule(spec, flag)
+    name, has_value, value = spec.removeprefix("rule:").partition("=")
+    known = f"there are {', '.join(RULES)}"
+    run.require(name in RULES, f"{flag} {spec}: there is no rule {name!r}; {known}")
+    if not has_value:
+        return Rule(spec, flag, RULES[name])
+    run.require(value.strip(), f"{flag} {spec}: there is no text behind the =; write one")
+    try:
+        RULES[name]([], "", value)
+    except ValueError as error:
+        raise ValueError(f"{flag} {spec}: {error}") from None
+    return Rule(spec, flag, RULES[name], value)
+
+
+def users_rule(spec, flag):
+    """The Rule of "path/to/file.py:function". The file runs once, and leaves no compiled copy."""
+    wrong = f"{flag} {spec}"
+    path, _, name = spec.rpartition(":")  # the last colon: Windows has one behind the drive
+    run.require(path.endswith(".py") and name, f"{wrong}: name the function too, as file.py:NAME")
+    module = ModuleType("users_rule")
+    module.__file__ = path
+    source = doors.read_bytes(path)
+    sys.modules[module.__name__] = module  # dataclasses look themselves up there
+    try:
+        exec(compile(source, path, "exec"), vars(module))
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{wrong}: cannot be imported: {failure(error, path)}") from None
+    function = getattr(module, name, None)
+    run.require(callable(function), f"{wrong}: {path} has no function {name}; define it there")
+    takes_answer = can_call(function, 3)
+    takes_two = can_call(function, 2)
+    signature = f"define {name}(messages, reply) or {name}(messages, reply, answer)"
+    run.require(takes_answer or takes_two, f"{wrong}: takes other arguments; {signature}")
+
+    def checked(messages, reply, answer):
+        # Copies, since what the function does to its arguments must not reach the prompts.
+        arguments = [[dict(message) for message in messages], reply]
+        arguments += [answer] if takes_answer else []
+        try:
+            score = function(*arguments)
+        except (Exception, SystemExit) as error:
+            raise ValueError(f"the function failed: {failure(error, path)}") from None
+        return finite(score)
+
+    return Rule(spec, flag, checked, is_users=True, needs_answer=not takes_two)
+
+
+def can_call(function, n):
+    """Whether a function can be called with n positional arguments."""
+    try:
+        inspect.signature(function).bind(*range(n))
+    except (TypeError, ValueError):  # ValueError: a built-in function without a signature
+        return False
+    return True
+
+
+def failure(error, path):
+    """What a user's file raised, and at which of its lines."""
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == path
+    ]
+    line = error.lineno if isinstance(error, SyntaxError) else (lines or [None])[-1]
+    place = f" ({path}:{line})" if line else ""
+    return f"{type(error).__name__}: {run.one_line(str(error), 200)}{place}; correct it"
+
+
+def finite(score):
+    """A user's score as a float; true is 1 and false is 0."""
+    wrong = f"the function returned {type(score).__name__} {score!r:.60}"
+    run.require(isinstance(score, Real), f"{wrong}: return a number, true or false")
+    try:
+        value = float(score)
+    except OverflowError:  # an int of 400 digits
+        value = float("inf")
+    run.require(abs(value) < float("inf"), f"{wrong}: return a finite number")
+    return value
