@@ -2,7 +2,8 @@
 
     python -m tests.soak --minutes 120         after the main command: needs out/sft, out/reward
 
-Trains the default run, but with more iterations than the time allows, a state every 20 of them.
+Trains the default run, but with more iterations than the time allows, on a file of 5,000 prompts
+(the default asks new ones in every iteration, and holds them all), and a state every 20 of them.
 Every ten seconds it reads what the process holds (VmRSS in MiB, Linux only) and the files that it
 has open. Prints the median of each sixth of the time: a leak shows as a rise from one to the next.
 The run is ended by SIGTERM, so it also stops as a terminated run should, with a state to go on
@@ -52,11 +53,13 @@ def main():
     inputs = ["--init", Path(args.init).resolve(), "--reward", Path(args.reward).resolve()]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "soak"
-        steps = max(100, round(120 * args.minutes))  # more than the time allows
-        command = [sys.executable, "ppo.py", *inputs, "--out", out, "--steps", steps]
-        command = [str(word) for word in command + ["--save-every", 20]]
+        files = ["-m", "data.world", "--out", folder, "--documents", 1, "--demonstrations", 1]
+        train = ["ppo.py", *inputs, "--data", Path(folder) / "prompts.jsonl", "--out", out]
+        train += ["--steps", 10**6, "--save-every", 20]
+        command = [[sys.executable, *map(str, words)] for words in (files, train)]
         with (Path(folder) / "log").open("w") as log:
-            process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+            subprocess.run(command[0], cwd=ROOT, stdout=log, stderr=log, check=True)
+            process = subprocess.Popen(command[1], cwd=ROOT, stdout=log, stderr=log)
             samples = watch(process, args.minutes)
             process.send_signal(signal.SIGTERM)
             code = process.wait()

@@ -731,30 +731,33 @@ def test_a_reply_s_logp_is_the_sum_over_its_tokens_and_end_token_whatever_the_ba
 
 
 @pytest.fixture
-def rolled(world_model, world_encoding):
+def rolled(world_model, world_encoding, monkeypatch):
     """rolled(**flags): a rollout of tiny random models on world prompts, with all that it was made
     of."""
 
     def roll(arch="llama", n=24, job=None, **flags):
         config = dict(max_new_tokens=12, beta=0.2, no_end_score=-2.0, group_size=4)
-        config = SimpleNamespace(**vars(ppo.Config(**(config | flags))))
+        config = ppo.Config(**(config | flags))
         policy, ref = world_model(seed=0, arch=arch), world_model(seed=1, arch=arch)
-        reward_model = world_model("score", 2)
+        ppo.check(config)
+        reward = reinforcement.Reward(world_encoding, policy.device, world_model("score", 2))
         critic = world_model("score", 3) if config.advantage == "gae" else None
-        models = reinforcement.Models(policy, ref, reward_model, critic)
+        models = reinforcement.Models(policy, ref, reward, critic)
         prompts = [chat.prompt(record.messages, world_encoding) for record in world.prompts(n)]
         # random models seldom say <|im_end|>: the token that they say most ends a turn here, and
         # every eighth one a document, so that replies of every length end
         drawn = policy.generate(prompts, 12, generator=torch.Generator().manual_seed(1))
         (end, _), *_ = Counter(chain(*drawn)).most_common(1)
         stops = [end, *range(0, world_encoding.n_vocab, 8)]
+        monkeypatch.setattr(chat, "stop_ids", lambda encoding: stops)
         generator = torch.Generator().manual_seed(0)
-        job = job or SimpleNamespace(
-            dtype=torch.float32, forward=forward, autocast=contextlib.nullcontext
-        )
-        out = ppo.rollout(config, job, models, prompts, stops, generator, config.beta)
-        inputs = dict(config=config, prompts=prompts, stops=stops)
-        return SimpleNamespace(**inputs, **models._asdict(), **out._asdict())
+        here = dict(dtype=torch.float32, device=policy.device)
+        job = job or SimpleNamespace(**here, forward=forward, autocast=contextlib.nullcontext)
+        asked = list(map(reinforcement.Question, prompts, world.prompts(n)))
+        questions = SimpleNamespace(batch=lambda step: asked)
+        out = ppo.rollout(config, job, models, questions, 0, generator, config.beta)
+        inputs = dict(config=config, prompts=prompts, stops=stops, models=models)
+        return SimpleNamespace(**inputs, **models._asdict(), **vars(out), rollout=out)
 
     return roll
 
@@ -875,7 +878,7 @@ def test_a_score_is_read_at_the_last_token_alone_and_a_reply_without_an_end_gets
     with torch.no_grad():
         for row, (prompt, reply) in enumerate(zip(r.prompts, r.replies, strict=True)):
             ids = torch.tensor([prompt + reply])
-            alone = r.reward_model.score(r.reward_model(ids))[0]
+            alone = r.reward.model.score(r.reward.model(ids))[0]
             expected = alone[-1] if r.ended[row] else torch.tensor(-2.0)
             torch.testing.assert_close(r.scores[row], expected, rtol=1e-5, atol=1e-5)
             assert not r.ended[row] or float((alone[-1] - alone[-2]).abs()) > 1e-4
@@ -891,7 +894,7 @@ def test_values_are_those_of_the_state_before_each_token_whatever_the_padding(ro
                 torch.testing.assert_close(ours, value, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("advantage", ["rloo", "grpo", "dr-grpo"])
+@pytest.mark.parametrize("advantage", ppo.ADVANTAGES[1:])
 def test_without_a_critic_a_reply_is_compared_with_the_others_to_its_prompt(rolled, advantage):
     # hardly a reply ends here: this gives each a score of its own
     scores = torch.randn(24, generator=torch.Generator().manual_seed(0))
@@ -922,6 +925,7 @@ def slow_advantages(r, i, advantage):
     value = {
         "rloo": worth[i - start] - others,
         "grpo": (scores[i] - mean) / (std + 1e-4) - penalty,
+        "dapo": (scores[i] - mean) / (std + 1e-4) - penalty,
         "dr-grpo": scores[i] - mean - penalty,
     }[advantage]
     return [value / len(r.replies[i]) ** (advantage == "grpo")] * len(r.replies[i])
@@ -942,7 +946,8 @@ def test_grpo_on_a_group_of_equal_scores_learns_the_penalty_and_no_noise(beta):
 def test_each_minibatch_has_the_gradient_of_a_slow_loop_and_each_reply_its_turn(
     rolled, advantage, monkeypatch
 ):
-    flags = dict(steps=1, minibatches=3, ppo_epochs=2, batch_size=24, critic_warmup=0, beta=0.3)
+    flags = dict(steps=1, minibatches=3, ppo_epochs=2, batch_size=24, beta=0.3)
+    flags |= {"critic_warmup": 0} if advantage == "gae" else {}
     r = rolled(n=24 if advantage == "gae" else 6, advantage=advantage, **flags)
     gradients, learned = [], []
 
@@ -964,13 +969,11 @@ def test_each_minibatch_has_the_gradient_of_a_slow_loop_and_each_reply_its_turn(
     monkeypatch.setattr(ppo.run, "step", no_update)
     shuffler = torch.Generator().manual_seed(0)
     parts = SimpleNamespace(optimizer=r.policy, critic_optimizer=r.critic, shuffler=shuffler)
-    models = reinforcement.Models(r.policy, r.ref, r.reward_model, r.critic)
-    old = ppo.Rollout(*(getattr(r, name) for name in ppo.Rollout._fields))
     # as if the policy had moved since it sampled, so that some ratios are clipped
-    noise = torch.randn(old.kl.shape, generator=shuffler)
-    old = old._replace(old_logprobs=old.old_logprobs + 0.4 * noise)
+    noise = torch.randn(r.kl.shape, generator=shuffler)
+    old = SimpleNamespace(**vars(r.rollout) | {"old_logprobs": r.old_logprobs + 0.4 * noise})
     job = SimpleNamespace(forward=recording, device=torch.device("cpu"))
-    metrics = ppo.update(r.config, job, models, parts, old, 0)
+    metrics = ppo.update(r.config, job, r.models, parts, old, 0, r.config.beta)
     assert metrics["clipped"] > 0.1
     assert len(gradients) == len(learned) == 6
     assert sorted(sum(learned[:3], [])) == sorted(sum(learned[3:], [])) == list(range(24))
@@ -991,7 +994,8 @@ def slow_policy_loss(r, old, rows, advantage):
             advantages = old.advantages[i][old.batch.mask[i]].tolist()  # other tests have these
         else:
             advantages = slow_advantages(r, i, advantage)
-        divisor = {"gae": tokens, "dr-grpo": len(rows) * 12}.get(advantage, len(rows))
+        divisors = {"gae": tokens, "dapo": tokens, "dr-grpo": len(rows) * 12}
+        divisor = divisors.get(advantage, len(rows))
         for t, (token, A) in enumerate(zip(r.replies[i], advantages)):
             column = ids.shape[1] - 1 - len(r.replies[i]) + t
             ratio = (logprobs[column, token] - old.old_logprobs[i, column]).exp()
@@ -1001,7 +1005,7 @@ def slow_policy_loss(r, old, rows, advantage):
     return total
 
 
-@pytest.mark.parametrize("advantage", ["rloo", "grpo", "dr-grpo"])
+@pytest.mark.parametrize("advantage", ppo.ADVANTAGES[1:])
 def test_a_run_without_a_critic_starts_at_a_ratio_of_1(run_stage, checkpoint, advantage):
     flags = dict(steps=2, batch_size=16, minibatches=2, max_new_tokens=8, lr=1e-3, kl_target=0.1)
     models = dict(init=checkpoint(), reward=checkpoint("score"))
