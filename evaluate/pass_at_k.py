@@ -4,6 +4,7 @@
     python -m evaluate.pass_at_k --runs DIR --data test.jsonl --reward rule:last
 
 In the table, for each run:
+    reward     the mean score of a reply; of one that has not ended 0
     pass@k     the probability that at least one of k replies to a question is right, mean over the
                questions, and (ci@k) the half-width of its 95 % interval over them
     entropy    nats per token, over the sampled replies
@@ -67,7 +68,7 @@ def row_of(config, records, rule, directory, device):
     examples = reply_examples(prompts, [ids for ids, _, _ in replies])
     with torch.no_grad():
         logps = in_batches(lambda x: sequence_logps(model, x), examples, example_length, model)
-    row = {}
+    row = {"reward": float(torch.where(ended, scores, 0.0).mean())}
     for k in sorted(map(int, config.k)):
         values = pass_at_k(right, k).tolist()
         row |= {f"pass@{k}": mean(values), f"ci@{k}": interval(values)}

@@ -1,0 +1,154 @@
+"""Rewards that can be checked: every method on the embedded world's sums and lists.
+
+    python -m evaluate.verifiable --seeds 1 2 3   in the directories of evaluate.recipe --seeds
+
+All start from the seed's SFT model, and sample as many replies (dapo: more, where it draws anew);
+the reward is 1 for the right answer alone (rule:exact). `ppo-rm` learns from the recipe's reward
+model instead. `expert-N` is expert iteration, N rounds of: sample, keep a right reply to each
+question, SFT on them. Stages that exist are kept.
+
+Per method, means and half-widths of their 95 % intervals over the seeds, on held-out questions:
+reward (mean score of a reply), pass@1, pass@8, entropy and length as in evaluate.pass_at_k, and
+seconds of processor time (of expert iteration: on the clock).
+"""
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import run
+from data import world
+from evaluate.measures import cost, plus_minus, spread, table
+from evaluate.recipe import cores, finish, foundation, stage, summary, whole_numbers
+
+SKILLS = ["sum", *world.LISTS]
+RULE = ["--reward", "rule:exact", "--skills", *SKILLS]
+STEPS, REPLIES, K = 32, 256, 8  # iterations, replies in each, replies to each question
+ROUNDS = 3  # of expert iteration
+COLUMNS = ["reward", "pass@1", "pass@8", "entropy", "length", "seconds"]
+COMPARED = "grpo sft, rloo sft, expert-3 sft, grpo ppo-rm, rloo ppo-rm, grpo expert-3, grpo ppo"
+COMPARED = [pair.split() for pair in COMPARED.split(", ")]
+
+
+@dataclass
+class Config:
+    seeds: list = field(default_factory=lambda: [1, 2, 3])  # each from the SFT model of OUT/seed-N
+    out: str = "out/seeds"  # directory of the seeds, as `recipe --seeds` leaves it
+
+
+def methods(home):
+    """{name of a run: its command}."""
+    ppo = ["ppo.py", "--init", home / "sft", "--steps", STEPS, "--batch-size", REPLIES]
+    critic = [*ppo, *RULE, "--beta", 0.05]
+    groups = [*ppo, *RULE, "--group-size", K]
+    restrained = [*groups, "--beta", 0.05]
+    dapo = [*groups, "--advantage", "dapo"]
+    gspo = ["--advantage", "grpo", "--clip", "gspo", "--clip-eps", 0.03, "--clip-upper", 0.04]
+    return {
+        "ppo-rm": [*ppo, "--reward", home / "reward", "--skills", *SKILLS],
+        "ppo": critic,
+        "rloo": [*restrained, "--advantage", "rloo"],
+        "grpo": [*restrained, "--advantage", "grpo"],
+        "dr-grpo": [*restrained, "--advantage", "dr-grpo"],
+        "dapo": [*dapo, "--clip-upper", 0.28, "--redraw", 4, "--overlong", 8],
+        "gspo": [*restrained, *gspo],
+        "cispo": [*dapo, "--clip", "cispo"],
+    }
+
+
+def expert_iteration(home, seed):
+    """Rounds of rejection sampling and SFT on what was right -> seconds up to each round."""
+    policy, took, runs = home / "sft", 0.0, home / "verifiable"
+    prompts = STEPS * REPLIES // (K * ROUNDS)
+    for i in range(1, ROUNDS + 1):
+        name, file, clock = (runs / f"expert-{i}{end}" for end in ("", ".jsonl", ".json"))
+        if not clock.exists():
+            began = time.perf_counter()
+            best = ["-m", "data.rejection", "--init", policy, *RULE, "--samples", K]
+            best += ["--prompts", prompts, "--at-least", 1]
+            stage(file, best, seed + 1000 * i, 1, keep=True)  # other questions in each round
+            learn = ["sft.py", "--init", policy, "--data", file, "--lr", 3e-4]
+            stage(name, [*learn, "--steps", 40, "--batch-size", 32], seed, 1, keep=True)
+            took += time.perf_counter() - began
+            run.write_json(clock, {"seconds": took})
+        policy, took = name, json.loads(clock.read_text())["seconds"]
+
+
+def train_and_measure(homes):
+    """All that is missing in {seed: home}, a thread for each run."""
+
+    def train(job):
+        seed, home, name, words = job
+        if name == "expert":
+            expert_iteration(home, seed)
+        else:
+            stage(home / "verifiable" / name, words, seed, 1, keep=True)
+
+    with ThreadPoolExecutor(1 if run.device("auto").type == "cuda" else cores()) as pool:
+        for seed, home in homes.items():
+            (home / "verifiable").mkdir(parents=True, exist_ok=True)
+            foundation(home, seed, threads=1, keep=True)
+            pairs = ["--init", home / "sft", "--data", home / "pairs.jsonl"]
+            stage(home / "reward", ["reward.py", *pairs], seed, 1, keep=True)
+        jobs = []
+        for seed, home in homes.items():
+            commands = {"expert": None} | methods(home)
+            jobs += [(seed, home, name, words) for name, words in commands.items()]
+        list(pool.map(train, jobs))
+        list(pool.map(measure, homes.values()))
+
+
+def policies(home):
+    runs = home / "verifiable"
+    experts = [f"expert-{i}" for i in range(1, ROUNDS + 1)]
+    return [home / "sft", *(runs / name for name in [*experts, *methods(home)])]
+
+
+def measure(home):
+    """Writes the table of pass@k of a seed's runs, if it is missing."""
+    out = home / "verifiable/measured"
+    command = ["-m", "evaluate.pass_at_k", *RULE, "--k", 1, 8, "--out", out]
+    if not (out / "pass-at-k.json").exists():
+        finish(out / "pass-at-k.json", [*command, "--runs", *policies(home)], 1, quiet=True)
+
+
+def board_of(home):
+    """A seed's {run: its row}, seconds included."""
+    rows = json.loads((home / "verifiable/measured/pass-at-k.json").read_text())
+    board = {}
+    for path in policies(home):
+        row = {key: value for key, value in rows[str(path)].items() if key in COLUMNS}
+        clock = path.with_suffix(".json")
+        if path.parent != home:  # SFT belongs to all methods
+            row["seconds"] = (
+                json.loads(clock.read_text())["seconds"] if clock.exists() else cost(path)
+            )
+        board[path.name] = row
+    return board
+
+
+def main(config):
+    out = Path(config.out).resolve()
+    homes = {seed: out / f"seed-{seed}" for seed in whole_numbers(config.seeds)}
+    train_and_measure(homes)
+    boards = [board_of(home) for home in homes.values()]
+    rows = summary(boards)
+    facts = {"boards": dict(zip(homes, boards, strict=True)), "summary": rows}
+    run.write_json(out / "verifiable.json", facts)
+    cells = {}
+    for name, row in rows.items():
+        cells[name] = {key: plus_minus(row[key]) for key in COLUMNS if key in row}
+    run.show(f"{len(homes)} seeds, sums and lists: mean and half-width of its 95 % interval")
+    run.show(table(cells))
+    cells = {}
+    for a, b in COMPARED:
+        gaps = [board[a]["pass@1"] - board[b]["pass@1"] for board in boards]
+        by_seed = " ".join(f"{gap:+.3f}" for gap in gaps)
+        cells[f"{a} - {b}"] = {"mean": plus_minus(spread(gaps)), "seeds": by_seed}
+    run.show(f"\ndifferences in pass@1, seed by seed\n{table(cells)}")
+
+
+if __name__ == "__main__":
+    run.script(main, Config, __doc__)
