@@ -325,13 +325,14 @@ def demonstrations(n, seed=0, wrong=0.04, misjudged=0.2, padded=0.38):
     return records
 
 
-def prompts(n, seed=0, held=False):
-    """Questions without answers, every skill equally often. held: the part for evaluation only."""
+def prompts(n, seed=0, held=False, skills=SKILLS):
+    """Questions, every skill equally often. held: the part for evaluation only."""
     rng = random.Random(f"prompts {seed} {held}")
-    drawn = [draw(rng, [SKILLS[i % len(SKILLS)]], held) for i in range(n)]
-    return [
-        Prompt(messages, f"world prompt {i}", t.answer) for i, (messages, t) in enumerate(drawn)
-    ]
+    records = []
+    for i in range(n):
+        messages, task = draw(rng, [skills[i % len(skills)]], held)
+        records.append(Prompt(messages, f"world prompt {i}", task.answer))
+    return records
 
 
 # Long sums: a part of the world for process supervision, apart from all of the above. Its writers
@@ -423,10 +424,9 @@ def main(config):
     seed = config.seed
     texts = [{"text": r.text, "prompt_length": r.prompt} for r in documents(config.documents, seed)]
     chats = [{"messages": r.messages} for r in demonstrations(config.demonstrations, seed)]
-    # As ground_truth, which no reader takes for a demonstration. An "answer" would be one.
-    questions, held = (
-        [{"prompt": r.messages, "ground_truth": r.answer} for r in records]
-        for records in (prompts(config.prompts, seed), prompts(config.held_out, seed, held=True))
+    asked = prompts(config.prompts, seed), prompts(config.held_out, seed, held=True)
+    questions, held = (  # an "answer" would make demonstrations of them
+        [{"prompt": r.messages, "ground_truth": r.answer} for r in records] for records in asked
     )
     files = dict(documents=texts, demonstrations=chats, prompts=questions, held_out_prompts=held)
     if config.long_demonstrations:
