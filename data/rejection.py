@@ -1,14 +1,14 @@
 """Rejection sampling: of several replies to each prompt the best one becomes a demonstration.
 
-    python -m data.rejection --out best.jsonl                                 the world's judge
-    python -m data.rejection --reward out/reward --out best.jsonl             a reward model
-    python -m data.rejection --data gsm8k.jsonl --reward rule:last --at-least 1 --out right.jsonl
+    python -m data.rejection                                      chosen by the world's judge
+    python -m data.rejection --reward out/reward                  chosen by a reward model
+    python -m data.rejection --data gsm8k.jsonl --reward rule:last --at-least 1
 
 Fine-tuning on these replies and sampling again from the result is expert iteration (Anthony et al.
 2017; STaR, Zelikman et al. 2022, for reasoning; Llama 2 with a reward model):
 
-    python sft.py --init out/sft --data best.jsonl --out out/round-1
-    python -m data.rejection --init out/round-1 --seed 1 --out best-2.jsonl
+    python sft.py --init out/sft --data out/best.jsonl --out out/round-1
+    python -m data.rejection --init out/round-1 --seed 1 --out out/best-2.jsonl
 
 Each round is a policy gradient step without negative examples: it raises the log-prob of the best
 reply and says nothing of the others. Watch three numbers: pass@1 should rise from round to round;
@@ -19,6 +19,7 @@ all samples are wrong it keeps a wrong one. With it, hard prompts drop out, and 
 easier than the questions that it came from.
 """
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +35,7 @@ class Config:
     init: str = "out/sft"  # checkpoint that writes the replies
     data: list = field(default_factory=list)  # files of prompts (none: the embedded world)
     reward: str = "world"  # world (its judge), rule:NAME, file.py:function, or a reward model
-    out: str = ""  # JSONL file of conversations to write; it must not exist
+    out: str = "out/best.jsonl"  # file of conversations to write; it must not exist
     samples: int = 8  # replies to each prompt
     at_least: float = -1e9  # keep a reply only if its score reaches this (default: any score)
     prompts: int = 2000  # without --data: questions of the world
@@ -46,7 +47,6 @@ class Config:
 
 
 def check(config):
-    run.require(config.out, "--out FILE is needed: the JSONL file to write")
     is_new = not Path(config.out).exists()
     run.require(is_new, f"--out {config.out} is there already: name another file")
     run.check_requires(config, REQUIRES)
@@ -77,7 +77,8 @@ def read_prompts(config, encoding, context):
     reply = f"a reply of {config.max_new_tokens} tokens in the context of {context}"
     run.require(fitting, f"none of the {len(records)} prompts leaves room for {reply}")
     if len(fitting) < len(records):
-        run.show(f"{len(records) - len(fitting)} prompts dropped for their length")
+        counts = f"{len(records) - len(fitting)} of {len(records)} prompts dropped"
+        logging.getLogger("data").warning("%s: no room for %s", counts, reply)
     return fitting
 
 
