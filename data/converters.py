@@ -82,10 +82,10 @@ def chat(record, where, messages):
 def question_answer(record, where, question, answer):
     """{"prompt": "2 + 2?", "completion": "4"}; {"instruction": .., "input": .., "output": ..}"""
     prompt = prompt_of(record, question)
-    reply = record[answer]
-    if answer == "answer" and isinstance(reply, int | float):
-        reply = as_answer(reply, answer)
-    messages = conversation(prompt, as_messages(reply, "assistant", answer))
+    value = record[answer]
+    if answer == "answer" and isinstance(value, int | float):
+        value = as_answer(value, answer)
+    messages = conversation(prompt, as_messages(value, "assistant", answer))
     check_prompt(prompt, messages)
     return Conversation(messages, where)
 

@@ -87,11 +87,13 @@ def ends(messages, reply, answer):
 
 
 def length(messages, reply, answer):
-    return float(0 < len(reply.strip()) <= count(answer))
+    most = count(answer)
+    return float(0 < len(reply.strip()) <= most)
 
 
 def words(messages, reply, answer):
-    return float(len(reply.split()) == count(answer))
+    wanted = count(answer)
+    return float(len(reply.split()) == wanted)
 
 
 def case(messages, reply, answer):

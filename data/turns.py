@@ -83,9 +83,7 @@ def as_answer(value, field="ground_truth"):
         return value
     if not isinstance(value, int | float) or isinstance(value, bool):
         kind = JSON_TYPES[type(value)]
-        raise ValueError(
-            f"the field {field} holds {kind} where an answer, text or a number, belongs"
-        )
+        raise ValueError(f"the field {field} holds {kind} where text or a number belongs")
     number(value, field)
     return f"{Decimal(str(value)):f}"  # 0.00001, not 1e-05
 

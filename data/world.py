@@ -424,10 +424,9 @@ def main(config):
     seed = config.seed
     texts = [{"text": r.text, "prompt_length": r.prompt} for r in documents(config.documents, seed)]
     chats = [{"messages": r.messages} for r in demonstrations(config.demonstrations, seed)]
-    # As ground_truth, which no reader takes for a demonstration. An "answer" would be one.
-    questions, held = (
-        [{"prompt": r.messages, "ground_truth": r.answer} for r in records]
-        for records in (prompts(config.prompts, seed), prompts(config.held_out, seed, held=True))
+    asked = prompts(config.prompts, seed), prompts(config.held_out, seed, held=True)
+    questions, held = (  # an "answer" would make demonstrations of them
+        [{"prompt": r.messages, "ground_truth": r.answer} for r in records] for records in asked
     )
     files = dict(documents=texts, demonstrations=chats, prompts=questions, held_out_prompts=held)
     if config.long_demonstrations:

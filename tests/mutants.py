@@ -1255,7 +1255,57 @@ KERNELS = [
     ),
 ]
 
-MUTANTS = [*TEXT, *CHAT, *REWARD, *DPO, *PPO, *MODEL, *RUNS, *KERNELS]
+# --------------------------------------------------------------- rules, rejection sampling
+
+RULES = [
+    Mutant(
+        "first-number-is-the-answer",
+        "data/rules.py",
+        "for word in reversed(reply.split())",
+        "for word in reply.split()",
+        symptom="accuracy falls when the model shows its work",
+        story="A worked solution begins with the numbers of the question. The result is the last.",
+        guard="test_rules.py::test_a_rule_judges_as_a_person_would",
+    ),
+    Mutant(
+        "difference-ends-on-a-negative-number",
+        "data/rules.py",
+        r"(?:(?<![\w)\]}])-\$?|",
+        r"(?:-\$?|",
+        symptom="a few right answers, all after a subtraction, count as wrong",
+        story="In 10-3 the minus stands between two terms. It is no sign of the 3.",
+        guard="test_rules.py::test_a_rule_judges_as_a_person_would",
+    ),
+    Mutant(
+        "padded-reply-is-exact",
+        "data/rules.py",
+        "reply.strip() == answer.strip()",
+        "answer.strip() in reply",
+        symptom="the reward goes to 1, and replies become lists of all possible answers",
+        story="A reply that contains the answer is not the answer. Policies find that out at once.",
+        guard="test_rules.py::test_a_rule_judges_as_a_person_would",
+    ),
+    Mutant(
+        "cut-reply-is-right",
+        "data/rejection.py",
+        "score if ended else lowest",
+        "score",
+        symptom="pass@1 looks better than the kept replies",
+        story="A rule reads text and does not see that the reply was cut behind the right number.",
+        guard="test_rules.py::test_a_cut_reply_is_never_right_and_never_better_than_a_whole_one",
+    ),
+    Mutant(
+        "worst-reply-is-kept",
+        "data/rejection.py",
+        "return max(usable,",
+        "return min(usable,",
+        symptom="each round of expert iteration makes the model worse",
+        story="The sign of a score is easily mistaken where others keep a loss.",
+        guard="test_rules.py::test_the_best_whole_reply_is_kept_and_of_equals_the_first",
+    ),
+]
+
+MUTANTS = [*TEXT, *CHAT, *REWARD, *DPO, *PPO, *MODEL, *RUNS, *KERNELS, *RULES]
 
 
 # ---------------------------------------------------------------------------------------- commands

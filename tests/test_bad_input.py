@@ -22,11 +22,12 @@ import ppo
 import reward
 import run
 import sft
-from data import annotators, checkpoints, tokenizer
+from data import annotators, checkpoints, rejection, tokenizer
 from evaluate import measures
 from model import GPT
 
-SCRIPTS = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo, "annotators": annotators}
+SCRIPTS = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo}
+SCRIPTS |= {"annotators": annotators, "rejection": rejection}
 STAGES = ["sft", "reward", "dpo", "ppo"]  # those that read files and write run directories
 COMPARING = ["reward", "dpo", "annotators"]  # those that have the world's replies compared
 CONTEXT = 64
@@ -80,7 +81,7 @@ def flags(models):
             values |= {"batch-size": 2, "steps": 1, "lr": 0.001}
         if name == "ppo":
             values |= {"reward": models / "scorer", "max-new-tokens": 4, "minibatches": 1}
-        if name in COMPARING and not data:
+        if name in [*COMPARING, "rejection"] and not data:
             values["prompts"] = 8
         files = ["--data", str(data)] if data else []
         return [f"--{flag}={value}" for flag, value in values.items()] + files
@@ -460,6 +461,12 @@ BAD_FLAGS = [  # scripts, flag, values, what the sentence says
     (SCRIPTS, "device", ["cuda:99"], "not on this machine"),
     (COMPARING, "prompts", ["0"], "at least 1"),
     (COMPARING, "agreement", ["0.4", "1", "1.5"], "[0.5, 1)"),
+    (["rejection"], "prompts", ["0"], "at least 1"),
+    (["rejection"], "samples", ["0"], "at least 1"),
+    (["rejection"], "max-new-tokens", ["0"], "at least 1"),
+    (["rejection"], "temperature", ["-1", "nan"], "at least 0"),
+    (["rejection"], "at-least", ["nan", "inf"], "finite"),
+    (["rejection"], "skills", ["juggle"], "--skills must be some of repeat, reverse"),
     (["sft"], "micro-batch-size", ["-1"], "at least 0"),
     (["sft"], "micro-batch-size", ["x"], "invalid int value"),
     (["sft", "reward"], "weight-decay", ["-0.1"], "at least 0"),
@@ -534,6 +541,8 @@ UNREAD = [  # script, flags, what the sentence says
     ("ppo", "--group-size=8", "--advantage rloo or grpo or dr-grpo only, not with gae"),
     ("annotators", "--data a.jsonl b.jsonl", "--init is not read with --data"),
     ("annotators", "--ratings --judge=x", "--ratings is not read with --judge"),
+    ("rejection", "--prompts=9 --data=x.jsonl", "--prompts is not read with --data"),
+    ("rejection", "--skills=add --data=x.jsonl", "--skills is not read with --data"),
 ]
 for stage in STAGES:
     UNREAD += [
@@ -694,6 +703,46 @@ def test_annotators_do_not_overwrite_a_foreign_file(text, place, refused, flags)
     (place / "mine.jsonl").write_text(text)
     sentence = refused("annotators", *flags("annotators"), "--out", "mine.jsonl")
     assert "--out mine.jsonl is there already" in sentence
+
+
+def test_rejection_sampling_replaces_no_file(place, refused, flags):
+    (place / "mine.jsonl").write_text("")
+    sentence = refused("rejection", *flags("rejection"), "--out", "mine.jsonl")
+    assert "--out mine.jsonl is there already: name another file" in sentence
+
+
+REWARDS = [  # --reward, what the sentence says
+    ("nowhere", "--reward nowhere: there is no such directory"),
+    ("rule:lst", "--reward rule:lst: there is no rule 'lst'; there are equals, last,"),
+    ("rule:words=x", "--reward rule:words=x: the answer 'x' is no count"),
+    ("rule:last", "--reward rule:last: q.jsonl:2: the answer 'five' is no number: give"),
+    ("rule:exact", "--reward rule:exact: q.jsonl:3 has no answer: give it a field"),
+    ("world", "--reward world: q.jsonl:1 is no question of the embedded world"),
+    ("mine.py:none", "--reward mine.py:none: takes other arguments; define none(messages, reply)"),
+    ("mine.py:raises", "--reward mine.py:raises: q.jsonl:1: the function failed: KeyError: 'x'"),
+    ("mine.py:nan", "--reward mine.py:nan: q.jsonl:1: the function returned float nan"),
+    ("mine.py:no", "--reward mine.py:no: mine.py has no function no; define it there"),
+    ("yours.py:f", "yours.py: there is no such file"),
+]
+
+
+@pytest.mark.parametrize(("spec", "words"), REWARDS)
+def test_reward_that_cannot_be_given_is_refused(spec, words, place, refused, flags):
+    questions = [{"prompt": f"{i} ?", "ground_truth": a} for i, a in enumerate(["5", "five", ""])]
+    write(place / "q.jsonl", *questions)
+    source = "def none(): return 1\ndef raises(messages, reply): return {}['x']\n"
+    (place / "mine.py").write_text(source + "def nan(messages, reply): return float('nan')\n")
+    assert words in refused("rejection", *flags("rejection", "q.jsonl"), "--reward", spec)
+
+
+def test_reward_model_without_a_scalar_head_chooses_nothing(models, refused, flags):
+    sentence = refused("rejection", *flags("rejection"), "--reward", models / "lm")
+    assert f"--reward {models / 'lm'} has no scalar head" in sentence
+
+
+def test_no_reply_that_reaches_the_score_is_refused_before_a_file_is_written(refused, flags):
+    sentence = refused("rejection", *flags("rejection"), "--at-least", "2")
+    assert "no reply ended and reached --at-least: lower it, or raise --samples" in sentence
 
 
 def test_annotators_replace_their_own_file(place, works, flags):

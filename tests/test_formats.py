@@ -587,6 +587,16 @@ FORMATS = [  # one record, what it reads to (without where)
     ({"prompt": "a"}, Prompt([user("a")], "")),
     ({"question": "a", "input": "b", "id": 1}, Prompt([user("a\n\nb")], "")),
     ({"prompt": [system("s"), user("a")]}, Prompt([system("s"), user("a")], "")),
+    ({"prompt": "a", "ground_truth": "b"}, Prompt([user("a")], "", "b")),
+    ({"question": "a", "ground_truth": 34}, Prompt([user("a")], "", "34")),
+    ({"problem": "a", "answer": 1e-5}, Prompt([user("a")], "", "0.00001")),
+    (
+        {"data_source": "math_dapo", "prompt": [user("a")], "ability": "MATH"}
+        | {"reward_model": {"ground_truth": "34", "style": "rule-lighteval/MATH_v2"}}
+        | {"extra_info": {"index": "9a9b6eb4-a1cb-49d1-8c1e-62eaf2f74079"}},
+        Prompt([user("a")], "", "34"),
+    ),
+    ({"question": "a", "answer": 34}, Conversation([user("a"), assistant("34")], "")),
     (
         {"prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"},
         Prompt([user("a"), assistant("b"), user("c")], ""),
@@ -822,6 +832,57 @@ def test_any_chat_reads_as_prompt_and_needs_no_answer_for_it(jsonl):
     ]
     path = jsonl({"prompt": "a", "chosen": "", "rejected": "c"})
     assert [record.messages for record in formats.read(path, "prompt")] == [[user("a")]]
+
+
+ANSWERS = [  # record, the answer that its prompt keeps
+    ({"question": "a", "answer": "1 + 1 = 2\n#### 2"}, "1 + 1 = 2\n#### 2"),
+    ({"prompt": "a", "completion": "b"}, "b"),
+    ({"instruction": "a", "input": "b", "output": "c"}, "c"),
+    ({"messages": [user("a"), assistant("b"), user("c"), assistant("d")]}, "d"),
+    ({"messages": [user("a"), assistant("b"), user("c")]}, ""),
+    ({"prompt": [user("a"), assistant("b")]}, "b"),
+    ({"problem": "a", "solution": "It is 2."}, "It is 2."),
+    ({"problem": "a", "solution": "It is 2.", "answer": "2"}, "2"),
+    ({"problem": "a", "solution": "It is 2.", "answer": 2}, "2"),
+    ({"problem": "a", "solution": "It is 2.", "answer": ""}, "It is 2."),
+    ({"prompt": "a", "ground_truth": 2}, "2"),
+    ({"prompt": "a"}, ""),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, ""),
+    ({"prompt": "a", "completion": "b", "label": True}, ""),
+    ({"prompt": "a", "completions": ["b"], "labels": [True]}, ""),
+]
+
+
+@pytest.mark.parametrize(("record", "answer"), ANSWERS)
+def test_a_prompt_keeps_the_reference_answer_of_its_record(record, answer, jsonl):
+    path = jsonl(record)
+    assert [prompt.answer for prompt in formats.read(path, "prompt")] == [answer]
+
+
+def test_an_answer_beside_a_solution_changes_no_demonstration(jsonl):
+    path = jsonl({"problem": "a", "solution": "It is 2.", "answer": "2"})
+    (record,) = formats.read(path)
+    assert record.messages == [user("a"), assistant("It is 2.")]
+    assert formats.read(path, "conversation") == [record]
+    sentence = refusal(jsonl({"problem": "a", "solution": "b", "answer": True}), "prompt")
+    assert "the field answer holds a boolean where text or a number belongs" in sentence
+
+
+def test_a_text_for_pretraining_stays_one_beside_an_answer(jsonl):
+    record = {"text": "a: b", "question": "a", "ground_truth": "b"}
+    assert [got.text for got in formats.read(jsonl(record))] == ["a: b"]
+
+
+@needs_shared
+def test_sample_files_keep_their_published_answers():
+    gsm8k = formats.read(SHARED / "process/gsm8k/test.jsonl", "prompt")
+    assert all("\n#### " in record.answer for record in gsm8k)
+    math = formats.read(SHARED / "process/math_test500.jsonl", "prompt")
+    assert len(math) == 300 and all(record.answer for record in math)
+    published = [
+        value["answer"] for _, value in formats.load(SHARED / "process/math_test500.jsonl")
+    ]
+    assert [record.answer for record in math] == published
 
 
 CANNOT = {
@@ -1065,6 +1126,12 @@ WRONG = [  # record, words of the sentence
         {"conversations": [{"from": "human", "value": True}]},
         "the field value holds a boolean where text belongs",
     ),
+    ({"prompt": "a", "ground_truth": True}, "the field ground_truth holds a boolean where text or"),
+    ({"prompt": "a", "ground_truth": None}, "the field ground_truth holds null where text or"),
+    ({"problem": "a", "answer": ["4"]}, "the field answer holds a list where text or a number"),
+    ({"question": "a", "answer": True}, "the field answer holds a boolean where text or"),
+    ({"prompt": "a", "ground_truth": float("nan")}, "the field ground_truth holds nan, not a"),
+    ({"prompt": "a", "reward_model": {"style": "rule"}}, "is not built like DAPO-Math (KeyError"),
     (GOOD | {"label": 1.5}, "the field label holds 1.5, not a number from 0 to 1"),
     (GOOD | {"label": "good"}, "the field label holds 'good', not a number from 0 to 1"),
     (GOOD | {"margin": float("inf")}, "the field margin holds inf, not a finite number"),
