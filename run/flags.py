@@ -123,7 +123,7 @@ def check_numbers(config):
         if kind not in (int, float) or value is None:
             continue
         least = 1 if item.name in AT_LEAST_ONE else 0
-        if item.default is not None and item.default < 0:
+        if item.name.endswith("score") or (item.default is not None and item.default < 0):
             least = -math.inf
         limits = ["finite"] if kind is float else []
         if least >= 0:
