@@ -26,7 +26,7 @@ import kernels
 import run
 from data import chat, checkpoints, world
 from data.collate import batch_order, collate, hold_out, rows_at_once
-from data.supervised import load_examples
+from data.supervised import load_data
 
 
 @dataclass
@@ -114,16 +114,17 @@ def main(config):
     model = checkpoints.open_model(config, encoding, job.device, chats=chats)
 
     context = model.config.context
-    examples, questions, cut, dropped = load_examples(config, encoding, context)
+    data = load_data(config, encoding, context)
     needed = f"{config.source} has a supervised token within the context of {context} tokens"
-    run.require(examples, f"nothing to train on: no record of {needed}")
-    rows, kept = hold_out(questions, min(500, 16 * config.batch_size), config.seed)
-    held_out, examples = [examples[i] for i in rows], [examples[i] for i in kept]
-    counts = f"{cut} cut to the context, {dropped} dropped with nothing to learn"
-    job.say(f"{stage}: {len(examples)} examples ({counts}), such as")
-    job.say(chat.painted(*examples[0], encoding, job.colour))  # the supervised tokens are marked
+    run.require(data.examples, f"nothing to train on: no record of {needed}")
+    unseen, training = hold_out(data.questions, min(500, 16 * config.batch_size), config.seed)
+    held_out = [data.examples[i] for i in unseen]
+    lengths = [len(data.examples[i][0]) for i in training]
+    counts = f"{data.cut} cut to the context, {data.dropped} dropped with nothing to learn"
+    job.say(f"{stage}: {len(training)} examples ({counts}), such as")
+    # the first one is shown, its supervised tokens marked
+    job.say(chat.painted(*data.examples[training[0]], encoding, job.colour))
 
-    lengths = [len(ids) for ids, _ in examples]
     held_out_size = rows_at_once(128, max(lengths), model)  # examples per forward pass
     order = batch_order(lengths, config.batch_size, config.seed, config.steps)  # of similar lengths
     job.memory(model=model)
@@ -131,14 +132,17 @@ def main(config):
         job.shard(model)
     optimizer = run.adamw(model, config.lr, config.weight_decay)
     for step in job.steps(config.steps, model=model, optimizer=optimizer):
-        batch = [examples[i] for i in order[step]]
+        rows = [training[i] for i in order[step]]
+        batch = [data.examples[i] for i in rows]
         divisor = total_weight(batch)  # of the whole step
         loss = 0.0
+        by_example = []  # the losses (b,) of each micro-batch
         for micro_batch in job.micro_batches(batch, config.micro_batch_size):
             losses = job.forward(sequence_losses, model, micro_batch)  # (b,) of all processes
             micro_loss = losses.sum() / divisor
             micro_loss.backward()  # gradients add up to those of the whole batch
             loss += micro_loss.detach()
+            by_example.append(losses.detach())
         grad_norm = run.clip(model, max_norm=1.0)  # the norm before clipping
         lr = run.linear(config.lr, step, config.steps, warmup=config.steps // 20)  # then down to 0
         run.step(optimizer, lr)  # and clears the gradients
@@ -146,7 +150,8 @@ def main(config):
         if held_out and run.due(step, config.steps, times=10):
             metrics["held_out_loss"] = held_out_loss(model, held_out, held_out_size)
             job.say(greedy_reply(model, held_out[0], encoding, job.colour))
-        job.log(step, **metrics)
+        records = [data.records[i] for i in rows]
+        job.log(step, records=records, losses=torch.cat(by_example), **metrics)
 
     checkpoints.save_run(job, model, encoding, chats)
 

@@ -1,12 +1,21 @@
-"""The examples of sft.py: demonstrations, or with --pretrain documents."""
+"""The data of sft.py: demonstrations, or with --pretrain documents."""
+
+from typing import NamedTuple
 
 from data import chat, formats, world
 from data.collate import question
 
 
-def load_examples(config, encoding, context):
-    """-> (ids, weights) examples, what each of them answers, how many conversations were cut to the
-    context, and how many records were dropped because nothing in them is supervised."""
+class Data(NamedTuple):
+    examples: list  # (ids, weights)
+    questions: list  # what each example answers
+    records: list  # `where` of each example's record
+    cut: int  # conversations that were cut to the context
+    dropped: int  # records in which nothing is supervised
+
+
+def load_data(config, encoding, context):
+    """Records of --data, or of the embedded world -> Data."""
     if config.data:
         records = formats.read_all(config.data, "document" if config.pretrain else "conversation")
     else:
@@ -14,6 +23,7 @@ def load_examples(config, encoding, context):
         records = make(config.steps * config.batch_size + 500, config.seed)  # none is read twice
     examples = []
     questions = []
+    origins = []
     cut = 0
     dropped = 0
     for record in records:
@@ -29,8 +39,9 @@ def load_examples(config, encoding, context):
         supervised = [piece for piece in pieces if any(piece[1][1:])]
         examples += supervised
         questions += [asked] * len(supervised)
+        origins += [record.where] * len(supervised)
         dropped += not supervised
-    return examples, questions, cut, dropped
+    return Data(examples, questions, origins, cut, dropped)
 
 
 def weighted_document(record, encoding, prompt_weight):
