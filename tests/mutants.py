@@ -1415,11 +1415,18 @@ WATCH = {
 }
 
 
+def last_edit():
+    """When a file of the healthy code was last changed, in seconds."""
+    files = [path for room in ROOMS if room != "tests" for path in (ROOT / room).rglob("*.py")]
+    return max(path.stat().st_mtime for path in [*ROOT.glob("*.py"), *files])
+
+
 def train(tree, home, stage, out, flags=()):
     """Runs a stage of the code in `tree`, from the healthy models in `home`. A run that is there
-    already is kept."""
-    if out.exists():
+    already is kept, unless the code has been edited since."""
+    if out.exists() and (out / "run.json").stat().st_mtime > last_edit():
         return
+    shutil.rmtree(out, ignore_errors=True)
     words = [*SHORT[stage].split(), "--seed", "0", "--device", "cpu", "--out", out, *flags]
     if stage in INIT:
         words += ["--init", home / INIT[stage]]
