@@ -362,10 +362,10 @@ def main(config):
             logps = job.forward(all_logps, policy, held_out.pairs, kto=kto)  # (N, 2), no grad
             metrics["held_out_loss"] = batch_losses(config, logps, held_out).mean()
         if questions and run.due(step, steps):
-            job.check(step, **metrics)  # a policy of NaN cannot reply
+            job.check(step, batch.records, losses, **metrics)  # a policy of NaN cannot reply
             options = (encoding, questions, config.max_new_tokens, job)
             metrics |= own_replies(policy, starting_policy(config, policy), *options)
-        job.log(step, **metrics)
+        job.log(step, records=batch.records, losses=losses, **metrics)
 
     checkpoints.save_run(job, policy, encoding)
 

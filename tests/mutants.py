@@ -169,6 +169,27 @@ TEXT = [
         run="sft --pretrain",
     ),
     Mutant(
+        "distils-the-demonstrations",
+        "sft.py",
+        "batch = reply_examples(prompts, replies)",
+        "replies = reply_examples(prompts, replies)",
+        symptom="the KL falls on the data, and the student's own replies leave what it has seen",
+        story="The sampled replies are never used: the teacher is asked about the demonstrations. "
+        "On-policy distillation corrects the student where it goes by itself.",
+        guard="test_distillation.py::test_the_student_learns_from_its_own_replies_of_today",
+    ),
+    Mutant(
+        "distils-by-the-forward-kl",
+        "data/logprobs.py",
+        "ref.head_weight, mask=mask)",
+        "ref.head_weight, mask=mask, reverse=False)",
+        symptom="a small student says things that its teacher would never say",
+        story="KL(teacher || pi) covers all that the teacher may say. A student that is too small "
+        "for it does better with one way of answering well, which KL(pi || teacher) finds.",
+        guard="test_distillation.py::test_the_loss_and_its_gradient_are_those_of_the_slow_loop_and_"
+        "the_teacher_gets_none",
+    ),
+    Mutant(
         "one-token-lost-per-block",
         "data/supervised.py",
         "slice(start, start + context + 1)",
@@ -1444,11 +1465,18 @@ WATCH = {
 }
 
 
+def last_edit():
+    """When a file of the healthy code was last changed, in seconds."""
+    files = [path for room in ROOMS if room != "tests" for path in (ROOT / room).rglob("*.py")]
+    return max(path.stat().st_mtime for path in [*ROOT.glob("*.py"), *files])
+
+
 def train(tree, home, stage, out, flags=()):
     """Runs a stage of the code in `tree`, from the healthy models in `home`. A run that is there
-    already is kept."""
-    if out.exists():
+    already is kept, unless the code has been edited since."""
+    if out.exists() and (out / "run.json").stat().st_mtime > last_edit():
         return
+    shutil.rmtree(out, ignore_errors=True)
     words = [*SHORT[stage].split(), "--seed", "0", "--device", "cpu", "--out", out, *flags]
     if stage in INIT:
         words += ["--init", home / INIT[stage]]
