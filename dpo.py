@@ -54,7 +54,7 @@ from evaluate.measures import own_replies
 
 LOSSES = "dpo dpo-nll ln-dpo cdpo robust ipo hinge apo-zero simpo orpo kto".split()
 # For the embedded world. Robust assumes fewer flips than the 25 % there: it has no lower bound.
-BETA = {"ln-dpo": 1.0, "ipo": 0.5, "apo-zero": 0.5, "simpo": 1.0}  # other losses: .2
+BETA = {"ln-dpo": 1.0, "ipo": 0.5, "apo-zero": 1.0, "simpo": 1.0}  # other losses: .2
 SMOOTHING = {"cdpo": 0.25, "robust": 0.1}  # other losses: 0
 LR = {"orpo": 1e-3}  # a base model has more to learn; other losses: 1e-4
 

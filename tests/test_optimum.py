@@ -91,8 +91,8 @@ def test_ipo_reaches_its_own_optimum_and_not_dpo_s(laboratory):
 
 
 def ln_dpo_optimum(ref, rewards):
-    """pi_ref exp(n (r - c) / beta), n the reply's tokens: beta h / n = r - c. DPO's c is the same
-    as a division by Z; here it decides whether length is good or bad for a reply."""
+    """pi_ref exp(n (r - c) / beta), n the reply's tokens: beta h / n = r - c. DPO's c only
+    divides by Z; here a reply above c gains by its length, and one below c loses by it."""
 
     def policy(c):
         return ref * (SIZES * (rewards - c[:, None]) / BETA).exp()
