@@ -36,7 +36,7 @@ DAPO is --advantage dapo --clip-upper .28 --redraw 4 --overlong 8, GSPO --advant
 DEVIATION: the RLOO paper takes one unclipped step per batch, as does --minibatches 1. GRPO's adds
 KL estimate k3 to the loss, whose gradient is not the KL's; --kl-loss adds k2 of the reply. GRPO
 divides the score alone by std: among replies of equal score a divided penalty would be noise of
-size 1, for any beta. tests/test_optimum.py has the policy that each ends at.
+size 1, for any beta. tests/test_optimum_rl.py has the policy that each ends at.
 
     python ppo.py                                          out/sft against out/reward -> out/ppo
     python ppo.py --advantage grpo --reward rule:exact --skills sum sort --out out/grpo

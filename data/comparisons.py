@@ -43,6 +43,22 @@ class Comparisons:
         vars(self).update({"records": []} | state | {"pairs": json.loads(state["pairs"])})
 
 
+def check_rounds(config):
+    """Refuses flags about rounds of fresh replies that do not go together."""
+    both = config.online and config.spin
+    run.require(not both, "--online compares, --spin imitates: choose one of them")
+    if not config.fresh:
+        wrong = "--rounds belongs to --online and --spin: add one of them"
+        run.require(config.rounds == type(config).rounds, wrong)
+    if config.online and config.data:
+        why = "annotators know only the embedded world"
+        run.require(config.judge, f"--online on files needs a --judge: {why}")
+    for name in ("steps", "labels") if config.fresh else ():
+        count = getattr(config, name)
+        few = f"--{name} {count} are too few for --rounds {config.rounds}"
+        run.require(not count or count >= config.rounds, few)
+
+
 def encode(config, records, encoding, context, wanted, device, say):
     """Records -> Comparisons (at most `wanted`; 0: all), whose ref_logps are still zeros, and the
     questions of the held-out ones. Fresh replies need none held out: the next round's are as good.

@@ -551,6 +551,9 @@ def test_every_preference_loss_is_lowered_by_its_own_run(
     path = jsonl(rows_of(preferences))
     flags = dict(init=checkpoint(), data=[path], steps=8, batch_size=24, lr=1e-3, loss=loss)
     _, metrics = run_stage(dpo, **flags)
+    first = dict.fromkeys(["dpo", "ln-dpo", "cdpo", "robust"], math.log(2))
+    first |= {"hinge": 1, "apo-zero": 1}
+    assert metrics[0]["loss"] == pytest.approx(first.get(loss, metrics[0]["loss"]), abs=1e-5)
     assert metrics[-1]["loss"] < metrics[0]["loss"]
     assert metrics[-1]["margin"] > metrics[0]["margin"]
     assert math.isfinite(metrics[-1]["held_out_loss"])
