@@ -91,8 +91,13 @@ def method_chains(home):
         "ppo": ppo,
         "online-rm": [*online, "--judge", runs / "reward"],  # one pass too: as many labels
         "rloo": [*ppo, "--advantage", "rloo"],
-        "grpo": [*ppo, "--advantage", "grpo"],
     }
+    dapo = ["--advantage", "dapo", "--clip-upper", 0.28, "--redraw", 4, "--overlong", 8]
+    gspo = ["--advantage", "grpo", "--clip", "gspo", "--clip-eps", 0.03, "--clip-upper", 0.04]
+    cispo = ["--advantage", "dapo", "--clip", "cispo", "--beta", 1]
+    compared = {"grpo": ["--advantage", "grpo"], "dr-grpo": ["--advantage", "dr-grpo"]}
+    compared |= {"dapo": dapo, "gspo": gspo, "cispo": cispo}
+    after_reward |= {name: [*ppo, *flags] for name, flags in compared.items()}
     unpaired_and_online = {
         "kto": [*once, "--data", home / "thumbs.jsonl", "--loss", "kto"],
         "online": [*online, "--labels", usable],
