@@ -11,6 +11,7 @@ In the table, for each run:
     length     tokens of a reply;  wrong_longer: by how many the wrong replies to a question are
                longer than the right ones, mean over the questions that have both
     ended      the share of replies that ended by themselves
+    gold       the judge's score, if the questions are the embedded world's
 Reinforcement learning raises pass@1. pass@k shows whether it taught something (it rises too) or
 only chose among what the model could say before (it stays, or falls: replies become alike).
 """
@@ -76,7 +77,11 @@ def row_of(config, records, rule, directory, device):
         row |= {f"pass@{k}": mean(values), f"ci@{k}": interval(values)}
     row |= {"entropy": -float(logps.sum()) / sum(lengths), "length": mean(lengths)}
     row["wrong_longer"] = wrong_longer(right, torch.tensor(lengths).view_as(right))
-    return row | {"ended": float(ended.float().mean())}
+    row["ended"] = float(ended.float().mean())
+    if all(map(world.solve, asked)):
+        pairs = zip([record.messages for record in repeated], replies, strict=True)
+        row["gold"] = mean([verdict["gold"] for verdict in annotators.world_judge(pairs)])
+    return row
 
 
 def wrong_longer(right, lengths):
