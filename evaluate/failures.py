@@ -8,7 +8,8 @@
 Each trains its runs for every seed (in the directories of evaluate.recipe --seeds; runs that exist
 are kept), asks held-out questions, prints means with the half-widths of their 95 % intervals over
 seeds, the differences seed by seed, and draws OUT/failures-NAME.png. `warned` is the first
-iteration in which evaluate/detector.py saw a sign of reward hacking, or 0.
+iteration in which evaluate/detector.py saw a sign of reward hacking, or 0; `first` and `last` are
+the score that was trained on in the first and the last iteration.
 """
 
 import json
@@ -74,9 +75,9 @@ FAILURES = {
             "whole answer": ["--reward", "rule:exact", "--skills", "sum", *DAPO, *SHORT],
         },
         asked=["--reward", "rule:last", "--skills", "sum"],
-        columns=["reward", "gold", "length", "warned"],
+        columns=["first", "last", "reward", "gold", "length", "warned"],
         compared=[("last number", "sft", "reward"), ("last number", "sft", "gold")],
-        curves=["pass_at_1", "gold", "length"],
+        curves=["score", "gold", "length"],
         hasty=True,
     ),
     "coverage": Failure(
@@ -139,6 +140,7 @@ def train(job):
             rows = metrics[key] = run.read_metrics(directory / "metrics.jsonl")
             signs = [i + 1 for i, line in enumerate(rows) if line["hacking"]]
             row["warned"] = float(min(signs, default=0))
+            row["first"], *_, row["last"] = (line["score"] for line in rows)
         board[key] = {column: row[column] for column in failure.columns if column in row}
     return board, metrics
 
