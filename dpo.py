@@ -9,10 +9,11 @@ pi_ref) is pi_ref exp(r / beta) / Z(x). So its beta h is r - beta log Z(x), and 
 model P(w wins) = sigmoid(r_w - r_l): fitting it with beta h is reward modelling and policy
 optimisation in one step. `--loss` names a relative (`batch_losses` calls it):
 
-    cdpo    noisy labels: smoothed, so the odds stay finite      robust  noisy labels: unbiased
-    ipo     regress the gap h_w - h_l to a fixed value           hinge   no loss beyond a margin
-    simpo   no reference: average log-probs and a margin         orpo    SFT and DPO-like in one
-    kto     thumbs up or down for single replies
+    dpo-nll  and the chosen reply's NLL, so it stays likely   ln-dpo    log-probs per token
+    cdpo     noisy labels: smoothed, so odds stay finite      robust    noisy labels: unbiased
+    ipo      regress the gap h_w - h_l to a fixed value       hinge     no loss beyond a margin
+    simpo    no reference: average log-probs and a margin     orpo      SFT and DPO-like in one
+    kto      thumbs up or down for single replies             apo-zero  raise h_w and lower h_l
 
 The replies need not be fixed before. `--online` draws two fresh ones from the policy in every
 round and has them compared (Guo et al. 2024). The reference stays --init (Xiong et al. 2024), or
@@ -27,11 +28,11 @@ reference refreshed (Chen et al. 2024, eq. 4.7). It rests where the two cannot b
     python dpo.py --spin --data chats.jsonl --out out/spin
     python dpo.py --init DIR --data pairs.jsonl any checkpoint, any file of preferences
 
-Watch: loss (dpo, cdpo, robust: ln 2 = .693 at step 0, where policy and reference are the same; dpo
-to .6), accuracy (of h_w > h_l; means nothing at step 0, where all h are equal), kl (nats per reply
-on own samples: a few tenths buy most of the gain here), chosen_logps and rejected_logps. Both
-usually *fall*, the rejected faster: the loss asks for a difference, and lowering both gives one.
-The chosen falling as fast is not healthy.
+Watch: loss (at step 0 policy and reference are the same: dpo, ln-dpo, cdpo, robust ln 2 = .693,
+dpo-nll ln 2 + alpha NLL, hinge and apo-zero 1; dpo to .6), accuracy (of h_w > h_l; means nothing at
+step 0), kl (nats per reply on own samples: a few tenths buy most of the gain here), chosen_logps
+and rejected_logps. Both usually *fall*, the rejected faster: the loss asks for a difference, and
+lowering both gives one. The chosen falling as fast is not healthy.
 
 What everybody gets wrong: a reference other than the starting policy, or dropout, or an extra token
 (padding, end-of-turn) in one of the four log-probs. Each moves the first loss off ln 2; a test
@@ -47,21 +48,22 @@ import torch.nn.functional as F
 import run
 from data import annotators, checkpoints, world
 from data.collate import batch_order, longest_side
-from data.comparisons import Source, encode
+from data.comparisons import Source, check_rounds, encode
 from data.logprobs import all_logps, pair_logps
 from evaluate.measures import own_replies
 
-LOSSES = ["dpo", "cdpo", "robust", "ipo", "hinge", "simpo", "orpo", "kto"]
+LOSSES = "dpo dpo-nll ln-dpo cdpo robust ipo hinge apo-zero simpo orpo kto".split()
 # For the embedded world. Robust assumes fewer flips than the 25 % there: it has no lower bound.
-BETA = {"ipo": 0.5, "simpo": 1.0}  # other losses: .2
+BETA = {"ln-dpo": 1.0, "ipo": 0.5, "apo-zero": 1.0, "simpo": 1.0}  # other losses: .2
 SMOOTHING = {"cdpo": 0.25, "robust": 0.1}  # other losses: 0
 LR = {"orpo": 1e-3}  # a base model has more to learn; other losses: 1e-4
 
 
 @dataclass
 class Config(run.Flags):
-    loss: str = "dpo"  # dpo, cdpo, robust, ipo, hinge, simpo, orpo or kto
+    loss: str = "dpo"  # dpo, dpo-nll, ln-dpo, cdpo, robust, ipo, hinge, apo-zero, simpo, orpo, kto
     beta: float | None = None  # KL strength: larger stays closer to ref (default: .2, see BETA)
+    alpha: float = 1.0  # dpo-nll: weight of the chosen reply's NLL per token
     label_smoothing: float | None = None  # share of flipped labels (default: cdpo .25, robust .1)
     gamma: float = 0.5  # simpo: target margin, not scaled by beta
     lam: float = 0.03  # orpo: weight of the odds-ratio term (for real models .1)
@@ -93,6 +95,7 @@ def check(config):
     annotators.check_agreement(config.agreement)
     requires = {
         "beta": {"loss": [name for name in LOSSES if name != "orpo"]},
+        "alpha": {"loss": ["dpo-nll"]},
         "label_smoothing": {"loss": ["cdpo", "robust", "orpo"]},
         "gamma": {"loss": ["simpo"]},
         "lam": {"loss": ["orpo"]},
@@ -110,18 +113,7 @@ def check(config):
     e = config.label_smoothing
     run.require(0 <= e < 0.5, f"--label-smoothing must lie in [0, 0.5), not {e}")
     run.check_range(config, "beta", above=0)
-    both = config.online and config.spin
-    run.require(not both, "--online compares, --spin imitates: choose one of them")
-    if not config.fresh:
-        wrong = "--rounds belongs to --online and --spin: add one of them"
-        run.require(config.rounds == Config.rounds, wrong)
-    if config.online and config.data:
-        why = "annotators know only the embedded world"
-        run.require(config.judge, f"--online on files needs a --judge: {why}")
-    for name in ("steps", "labels") if config.fresh else ():
-        count = getattr(config, name)
-        few = f"--{name} {count} are too few for --rounds {config.rounds}"
-        run.require(not count or count >= config.rounds, few)
+    check_rounds(config)
 
 
 # ---------------------------------------------------------------------------------------- losses
@@ -164,17 +156,23 @@ def ipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
     A distance to reach: a unanimous comparison does not drive the odds to infinity. Log-probs (B,)
     summed over the reply as in the paper, or averaged as its authors trained. beta is its tau.
     """
-    chosen_ratio = chosen_logps - ref_chosen_logps  # (B,)
-    rejected_ratio = rejected_logps - ref_rejected_logps  # (B,)
-    return (chosen_ratio - rejected_ratio - 1 / (2 * beta)) ** 2
+    gap = (chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)  # (B,)
+    return (gap - 1 / (2 * beta)) ** 2
 
 
 def hinge_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
     """max(0, 1 - beta (h_w - h_l)) per pair, (B,): a pair won by the margin is left alone
     (Zhao et al. 2023; Liu et al. 2024)."""
+    gap = (chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)  # (B,)
+    return F.relu(1 - beta * gap)
+
+
+def apo_zero_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
+    """1 - sigmoid(beta h_w) + sigmoid(beta h_l) per pair, (B,) (D'Oosterlinck et al. 2024, eq. 7):
+    each reply has a term of its own, so lowering both is no gain. Both terms saturate."""
     chosen_ratio = chosen_logps - ref_chosen_logps  # (B,)
     rejected_ratio = rejected_logps - ref_rejected_logps  # (B,)
-    return F.relu(1 - beta * (chosen_ratio - rejected_ratio))
+    return 1 - torch.sigmoid(beta * chosen_ratio) + torch.sigmoid(beta * rejected_ratio)
 
 
 def simpo_loss(chosen_avg_logps, rejected_avg_logps, beta, gamma):
@@ -226,7 +224,8 @@ def mismatched_kl(log_ratios):
 
 def averages(config):
     """Whether the loss reads log-probs averaged over a reply's tokens instead of summed."""
-    return config.loss in ("simpo", "orpo") or (config.loss == "ipo" and not config.summed)
+    always = config.loss in ("ln-dpo", "simpo", "orpo")
+    return always or (config.loss == "ipo" and not config.summed)
 
 
 def batch_losses(config, logps, batch):
@@ -234,8 +233,8 @@ def batch_losses(config, logps, batch):
 
     logps (B, 2): the policy's summed log-probs of chosen and rejected; for KTO of a reply and of a
     mismatched one. batch.ref_logps and batch.sizes (B, 2): the reference's (0 for simpo and orpo),
-    and the replies' tokens. batch.labels (B,): P(chosen is the better one), which only dpo and cdpo
-    read as a probability; of KTO 1 for a good reply, 0 for a bad one.
+    and the replies' tokens. batch.labels (B,): P(chosen is the better one), which only the
+    four called dpo read as a probability; of KTO 1 for a good reply, 0 for a bad one.
     """
     ref_logps = batch.ref_logps  # (B, 2)
     if averages(config):
@@ -243,8 +242,11 @@ def batch_losses(config, logps, batch):
     chosen, rejected = logps.unbind(1)  # (B,) each
     four = chosen, rejected, *ref_logps.unbind(1)
     match config.loss:
-        case "dpo":
+        case "dpo" | "ln-dpo":  # ln-dpo: of averages (Lambert et al. 2024)
             return dpo_loss(*four, config.beta, 1 - batch.labels)
+        case "dpo-nll":  # Pang et al. 2024
+            chosen_nll = -chosen / batch.sizes[:, 0]  # (B,) nats per token
+            return dpo_loss(*four, config.beta, 1 - batch.labels) + config.alpha * chosen_nll
         case "cdpo":  # a soft label is its own smoothing
             soft = batch.labels < 1
             smoothing = torch.where(soft, 1 - batch.labels, config.label_smoothing)
@@ -255,6 +257,8 @@ def batch_losses(config, logps, batch):
             return ipo_loss(*four, config.beta)
         case "hinge":
             return hinge_loss(*four, config.beta)
+        case "apo-zero":
+            return apo_zero_loss(*four, config.beta)
         case "simpo":
             return simpo_loss(chosen, rejected, config.beta, config.gamma)
         case "orpo":
@@ -308,11 +312,6 @@ def prepare(config, records, ref, encoding, job, wanted):
     return data, questions
 
 
-def round_start(round, rounds, steps):
-    """The first step of a round (from 0)."""
-    return math.ceil(round * steps / rounds)
-
-
 def main(config):
     check(config)
     job = run.start(config, "dpo")
@@ -333,7 +332,7 @@ def main(config):
     order, kto = None, config.loss == "kto"
     for step in job.steps(steps, policy=policy, optimizer=optimizer, comparisons=saved):
         round = step * rounds // steps
-        start = round_start(round, rounds, steps)
+        start, end = (math.ceil(r * steps / rounds) for r in (round, round + 1))  # of the round
         if step == start and round > 0:  # fresh replies of today's policy
             records = source.draw(policy, round)
             if not records:
@@ -345,8 +344,7 @@ def main(config):
             vars(data).update(vars(fresh))  # in place: job.steps saves this object
         if step == start or order is None:  # None: --resume in the middle of a round
             lengths = [longest_side(pair) for pair in data.pairs[data.held_out :]]
-            round_steps = round_start(round + 1, rounds, steps) - start
-            order = batch_order(lengths, config.batch_size, config.seed, round_steps)
+            order = batch_order(lengths, config.batch_size, config.seed, end - start)
 
         batch = data.select([data.held_out + i for i in order[step - start]])
         logps = job.forward(pair_logps, policy, batch.pairs, kto=kto)  # (B, 2) log pi(y|x)
@@ -362,10 +360,10 @@ def main(config):
             logps = job.forward(all_logps, policy, held_out.pairs, kto=kto)  # (N, 2), no grad
             metrics["held_out_loss"] = batch_losses(config, logps, held_out).mean()
         if questions and run.due(step, steps):
-            job.check(step, **metrics)  # a policy of NaN cannot reply
+            job.check(step, batch.records, losses, **metrics)  # a policy of NaN cannot reply
             options = (encoding, questions, config.max_new_tokens, job)
             metrics |= own_replies(policy, starting_policy(config, policy), *options)
-        job.log(step, **metrics)
+        job.log(step, records=batch.records, losses=losses, **metrics)
 
     checkpoints.save_run(job, policy, encoding)
 

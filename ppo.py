@@ -36,7 +36,7 @@ prompt K times and compare G = sum_t r_t, or the score r alone. All tokens of a 
 DEVIATION: the RLOO paper takes one unclipped step per batch, as does --minibatches 1. GRPO's adds
 KL estimate k3 to the loss, whose gradient is not the KL's. --kl-loss adds k2 of the reply, divided
 like the gain: its first gradient is that of the penalty in A. GRPO divides only the score by std: a
-group of equal scores would make a divided penalty noise of size 1. See tests/test_optimum.py.
+group of equal scores would make a divided penalty noise of size 1. See tests/test_optimum_rl.py.
 
     python ppo.py                                          out/sft against out/reward -> out/ppo
     python ppo.py --advantage grpo --reward rule:exact --skills sum sort --out out/grpo

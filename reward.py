@@ -158,7 +158,7 @@ def head_scores(model, pairs, heads):
 
 
 def comparison_loss(config, job, model, heads, data, rows):
-    """The loss of a batch of pairs, and its metrics."""
+    """The loss of a batch of pairs, and what Job.log takes: metrics, the records, their losses."""
     label, margin = data.pair_labels(rows, job.device)  # (B,) each
     if heads is None:
         scores = job.forward(pair_scores, model, data.batch(rows))  # (B, 2)
@@ -168,7 +168,8 @@ def comparison_loss(config, job, model, heads, data, rows):
         chosen_by_head, rejected_by_head = by_head.unbind(1)  # (B, K) each
         chosen_scores = chosen_by_head @ heads.mixing()  # (B,)
         rejected_scores = rejected_by_head @ heads.mixing()  # (B,)
-    loss = bradley_terry_loss(chosen_scores, rejected_scores, margin, label).mean()
+    losses = bradley_terry_loss(chosen_scores, rejected_scores, margin, label)  # (B,)
+    loss = losses.mean()
     if heads is not None:
         ratings = [data.ratings[i] for i in rows]
         ratings = torch.tensor(ratings, device=job.device)  # (B, K) P(chosen is better)
@@ -177,20 +178,23 @@ def comparison_loss(config, job, model, heads, data, rows):
     if config.centring:
         loss = loss + config.centring * centring_loss(chosen_scores, rejected_scores).mean()
     difference = (chosen_scores - rejected_scores).detach()  # (B,)
-    return loss, {"accuracy": (difference > 0).float().mean(), "margin": difference.mean()}
+    metrics = {"accuracy": (difference > 0).float().mean(), "margin": difference.mean()}
+    return loss, {"records": [data.records[i] for i in rows], "losses": losses, **metrics}
 
 
 def rated_steps_loss(job, model, data, rows):
-    """The loss of a batch of solutions with rated steps, and its metrics."""
+    """The loss of a batch of solutions with rated steps, and what Job.log takes."""
     counts = [len(data.labels[i]) for i in rows]  # rated steps of each solution, M in all
     scores = job.forward(step_scores, model, data.batch(rows), counts=counts)  # (M,)
-    return loss_of_steps(scores, data.step_labels(rows, job.device))
+    loss, metrics = loss_of_steps(scores, data.step_labels(rows, job.device))
+    return loss, {"records": [data.records[i] for i in rows for _ in data.labels[i]], **metrics}
 
 
 def loss_of_steps(scores, labels):
-    """scores, labels (M,) -> the mean loss, and metrics."""
+    """scores, labels (M,) -> the mean loss; the losses (M,) and the accuracy, by name."""
+    losses = step_loss(scores, labels)  # (M,)
     accuracy = ((scores > 0) == (labels > 0.5)).float().mean()
-    return step_loss(scores, labels).mean(), {"accuracy": accuracy}
+    return losses.mean(), {"losses": losses, "accuracy": accuracy}
 
 
 def held_out_metrics(config, job, model, data, rows, encoding):

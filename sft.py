@@ -6,8 +6,14 @@ m_t is 1 on the assistant's tokens and on the end-of-turn token after them, 0 on
 markers too): the model learns to answer, not to ask. Pretraining is the same loss with m_t = 1, but
 --prompt-weight (0.1) on a question's tokens, which nobody can predict.
 
+--teacher distils a larger model (Agarwal et al. 2024; on-policy, reverse KL): the student answers
+the prompts itself, y ~ pi. With T tokens in all replies of a step, its loss, logged as kl, is
+
+    sum_t KL(pi(. | y_<t) || teacher(. | y_<t)) / T
+
     python sft.py --pretrain                      raw documents of the embedded world  -> out/base
     python sft.py                                 its demonstrations, from out/base    -> out/sft
+    python sft.py --teacher out/dpo --out out/student   a small --init learns from a large model
     python sft.py --init DIR --data chats.jsonl   any checkpoint, any file of conversations
 
 Watch: loss (falls fast, then slowly, and levels off above 0: many replies fit a prompt, and many of
@@ -25,8 +31,9 @@ import torch
 import kernels
 import run
 from data import chat, checkpoints, world
-from data.collate import batch_order, collate, hold_out, rows_at_once
-from data.supervised import load_examples
+from data.collate import batch_order, collate, hold_out, reply_examples, rows_at_once
+from data.logprobs import sequence_kls
+from data.supervised import load_data, open_teacher
 
 
 @dataclass
@@ -40,6 +47,8 @@ class Config(run.Flags):
     prompt_weight: float = 0.1  # --pretrain: m_t of a question's tokens
     template: str = ""  # chat format: chatml, llama3, alpaca (default: the checkpoint's, or chatml)
     last_only: bool = False  # of a conversation with several answers, only the last one counts
+    teacher: str = ""  # checkpoint whose next-token distributions are learned, on own replies
+    max_new_tokens: int = world.MAX_NEW_TOKENS  # --teacher: longest reply to sample
     micro_batch_size: int = 0  # sequences per forward pass of a process (0: the whole batch)
     shard: bool = False  # under torchrun: divide weights, gradients and moments among the processes
 
@@ -50,12 +59,9 @@ def check(config):
         run.fill(config, steps=3000, lr=1.5e-3, init="scratch")
     else:
         run.fill(config, steps=800, lr=1e-3, init="out/base")
-    requires = {
-        "prompt_weight": {"pretrain": True},
-        "last_only": {"pretrain": False},
-        "template": {"pretrain": False},
-        "shard": {"resume": False, "save_every": False},
-    }
+    requires = {name: {"pretrain": False} for name in ("last_only", "template", "teacher")}
+    requires |= {"prompt_weight": {"pretrain": True}, "max_new_tokens": {"teacher": True}}
+    requires["shard"] = {"resume": False, "save_every": False}
     run.check_requires(config, requires)
     alone = config.shard and run.environment("WORLD_SIZE", 1) == 1
     run.require(not alone, "--shard divides a model among several processes: start with torchrun")
@@ -112,41 +118,54 @@ def main(config):
     encoding = checkpoints.open_vocabulary(config, template=config.template)
     chats = not config.pretrain  # a base model gets no chat template
     model = checkpoints.open_model(config, encoding, job.device, chats=chats)
+    teacher = open_teacher(config, encoding, job.device) if config.teacher else None
+    data = load_data(config, encoding, model.config.context, teacher)
+    unseen, training = hold_out(data.questions, min(500, 16 * config.batch_size), config.seed)
+    held_out = [data.examples[i] for i in unseen]
+    lengths = [len(data.examples[i][0]) for i in training]
+    counts = f"{data.cut} cut to the context, {data.dropped} dropped with nothing to learn"
+    job.say(f"{stage}: {len(training)} examples ({counts}), such as")
+    # the first one is shown, its supervised tokens marked
+    job.say(chat.painted(*data.examples[training[0]], encoding, job.colour))
 
-    context = model.config.context
-    examples, questions, cut, dropped = load_examples(config, encoding, context)
-    needed = f"{config.source} has a supervised token within the context of {context} tokens"
-    run.require(examples, f"nothing to train on: no record of {needed}")
-    rows, kept = hold_out(questions, min(500, 16 * config.batch_size), config.seed)
-    held_out, examples = [examples[i] for i in rows], [examples[i] for i in kept]
-    counts = f"{cut} cut to the context, {dropped} dropped with nothing to learn"
-    job.say(f"{stage}: {len(examples)} examples ({counts}), such as")
-    job.say(chat.painted(*examples[0], encoding, job.colour))  # the supervised tokens are marked
-
-    lengths = [len(ids) for ids, _ in examples]
     held_out_size = rows_at_once(128, max(lengths), model)  # examples per forward pass
     order = batch_order(lengths, config.batch_size, config.seed, config.steps)  # of similar lengths
-    job.memory(model=model)
+    job.memory(model=model, **({"teacher": teacher} if teacher else {}))
     if config.shard:
         job.shard(model)
     optimizer = run.adamw(model, config.lr, config.weight_decay)
-    for step in job.steps(config.steps, model=model, optimizer=optimizer):
-        batch = [examples[i] for i in order[step]]
+    generator = torch.Generator(job.device).manual_seed(config.seed) if teacher else None
+    sampling = dict(stop_id=chat.stop_ids(encoding), generator=generator)
+    for step in job.steps(config.steps, model=model, optimizer=optimizer, generator=generator):
+        rows = [training[i] for i in order[step]]
+        batch = [data.examples[i] for i in rows]
+        if teacher:  # not the demonstrations: the student's replies of today, at temperature 1
+            prompts = [data.prompts[i] for i in rows]
+            with job.autocast():
+                replies = model.generate(prompts, config.max_new_tokens, **sampling)
+            batch = reply_examples(prompts, replies)
         divisor = total_weight(batch)  # of the whole step
         loss = 0.0
+        by_example = []  # the losses (b,) of each micro-batch
         for micro_batch in job.micro_batches(batch, config.micro_batch_size):
-            losses = job.forward(sequence_losses, model, micro_batch)  # (b,) of all processes
+            if teacher:  # (b,) of all processes
+                losses = job.forward(sequence_kls, model, micro_batch, ref=teacher)
+            else:
+                losses = job.forward(sequence_losses, model, micro_batch)
             micro_loss = losses.sum() / divisor
             micro_loss.backward()  # gradients add up to those of the whole batch
             loss += micro_loss.detach()
+            by_example.append(losses.detach())
         grad_norm = run.clip(model, max_norm=1.0)  # the norm before clipping
         lr = run.linear(config.lr, step, config.steps, warmup=config.steps // 20)  # then down to 0
         run.step(optimizer, lr)  # and clears the gradients
-        metrics = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": divisor}
+        metrics = {"kl" if teacher else "loss": loss}  # nats per token
+        metrics |= {"grad_norm": grad_norm, "lr": lr, "tokens": divisor}
         if held_out and run.due(step, config.steps, times=10):
             metrics["held_out_loss"] = held_out_loss(model, held_out, held_out_size)
             job.say(greedy_reply(model, held_out[0], encoding, job.colour))
-        job.log(step, **metrics)
+        records = [data.records[i] for i in rows]
+        job.log(step, records=records, losses=torch.cat(by_example), **metrics)
 
     checkpoints.save_run(job, model, encoding, chats)
 

@@ -174,10 +174,7 @@ def open_reward_model(directory, encoding, device, flag, trunk=None):
     model = tokenizer.fit(checkpoints.load(directory, trunk=trunk), encoding).to(device)
     scalar = model.config.head == "score"
     run.require(scalar, f"{flag} {directory} has no scalar head: train one with reward.py")
-    saved = chat.extend(tokenizer.load(directory))
-    same = saved._mergeable_ranks == encoding._mergeable_ranks
-    same = same and saved._special_tokens == encoding._special_tokens
-    same = same and chat.template_text(saved) == chat.template_text(encoding)
+    same = tokenizer.same_vocabulary(directory, encoding)
     wrong = f"{flag} {directory} has another vocabulary or chat template than the policy"
     run.require(same, f"{wrong}: train it from the same checkpoint")
     return model.requires_grad_(False)

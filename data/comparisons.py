@@ -8,7 +8,7 @@ the embedded world  two replies of --init to each question, compared by simulate
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -26,18 +26,37 @@ class Comparisons:
     sizes: torch.Tensor  # (N, 2) reply tokens
     ref_logps: torch.Tensor  # (N, 2) all that the loss needs of the reference
     held_out: int  # how many are never trained on
+    records: list = field(default_factory=list)  # `where` of each; an older state has none
 
     def select(self, rows):
         """The comparisons with these indices (a list)."""
         pairs = [self.pairs[i] for i in rows]
-        return Comparisons(pairs, self.labels[rows], self.sizes[rows], self.ref_logps[rows], 0)
+        records = self.records and [self.records[i] for i in rows]
+        tensors = self.labels[rows], self.sizes[rows], self.ref_logps[rows]
+        return Comparisons(pairs, *tensors, held_out=0, records=records)
 
     def state_dict(self):
         """For --resume. Pairs as one string: millions of small lists would take long to write."""
         return vars(self) | {"pairs": json.dumps(self.pairs)}
 
     def load_state_dict(self, state):
-        vars(self).update(state | {"pairs": json.loads(state["pairs"])})
+        vars(self).update({"records": []} | state | {"pairs": json.loads(state["pairs"])})
+
+
+def check_rounds(config):
+    """Refuses flags about rounds of fresh replies that do not go together."""
+    both = config.online and config.spin
+    run.require(not both, "--online compares, --spin imitates: choose one of them")
+    if not config.fresh:
+        wrong = "--rounds belongs to --online and --spin: add one of them"
+        run.require(config.rounds == type(config).rounds, wrong)
+    if config.online and config.data:
+        why = "annotators know only the embedded world"
+        run.require(config.judge, f"--online on files needs a --judge: {why}")
+    for name in ("steps", "labels") if config.fresh else ():
+        count = getattr(config, name)
+        few = f"--{name} {count} are too few for --rounds {config.rounds}"
+        run.require(not count or count >= config.rounds, few)
 
 
 def encode(config, records, encoding, context, wanted, device, say):
@@ -70,7 +89,9 @@ def encode(config, records, encoding, context, wanted, device, say):
     sizes = torch.tensor([[sum(mask) for _, mask in pair] for pair in pairs], device=device)
     ref_logps = torch.zeros_like(sizes, dtype=torch.float32)
     questions = {asked[i]: usable[i].prompt for i in held_out}  # each of them once
-    return Comparisons(pairs, labels, sizes, ref_logps, len(held_out)), list(questions.values())
+    where = [usable[i].where for i in order]
+    data = Comparisons(pairs, labels, sizes, ref_logps, len(held_out), where)
+    return data, list(questions.values())
 
 
 class Source:

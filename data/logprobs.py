@@ -1,5 +1,6 @@
 """A policy's log-probs and KL: fp32, in nats, of reply tokens only."""
 
+from functools import partial
 from itertools import chain
 
 import torch
@@ -55,6 +56,18 @@ def all_logps(model, pairs, kto=False, size=256):
     return in_batches(lambda rows: pair_logps(model, rows, kto), pairs, longest_side, model, size)
 
 
+def sequence_kls(model, examples, ref):
+    """(ids, mask) examples -> KL(model || ref) of the next-token distribution before each reply
+    token, exact over the vocabulary, summed over the reply (B,), in nats. Only `model` gets a
+    gradient, of these distributions: that it may have sampled the replies itself adds none."""
+    batch = collate(examples).to(model.device)
+    hidden = model(batch.inputs).flatten(0, 1)  # (B * T, D)
+    ref_hidden = ref(batch.inputs).flatten(0, 1)  # (B * T, D')
+    mask = batch.mask.flatten()  # (B * T,)
+    kl = kernels.linear_kl(hidden, model.head_weight, ref_hidden, ref.head_weight, mask=mask)
+    return kl.view(batch.mask.shape).sum(1)
+
+
 @torch.no_grad()
 def reply_kl(model, ref, prompts, replies):
     """KL(model || ref) of each whole reply (N,), in nats. prompts, replies: lists of ids, the
@@ -63,14 +76,6 @@ def reply_kl(model, ref, prompts, replies):
     The exact KL of every next-token distribution along the sample, summed: an unbiased estimate of
     the replies' KL with far less noise than log pi - log ref.
     """
-
-    def kl_of(examples):
-        batch = collate(examples).to(model.device)
-        hidden = model(batch.inputs).flatten(0, 1)  # (B * T, D)
-        ref_hidden = ref(batch.inputs).flatten(0, 1)  # (B * T, D)
-        mask = batch.mask.flatten()
-        kl = kernels.linear_kl(hidden, model.head_weight, ref_hidden, ref.head_weight, mask=mask)
-        return kl.view(batch.mask.shape).sum(1)
-
     examples = reply_examples(prompts, replies)
-    return in_batches(kl_of, examples, lambda example: len(example[0]), model)
+    kls = partial(sequence_kls, model, ref=ref)
+    return in_batches(kls, examples, lambda example: len(example[0]), model)

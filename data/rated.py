@@ -16,6 +16,7 @@ class Data(NamedTuple):
     ratings: list  # of each pair, with --heads, (K,) labels by dimension
     lengths: list  # of each example in tokens; of a pair, that of the longer side
     questions: list  # what each example answers
+    records: list  # `where` of each example's record
 
     def batch(self, rows):
         return [self.examples[i] for i in rows]
@@ -53,18 +54,19 @@ def encode(config, records, encoding, context, say):
         steps = sum(map(len, labels))
         say(f"reward: {len(examples)} solutions, {steps} rated steps, {dropped} dropped (too long)")
         lengths = [len(ids) for ids, _ in examples]
-        return Data(examples, labels, [], lengths, questions_of(usable))
+        return Data(examples, labels, [], lengths, *origins_of(usable))
     pairs, labels, usable = encode_pairs(records, encoding, context)
     run.require(pairs, f"none of the {len(records)} pairs of {config.source} {limit}")
     dropped = f"{len(records) - len(usable)} dropped (too long, or two equal sides)"
     say(f"reward: {len(pairs)} pairs, {dropped}")
     ratings = rating_labels(usable, config.heads) if config.heads else []
     lengths = list(map(longest_side, pairs))
-    return Data(pairs, labels, ratings, lengths, questions_of(usable))
+    return Data(pairs, labels, ratings, lengths, *origins_of(usable))
 
 
-def questions_of(records):
-    return [question(record.prompt) for record in records]
+def origins_of(records):
+    """The question that each record answers, and its `where`."""
+    return [question(record.prompt) for record in records], [record.where for record in records]
 
 
 def rating_labels(records, names):

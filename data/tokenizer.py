@@ -252,6 +252,14 @@ def chats(directory: str | Path, encoding: Encoding) -> bool:
     return has_template
 
 
+def same_vocabulary(directory: str | Path, encoding: Encoding) -> bool:
+    """Whether a checkpoint has this vocabulary and chat template, so that it reads the same ids."""
+    saved = extend(load(directory))
+    same = saved._mergeable_ranks == encoding._mergeable_ranks
+    same = same and saved._special_tokens == encoding._special_tokens
+    return same and template_text(saved) == template_text(encoding)
+
+
 def fit(model, encoding: Encoding, chat: bool = True):
     """The model with a row for every id: new tokens get new ones, spare rows are never sampled. Its
     config records what ends a turn and what pads. chat: as in `save`. ValueError for a bad size."""

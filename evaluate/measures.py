@@ -28,7 +28,8 @@ def open_run(directory, device="cpu"):
 def cost(directory):
     """Processor seconds of a run, and of the runs in the same directory that it needed."""
     facts = run.read_facts(directory, flags=dict, cpu_seconds=(int, float))
-    needed = [Path(facts["flags"].get(flag) or "") for flag in ("init", "reward", "judge")]
+    names = ("init", "reward", "judge", "teacher")
+    needed = [Path(facts["flags"].get(name) or "") for name in names]
     return facts["cpu_seconds"] + sum(cost(p) for p in needed if p.parent == directory.parent)
 
 

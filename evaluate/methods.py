@@ -26,7 +26,7 @@ COLUMNS = ["gold", "gain", "win_rate", "kl", "length", "seconds", "memory"]  # o
 LABELS = 8000  # judgements that each method learns from
 DEMONSTRATIONS = 2000  # flawless ones, that self-play imitates
 FLIPPED = 0.3  # share of wrong labels in flipped.jsonl; the others are right
-LOSSES = ["dpo", "cdpo", "robust", "ipo", "hinge", "simpo"]  # of paired labels
+LOSSES = "dpo dpo-nll ln-dpo cdpo robust ipo hinge apo-zero simpo".split()  # of paired labels
 QUESTIONS = 2600  # held out
 BEST_OF = [1, 2, 4, 8, 16]
 COMPARED = """online dpo, iterative dpo, online-rm dpo, kto dpo, rloo ppo, grpo ppo, spin-1 careful,
@@ -91,8 +91,13 @@ def method_chains(home):
         "ppo": ppo,
         "online-rm": [*online, "--judge", runs / "reward"],  # one pass too: as many labels
         "rloo": [*ppo, "--advantage", "rloo"],
-        "grpo": [*ppo, "--advantage", "grpo"],
     }
+    dapo = ["--advantage", "dapo", "--clip-upper", 0.28, "--redraw", 4, "--overlong", 8]
+    gspo = ["--advantage", "grpo", "--clip", "gspo", "--clip-eps", 0.03, "--clip-upper", 0.04]
+    cispo = ["--advantage", "dapo", "--clip", "cispo", "--beta", 1]
+    compared = {"grpo": ["--advantage", "grpo"], "dr-grpo": ["--advantage", "dr-grpo"]}
+    compared |= {"dapo": dapo, "gspo": gspo, "cispo": cispo}
+    after_reward |= {name: [*ppo, *flags] for name, flags in compared.items()}
     unpaired_and_online = {
         "kto": [*once, "--data", home / "thumbs.jsonl", "--loss", "kto"],
         "online": [*online, "--labels", usable],

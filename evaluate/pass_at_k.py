@@ -8,7 +8,8 @@ In the table, for each run:
     pass@k     the probability that at least one of k replies to a question is right, mean over the
                questions, and (ci@k) the half-width of its 95 % interval over them
     entropy    nats per token, over the sampled replies
-    length     tokens of a reply;  ended: the share of replies that ended by themselves
+    length     tokens of a reply;  right_length, wrong_length: of the right ones, of the others
+    ended      the share of replies that ended by themselves
 Reinforcement learning raises pass@1. pass@k shows whether it taught something (it rises too) or
 only chose among what the model could say before (it stays, or falls: replies become alike).
 """
@@ -52,7 +53,7 @@ def pass_at_k(right, k):
 
 
 def row_of(config, records, rule, directory, device):
-    """A policy's row of the table, and which of its replies are right (N, n) bool."""
+    """A policy's row of the table."""
     model, encoding, chats = open_run(directory, device)
     writes = model.config.head == "lm" and chats
     run.require(writes, f"{directory} does not answer in chats: name a run of sft, dpo or ppo")
@@ -73,7 +74,10 @@ def row_of(config, records, rule, directory, device):
         values = pass_at_k(right, k).tolist()
         row |= {f"pass@{k}": mean(values), f"ci@{k}": interval(values)}
     row |= {"entropy": -float(logps.sum()) / sum(lengths), "length": mean(lengths)}
-    return row | {"ended": float(ended.float().mean())}, right
+    for name, wanted in (("right_length", True), ("wrong_length", False)):
+        pairs = zip(lengths, right.flatten().tolist(), strict=True)
+        row[name] = mean([length for length, is_right in pairs if is_right == wanted])
+    return row | {"ended": float(ended.float().mean())}
 
 
 def example_length(example):
@@ -97,7 +101,7 @@ def main(config):
     rule.check(records)
     board = {}
     for directory in config.runs:
-        board[str(directory)], _ = row_of(config, records, rule, directory, device)
+        board[str(directory)] = row_of(config, records, rule, directory, device)
     out = output(config.out)
     run.write_json(out / "pass-at-k.json", board)
     run.show(table(board))

@@ -2,9 +2,9 @@
 
 import contextlib
 import ctypes
+import dis
 import sys
 import time
-import traceback
 from pathlib import Path
 
 from . import lock
@@ -43,10 +43,17 @@ def commands(table, doc):
 
 
 def complain(error):
-    """Prints the sentence of an error that this project raised and exits with code 2. An error that
-    a library raised keeps its traceback."""
-    file = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    if ROOT not in file.parents or "site-packages" in file.parts:
+    """Prints the sentence of an error that a `raise` of this project raised and exits with code 2.
+    An error of a library keeps its traceback, and so does a bug of ours that Python itself finds,
+    such as too many values to unpack. What the system refuses, such as a file, is no bug."""
+    place = error.__traceback__
+    while place.tb_next:
+        place = place.tb_next
+    code = place.tb_frame.f_code
+    file = Path(code.co_filename).resolve()
+    ours = ROOT in file.parents and "site-packages" not in file.parts
+    meant = dis.opname[code.co_code[place.tb_lasti]] == "RAISE_VARARGS"
+    if not (ours and (meant or isinstance(error, OSError))):
         raise error
     # All ranks find the same bad input: the first one of each machine prints it, and torchrun then
     # ends the others. A rank that is still alive after ten seconds met another error.

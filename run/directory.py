@@ -44,7 +44,7 @@ def require_directory(directory, source, remedy):
 
 def check_inputs(config):
     """Raises ValueError if a checkpoint that a flag names does not exist."""
-    for name in ("init", "judge"):
+    for name in ("init", "judge", "teacher"):
         value = getattr(config, name, "")
         if value not in ("", "scratch", "world"):
             require_directory(value, flag_name(name), "run the stage before, or name a checkpoint")

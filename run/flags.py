@@ -16,7 +16,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Integer flags for which 0 makes no sense:
 AT_LEAST_ONE = "batch_size rounds minibatches ppo_epochs prompts group_size max_new_tokens".split()
 AT_LEAST_ONE += ["annotators", "completions", "steps"]
-SIGNED = ["no_end_score", "at_least"]  # scores, which may be negative
 # What the flags below require, in every script (see check_requires):
 REQUIRES = {
     "lora_alpha": {"lora_rank": True},
@@ -124,7 +123,7 @@ def check_numbers(config):
         if kind not in (int, float) or value is None:
             continue
         least = 1 if item.name in AT_LEAST_ONE else 0
-        if item.name in SIGNED:
+        if item.name.endswith("score") or (item.default is not None and item.default < 0):
             least = -math.inf
         limits = ["finite"] if kind is float else []
         if least >= 0:

@@ -160,7 +160,7 @@ class Job:
         facts = {"first": step + 1, "size": os.fstat(metrics).st_size, "cost": self.cost()}
         state.write_state(self.directory.partial / "state.pt", self.parts, facts, self.device)
 
-    def log(self, step, **values):
+    def log(self, step, records=(), losses=None, **values):
         """Writes numbers or 0-d tensors to metrics.jsonl, and to the terminal: behind the progress
         bar, or without a terminal as a line for every tenth of the run. Then it does `check`."""
         values = {name: float(value) for name, value in values.items()}
@@ -172,12 +172,13 @@ class Job:
                 self.bar.set_postfix_str(line, refresh=False)
             elif step % max(1, self.n // 10) == 0 or step == self.n - 1:
                 self.say(f"{self.stage} step {step + 1}/{self.n}  {line}")
-        self.check(step, **values)
+        self.check(step, records, losses, **values)
 
-    def check(self, step, **values):
-        """Ends a run that has diverged, by a ValueError."""
+    def check(self, step, records=(), losses=None, **values):
+        """Ends a run that has diverged, by a ValueError that names the batch's records (a `where`
+        for each), those without a finite loss if losses (B,) are given."""
         rates = {"lr": getattr(self.config, "lr", 0)}  # the peak, where a stage logs no rate
-        require_finite(f"{self.stage}: step {step + 1}", rates | values)
+        require_finite(f"{self.stage}: step {step + 1}", rates | values, records, losses)
 
     def say(self, text):
         """Prints a line above the progress bar."""

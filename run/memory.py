@@ -8,6 +8,9 @@ from pathlib import Path
 import torch
 
 MIB = 2**20
+# Linux's control groups, version 2 and 1: the file of the limit, the field of memory.stat
+CGROUPS = {Path("/sys/fs/cgroup"): ("memory.max", "anon")}
+CGROUPS |= {Path("/sys/fs/cgroup/memory"): ("memory.limit_in_bytes", "total_rss")}
 
 
 @torch.no_grad()
@@ -61,13 +64,27 @@ def free_memory():
     """Bytes of main memory that are free, where the system says it; else all of it, or 2^63."""
     try:  # Linux
         meminfo = Path("/proc/meminfo").read_text()
-        return int(re.search(r"MemAvailable:\s+(\d+) kB", meminfo)[1]) * 1024
+        free = int(re.search(r"MemAvailable:\s+(\d+) kB", meminfo)[1]) * 1024
+        return min(free, left_in_container())
     except (OSError, TypeError):
         pass
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # Windows
         return 2**63
+
+
+def left_in_container():
+    """Bytes that the limit of a container leaves, 2^63 without a limit. Cached files, which are
+    dropped when memory is needed, do not count as used."""
+    for folder, (limit, used) in CGROUPS.items():
+        try:
+            most = int((folder / limit).read_text())
+            stat = (folder / "memory.stat").read_text()
+            return max(0, most - int(re.search(rf"^{used} (\d+)$", stat, re.MULTILINE)[1]))
+        except (OSError, ValueError, TypeError):  # not there; "max": no limit
+            continue
+    return 2**63
 
 
 def peak_memory(device):

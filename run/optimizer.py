@@ -35,11 +35,24 @@ def step(optimizer, lr):
     return lr
 
 
-def require_finite(step, metrics):
+def require_finite(step, metrics, records=(), losses=None):
     """Raises ValueError if a loss or a gradient norm of this step (its name) is NaN or infinite:
-    then training has diverged. metrics: {name: a number or 0-d tensor}, with the rate as "lr"."""
+    then training has diverged. metrics: {name: a number or 0-d tensor}, with the rate as "lr".
+    records: the `where` of each record of the batch; losses (B,): theirs, if known."""
     broken = {name: x for name, x in metrics.items() if not math.isfinite(float(x))}
-    diverged = any(name.endswith(("loss", "grad_norm")) for name in broken)
+    failed = [name for name in broken if name.endswith(("loss", "grad_norm"))]
+    in_batch = records and not all(name.startswith("held_out") for name in failed)
+    named = suspects(records, losses) if failed and in_batch else ""
     values = ", ".join(f"{name} is {float(x)}" for name, x in broken.items())
     where = f"{step} has diverged at learning rate {float(metrics['lr']):.3g}: {values}"
-    require(not diverged, f"{where}; lower --lr, or look at the data if step 1 already fails")
+    require(not failed, f"{where}{named}; lower --lr, or look at the data if step 1 already fails")
+
+
+def suspects(records, losses):
+    """The records whose own loss is not finite, or without any such the batch's, for a message."""
+    finite = [True] * len(records) if losses is None else losses.isfinite().tolist()
+    broken = [record for record, good in zip(records, finite, strict=True) if not good]
+    names = list(dict.fromkeys(broken or records))  # several rows may be of one record
+    kind = "records without a finite loss" if broken else "records of the batch"
+    shown = names if len(names) <= 4 else [*names[:2], f"{names[2]} and {len(names) - 3} others"]
+    return f"; {kind}: {', '.join(shown)}"

@@ -169,6 +169,27 @@ TEXT = [
         run="sft --pretrain",
     ),
     Mutant(
+        "distils-the-demonstrations",
+        "sft.py",
+        "batch = reply_examples(prompts, replies)",
+        "replies = reply_examples(prompts, replies)",
+        symptom="the KL falls on the data, and the student's own replies leave what it has seen",
+        story="The sampled replies are never used: the teacher is asked about the demonstrations. "
+        "On-policy distillation corrects the student where it goes by itself.",
+        guard="test_distillation.py::test_the_student_learns_from_its_own_replies_of_today",
+    ),
+    Mutant(
+        "distils-by-the-forward-kl",
+        "data/logprobs.py",
+        "ref.head_weight, mask=mask)",
+        "ref.head_weight, mask=mask, reverse=False)",
+        symptom="a small student says things that its teacher would never say",
+        story="KL(teacher || pi) covers all that the teacher may say. A student that is too small "
+        "for it does better with one way of answering well, which KL(pi || teacher) finds.",
+        guard="test_distillation.py::test_the_loss_and_its_gradient_are_those_of_the_slow_loop_and_"
+        "the_teacher_gets_none",
+    ),
+    Mutant(
         "one-token-lost-per-block",
         "data/supervised.py",
         "slice(start, start + context + 1)",
@@ -394,8 +415,8 @@ DPO = [
     Mutant(
         "dpo-on-averages",
         "dpo.py",
-        'return config.loss in ("simpo", "orpo")',
-        'return config.loss in ("dpo", "simpo", "orpo")',
+        'config.loss in ("ln-dpo", "simpo", "orpo")',
+        'config.loss in ("dpo", "ln-dpo", "simpo", "orpo")',
         symptom="the loss hardly moves at the paper's beta, and replies change their length",
         story="DPO's reward is the log-ratio of a whole reply, a sum. An average divides beta by "
         "the length, another one for each reply.",
@@ -406,8 +427,8 @@ DPO = [
     Mutant(
         "simpo-on-sums",
         "dpo.py",
-        'return config.loss in ("simpo", "orpo")',
-        'return config.loss in ("orpo",)',
+        'config.loss in ("ln-dpo", "simpo", "orpo")',
+        'config.loss in ("ln-dpo", "orpo")',
         symptom="SimPO's loss starts far from the paper's and is 0 after a few steps",
         story="The loss compares averages. Sums are larger by the length, as if beta were, and "
         "the longer reply starts behind.",
@@ -425,6 +446,40 @@ DPO = [
         guard="test_losses.py::test_each_loss_of_a_batch_reads_what_its_equation_reads[ipo]",
         source="huggingface/trl#1265",
         run="dpo --loss ipo",
+    ),
+    Mutant(
+        "reference-not-averaged",
+        "dpo.py",
+        "logps, ref_logps = logps / batch.sizes, ref_logps / batch.sizes",
+        "logps = logps / batch.sizes",
+        symptom="length-normalised DPO starts far from ln 2 and likes short replies",
+        story="The policy's log-probs are averaged over the reply and the reference's are not. "
+        "The ratio then grows with the length of the reply, whatever the policy does.",
+        guard="test_losses.py::test_the_first_losses_are_what_the_docstring_says",
+        run="dpo --loss ln-dpo",
+    ),
+    Mutant(
+        "nll-of-the-whole-reply",
+        "dpo.py",
+        "chosen_nll = -chosen / batch.sizes[:, 0]",
+        "chosen_nll = -chosen",
+        symptom="DPO with the NLL is plain fine-tuning on the chosen replies",
+        story="The sum over a reply's tokens is larger than DPO's term by the length of the reply, "
+        "and long replies count most.",
+        guard="test_losses.py::test_each_loss_of_a_batch_reads_what_its_equation_reads[dpo-nll]",
+        run="dpo --loss dpo-nll",
+    ),
+    Mutant(
+        "apo-raises-the-rejected",
+        "dpo.py",
+        "+ torch.sigmoid(beta * rejected_ratio)",
+        "+ torch.sigmoid(-beta * rejected_ratio)",
+        symptom="the loss falls, both log-probs rise, accuracy stays at a half",
+        story="The rejected reply's term has the sign of the chosen one's. The first loss is 1 all "
+        "the same.",
+        guard="test_losses.py::test_apo_zero_raises_the_chosen_and_lowers_the_rejected_each_by_"
+        "itself",
+        run="dpo --loss apo-zero",
     ),
     Mutant(
         "padding-in-the-average",
@@ -1444,11 +1499,18 @@ WATCH = {
 }
 
 
+def last_edit():
+    """When a file of the healthy code was last changed, in seconds."""
+    files = [path for room in ROOMS if room != "tests" for path in (ROOT / room).rglob("*.py")]
+    return max(path.stat().st_mtime for path in [*ROOT.glob("*.py"), *files])
+
+
 def train(tree, home, stage, out, flags=()):
     """Runs a stage of the code in `tree`, from the healthy models in `home`. A run that is there
-    already is kept."""
-    if out.exists():
+    already is kept, unless the code has been edited since."""
+    if out.exists() and (out / "run.json").stat().st_mtime > last_edit():
         return
+    shutil.rmtree(out, ignore_errors=True)
     words = [*SHORT[stage].split(), "--seed", "0", "--device", "cpu", "--out", out, *flags]
     if stage in INIT:
         words += ["--init", home / INIT[stage]]

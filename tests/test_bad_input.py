@@ -474,8 +474,9 @@ BAD_FLAGS = [  # scripts, flag, values, what the sentence says
     (["reward"], "completions", ["0"], "at least 1"),
     (["reward"], "centring", ["-1"], "at least 0"),
     (["dpo"], "beta", ["-0.1", "inf", "nan"], ""),
-    (["dpo"], "loss", ["ppo"], "dpo, cdpo, robust, ipo, hinge, simpo, orpo, kto"),
+    (["dpo"], "loss", ["ppo"], "dpo, dpo-nll, ln-dpo, cdpo, robust"),
     (["dpo"], "label-smoothing", ["-0.1", "nan"], ""),
+    (["dpo"], "alpha", ["-0.1", "nan"], "at least 0"),
     (STAGES, "steps", ["0"], "at least 1"),
     (STAGES, "lora-alpha", ["0"], "more than 0"),
     (["dpo"], "beta", ["0"], "more than 0"),
@@ -525,6 +526,7 @@ REMEDY = "leave one of them out"
 UNREAD = [  # script, flags, what the sentence says
     ("dpo", "--gamma=2", "--gamma is read with --loss simpo only, not with dpo: leave it out"),
     ("dpo", "--lam=.1", "--loss orpo only"),
+    ("dpo", "--alpha=.5", "--alpha is read with --loss dpo-nll only, not with dpo: leave it out"),
     ("dpo", "--summed", "--loss ipo only"),
     ("dpo", "--label-smoothing=.1", "--loss cdpo or robust or orpo only"),
     ("dpo", "--desirable-weight=2", "--loss kto only"),

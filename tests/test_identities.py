@@ -44,7 +44,7 @@ from data.collate import (
 from data.forks import fork
 from data.records import Preference, Unpaired
 from data.scores import all_pair_scores, pair_scores, score
-from data.supervised import load_examples
+from data.supervised import load_data
 from evaluate import measures
 
 ARCHS = ["gpt2", "llama"]
@@ -194,10 +194,10 @@ def test_sft_examples_are_the_rendered_chats_and_pretraining_weighs_every_token(
     path = jsonl([{"messages": messages} for messages in chats])
     config = SimpleNamespace(data=[path], pretrain=False, steps=1, batch_size=1, seed=0)
     config.prompt_weight, config.last_only = 0.1, False
-    examples, *_ = load_examples(config, world_encoding, 128)
+    examples, *_ = load_data(config, world_encoding, 128)
     assert examples == [chat.render(messages, world_encoding) for messages in chats]
     config.pretrain, config.data = True, []
-    examples, *_ = load_examples(config, world_encoding, 128)
+    examples, *_ = load_data(config, world_encoding, 128)
     end = world_encoding._special_tokens["<|endoftext|>"]
     assert len(examples) > 100
     for ids, weights in examples:
@@ -308,10 +308,10 @@ def test_the_sft_loss_is_the_slow_loop_and_1_x_8_is_8_x_1(world_model, world_enc
 def test_a_cut_example_s_last_token_is_still_a_target(jsonl, world_encoding):
     """context + 1 tokens: the model reads the first `context` of them."""
     config = sft.Config(data=[jsonl([{"messages": TALK}])])
-    examples, _, cut, empty = load_examples(config, world_encoding, 30)
+    data = load_data(config, world_encoding, 30)
     ids, mask = chat.render(TALK, world_encoding)
-    assert examples == [(ids[:31], mask[:31])] and (cut, empty) == (1, 0)
-    assert load_examples(config, world_encoding, len(ids) - 1)[2] == 0
+    assert data.examples == [(ids[:31], mask[:31])] and (data.cut, data.dropped) == (1, 0)
+    assert load_data(config, world_encoding, len(ids) - 1).cut == 0
 
 
 def test_a_long_document_becomes_pieces_of_the_context_whose_targets_are_all_its_tokens(
@@ -321,8 +321,10 @@ def test_a_long_document_becomes_pieces_of_the_context_whose_targets_are_all_its
     context = 16
     texts = ["fox red ran " * 40, "the cat", "sun " * (context - 1)]
     config = sft.Config(data=[jsonl([{"text": text} for text in texts])], pretrain=True)
-    examples, _, cut, dropped = load_examples(config, world_encoding, context)
-    assert (cut, dropped) == (0, 0) and all(len(ids) <= context + 1 for ids, _ in examples)
+    data = load_data(config, world_encoding, context)
+    examples = data.examples
+    assert (data.cut, data.dropped) == (0, 0)
+    assert all(len(ids) <= context + 1 for ids, _ in examples)
     end = world_encoding._special_tokens["<|endoftext|>"]
     documents = [[*world_encoding.encode_ordinary(text), end] for text in texts]
     targets = [id for ids, weights in examples for id in ids[1:]]
@@ -337,12 +339,12 @@ def test_a_long_question_s_pieces_keep_its_weight(jsonl, world_encoding):
     text = "fox red ran " * 20 + "the cat sat"
     record = {"text": text, "prompt_length": len("fox red ran " * 20)}
     config = sft.Config(data=[jsonl([record])], pretrain=True, prompt_weight=0.5)
-    examples, *_ = load_examples(config, world_encoding, 8)
+    examples, *_ = load_data(config, world_encoding, 8)
     rest = len(world_encoding.encode_ordinary("the cat sat")) + 1
     weights = [weight for _, weights in examples for weight in weights[1:]]
     assert weights == [0.5] * (len(weights) - rest) + [1.0] * rest
     config.prompt_weight = 0.0  # pieces without a supervised token are no examples
-    fewer, _, _, dropped = load_examples(config, world_encoding, 8)
+    fewer, *_, dropped = load_data(config, world_encoding, 8)
     assert sum(sum(weights[1:]) for _, weights in fewer) == rest and len(fewer) < len(examples)
     assert dropped == 0
 
@@ -549,6 +551,9 @@ def test_every_preference_loss_is_lowered_by_its_own_run(
     path = jsonl(rows_of(preferences))
     flags = dict(init=checkpoint(), data=[path], steps=8, batch_size=24, lr=1e-3, loss=loss)
     _, metrics = run_stage(dpo, **flags)
+    first = dict.fromkeys(["dpo", "ln-dpo", "cdpo", "robust"], math.log(2))
+    first |= {"hinge": 1, "apo-zero": 1}
+    assert metrics[0]["loss"] == pytest.approx(first.get(loss, metrics[0]["loss"]), abs=1e-5)
     assert metrics[-1]["loss"] < metrics[0]["loss"]
     assert metrics[-1]["margin"] > metrics[0]["margin"]
     assert math.isfinite(metrics[-1]["held_out_loss"])

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from test_resume import CASES, assert_same_run, contents, models, names, stage  
 
 import run
 from data import checkpoints, scores
+from data.comparisons import Comparisons
+from model import GPT
 from run import files, lock, renames
 
 EXIT = dict(capture_output=True, text=True, timeout=300)
@@ -430,6 +433,8 @@ def test_training_that_diverges_is_no_success(case, place, flags, monkeypatch, c
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(f"error: {words[0]}: step "), last
     assert "has diverged at learning rate" in last and "lower --lr" in last
+    named = r"; records (of the batch|without a finite loss): (world|annotated) [^;]+; lower"
+    assert case == "ppo" or re.search(named, last), last
     assert contents(place / "a") == before
     assert (place / "a.partial" / "metrics.jsonl").exists()
 
@@ -442,6 +447,81 @@ def test_a_metric_that_is_no_loss_may_have_no_value(place):
             for value in (math.nan, -math.inf):
                 with pytest.raises(ValueError, match=f"^tiny: step 1 has diverged .*{name} is"):
                     job.log(step, **{name: torch.tensor(value)})
+
+
+def test_a_diverged_step_names_the_records_without_a_finite_loss_else_some_of_the_batch(place):
+    job, five = run.start(Config(), "tiny"), [f"a.jsonl:{i}" for i in (4, 1, 9, 9, 2, 7)]
+    for step in job.steps(1):
+        losses = torch.ones(6)
+        job.log(step, records=five, losses=losses, loss=1.0)
+        assert set(run.read_metrics("a.partial/metrics.jsonl")[-1]) == {"step", "loss"}
+
+        def sentence(step=step, job=job, losses=losses, records=five, **values):
+            with pytest.raises(ValueError) as error:
+                job.log(step, records=records, losses=losses, **values)
+            return str(error.value)
+
+        three = "; records of the batch: a.jsonl:4, a.jsonl:1, a.jsonl:9 and 2 others; lower"
+        assert three in sentence(grad_norm=math.inf)
+        assert three in sentence(grad_norm=math.inf, losses=None)
+        assert "; records of the batch: a.jsonl:4, a.jsonl:1; lower" in sentence(
+            loss=math.nan, losses=None, records=five[:2]
+        )
+        losses[[3, 4]] = torch.tensor([math.nan, -math.inf])
+        broken = "loss is nan; records without a finite loss: a.jsonl:9, a.jsonl:2; lower --lr"
+        assert broken in sentence(loss=math.nan)
+        held_out = sentence(held_out_loss=math.nan)  # of other records than the batch's
+        assert "held_out_loss is nan; lower --lr" in held_out
+
+
+def overflowing(mark):
+    """GPT.forward, infinite for the rows that hold the token `mark`."""
+    forward = GPT.forward
+
+    def overflow(model, ids, *rest):
+        rows = (ids == mark).any(1)  # (B,)
+        return forward(model, ids, *rest).masked_fill(rows[:, None, None], math.inf)
+
+    return overflow
+
+
+ASK = [{"role": "user", "content": "say it"}]
+STAGES = {  # name: (flags, an answer as a record)
+    "sft": ("sft --micro-batch-size 4", lambda text: {"prompt": "say it", "completion": text}),
+    "pretrain": ("sft --pretrain", lambda text: {"text": "so " * 90 + text}),
+    "reward": ("reward", lambda text: {"prompt": ASK, "chosen": text, "rejected": "no"}),
+    "process": (
+        "reward --process",
+        lambda text: {"prompt": "say it", "completions": ["1", text], "labels": [True, False]},
+    ),
+    "dpo": ("dpo", lambda text: {"prompt": ASK, "chosen": "yes", "rejected": text}),
+}
+
+
+@pytest.mark.parametrize("case", STAGES)
+def test_a_record_whose_loss_overflows_is_named(case, place, flags, monkeypatch, world_encoding):
+    words, record = STAGES[case]
+    rows = [record("Z" if i == 7 else f"ok {i}") for i in range(1, 10)]  # none is held out
+    run.write_lines(place / "data.jsonl", rows)
+    (mark,) = world_encoding.encode_ordinary("Z")
+    monkeypatch.setattr(GPT, "forward", overflowing(mark))
+    given = "--init MODELS/sft --data data.jsonl --steps 1 --batch-size 99"
+    with pytest.raises(ValueError, match="; records without a finite loss: data.jsonl:7; lower"):
+        stage(*flags(f"{words} {given}"))
+
+
+def test_comparisons_saved_before_they_named_their_records_load(place):
+    pairs = [[[[1, 2], [False, True]], [[1, 3], [False, True]]] for _ in range(3)]
+    tensors = torch.ones(3), torch.ones(3, 2), torch.ones(3, 2)
+    data = Comparisons(pairs, *tensors, held_out=1, records=["a", "b", "c"])
+    assert data.select([2, 0]).records == ["c", "a"]
+    again = Comparisons([], *tensors, held_out=0, records=["z"])
+    run.put_back(again, run.state_of(data))
+    assert again.records == data.records and again.pairs == data.pairs
+    older = run.state_of(data)
+    del older["records"]
+    run.put_back(again, older)
+    assert again.select([2]).records == [] and again.select([2]).pairs == [pairs[2]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -12,6 +12,7 @@ from data.comparisons import Comparisons
 from dpo import (
     LOSSES,
     Config,
+    apo_zero_loss,
     batch_losses,
     batch_metrics,
     check,
@@ -194,6 +195,9 @@ def test_every_relative_by_hand():
     torch.testing.assert_close(robust_dpo_loss(*four, 0.1, 0.1), robust, rtol=0, atol=1e-8)
     torch.testing.assert_close(ipo_loss(*four, 0.1), numbers((15 - 5) ** 2, (-15 - 5) ** 2))
     torch.testing.assert_close(hinge_loss(*four, 0.1), numbers(0.0, 2.5))
+    # h_w = 10, h_l = -5, beta .1: (1 - sigmoid(1)) + sigmoid(-.5); then h_w = -5, h_l = 10
+    apo = numbers(0.268941421 + 0.377540669, 0.622459331 + 0.731058579)
+    torch.testing.assert_close(apo_zero_loss(*four, 0.1), apo, rtol=0, atol=1e-8)
     # beta (a_w - a_l) - gamma = 2 * (-.5 + 1.5) - .5 = 1.5
     simpo = simpo_loss(numbers(-0.5), numbers(-1.5), 2.0, 0.5)
     torch.testing.assert_close(simpo, numbers(plus), rtol=0, atol=1e-8)
@@ -212,6 +216,7 @@ def test_relatives_are_slow_loops_at_random_points(randn):
     four, desirable = [5 * randn(16) for _ in range(4)], randn(16) > 0
     robust = robust_dpo_loss(*four, 0.3, 0.2)
     ipo, hinge = ipo_loss(*four, 0.3), hinge_loss(*four, 0.3)
+    apo = apo_zero_loss(*four, 0.3)
     kto = kto_loss(four[0], desirable, 0.7, 0.3, 1.1, 0.9)
     for i, (w, lost, ref_w, ref_lost) in enumerate(zip(*(x.tolist() for x in four), strict=True)):
         x = (w - ref_w) - (lost - ref_lost)
@@ -219,6 +224,8 @@ def test_relatives_are_slow_loops_at_random_points(randn):
         assert float(robust[i]) == pytest.approx(expected, rel=1e-9)
         assert float(ipo[i]) == pytest.approx((x - 1 / 0.6) ** 2)
         assert float(hinge[i]) == pytest.approx(max(0.0, 1 - 0.3 * x))
+        expected = sigmoid(-0.3 * (w - ref_w)) + sigmoid(0.3 * (lost - ref_lost))
+        assert float(apo[i]) == pytest.approx(expected)
         good, bad = 1.1 * sigmoid(-0.3 * (w - 0.7)), 0.9 * sigmoid(-0.3 * (0.7 - w))
         assert float(kto[i]) == pytest.approx(good if desirable[i] else bad)
 
@@ -265,6 +272,7 @@ def test_relatives_pass_gradcheck(randn):
     assert torch.autograd.gradcheck(lambda *x: robust_dpo_loss(*x, 0.7, 0.15), four)
     assert torch.autograd.gradcheck(lambda *x: ipo_loss(*x, 0.7), four)
     assert torch.autograd.gradcheck(lambda *x: hinge_loss(*x, 0.1), four)
+    assert torch.autograd.gradcheck(lambda *x: apo_zero_loss(*x, 0.7), four)
     assert torch.autograd.gradcheck(lambda *x: simpo_loss(*x, 2.0, 0.5), averages)
     assert torch.autograd.gradcheck(lambda w, lost: orpo_loss(w, lost, -w, 0.3), averages)
     assert torch.autograd.gradcheck(lambda w, lost: orpo_loss(w, lost, -w, 0.3, 0.25), averages)
@@ -278,11 +286,17 @@ LABELS = [1.0, 0.7, 1.0, 0.9]  # P(chosen is the better one)
 
 
 def by_hand(name, logps, ref_logps, sizes, label):
-    """A loss of one pair in plain Python; beta .3, smoothing .25, lam .03, weights 1.5 and .5."""
+    """A loss of one pair in plain Python; beta .3, alpha .7, smoothing .25, lam .03, weights 1.5
+    and .5."""
     (w, y), (ref_w, ref_y), (n_w, n_y) = logps, ref_logps, sizes
     x = 0.3 * ((w - ref_w) - (y - ref_y))
     match name:
         case "dpo":
+            return label * softplus(-x) + (1 - label) * softplus(x)
+        case "dpo-nll":
+            return label * softplus(-x) + (1 - label) * softplus(x) - 0.7 * w / n_w
+        case "ln-dpo":
+            x = 0.3 * ((w - ref_w) / n_w - (y - ref_y) / n_y)
             return label * softplus(-x) + (1 - label) * softplus(x)
         case "cdpo":
             e = 0.25 if label == 1 else 1 - label
@@ -295,6 +309,8 @@ def by_hand(name, logps, ref_logps, sizes, label):
             return ((w - ref_w) - (y - ref_y) - 1 / 0.6) ** 2
         case "hinge":
             return max(0.0, 1 - x)
+        case "apo-zero":
+            return 1 - sigmoid(0.3 * (w - ref_w)) + sigmoid(0.3 * (y - ref_y))
         case "simpo":
             return softplus(-(0.3 * (w / n_w - y / n_y) - 0.5))
         case "orpo":
@@ -313,10 +329,67 @@ def test_each_loss_of_a_batch_reads_what_its_equation_reads(name):
     labels = [float(label == 1) for label in LABELS] if name == "kto" else LABELS  # a thumb up
     tensors = [torch.tensor(x, dtype=F64) for x in (labels, SIZES, REF_LOGPS, LOGPS)]
     flags = dict(loss=name.split()[0], beta=0.3, summed="summed" in name, label_smoothing=0.25)
-    config = Config(**flags, desirable_weight=1.5, undesirable_weight=0.5)
+    config = Config(**flags, alpha=0.7, desirable_weight=1.5, undesirable_weight=0.5)
     losses = batch_losses(config, tensors[3], Comparisons([], *tensors[:3], 0))
     expected = [by_hand(name, *row) for row in zip(LOGPS, REF_LOGPS, SIZES, labels)]
     torch.testing.assert_close(losses, numbers(*expected))
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "kto"])
+def test_each_loss_of_a_batch_passes_gradcheck_and_is_finite_far_from_the_reference(name):
+    sizes, ref_logps = (torch.tensor(x, dtype=F64) for x in (SIZES, REF_LOGPS))
+    batch = Comparisons([], torch.tensor(LABELS, dtype=F64), sizes, ref_logps, 0)
+    config = Config(loss=name, beta=0.3, label_smoothing=0.25)
+
+    def losses(logps):
+        return batch_losses(config, logps, batch)
+
+    logps = torch.tensor(LOGPS, dtype=F64, requires_grad=True)
+    assert torch.autograd.gradcheck(losses, logps)
+    for sides in ([-1e4, -1.0], [-1.0, -1e4], [-1e4, -1e4]):
+        far = torch.tensor([sides] * len(LOGPS), dtype=F64, requires_grad=True)
+        (gradient,) = torch.autograd.grad(losses(far).sum(), far)
+        assert torch.isfinite(losses(far)).all() and torch.isfinite(gradient).all()
+
+
+def test_the_first_losses_are_what_the_docstring_says():
+    """Where policy and reference agree; dpo-nll's NLL is the chosen reply's, per token."""
+    same, sizes = (torch.tensor(x, dtype=F64) for x in (LOGPS, SIZES))
+    batch = Comparisons([], torch.ones(4, dtype=F64), sizes, same, 0)
+    ln_2, ones = torch.full((4,), math.log(2), dtype=F64), torch.ones(4, dtype=F64)
+    nll = numbers(3 / 3, 8 / 2, 6 / 5, 2 / 4)
+    expected = dict.fromkeys(["dpo", "ln-dpo", "cdpo", "robust"], ln_2)
+    expected |= {"dpo-nll": ln_2 + nll, "hinge": ones, "apo-zero": ones}
+    for name, losses in expected.items():
+        config = Config(loss=name, beta=0.3, label_smoothing=0.25)
+        torch.testing.assert_close(batch_losses(config, same, batch), losses)
+
+
+def test_apo_zero_raises_the_chosen_and_lowers_the_rejected_each_by_itself():
+    """The gradient of either side does not see the other; beta / 4 where h is 0."""
+    w, lost = numbers(0.0, 0.0).requires_grad_(), numbers(0.0, 40.0).requires_grad_()
+    apo_zero_loss(w, lost, numbers(0.0, 0.0), numbers(0.0, 0.0), 0.2).sum().backward()
+    assert w.grad.tolist() == [-0.2 / 4] * 2
+    assert float(lost.grad[0]) == 0.2 / 4 and 0 < float(lost.grad[1]) < 1e-3
+
+
+def test_the_nll_raises_the_chosen_reply_where_dpo_lowers_both():
+    """The replies are tokens a b and b b: to make b less likely is DPO's shortest way to a gap."""
+    labels, sizes = torch.ones(1, dtype=F64), torch.tensor([[2, 2]])
+    ref_logps = torch.full((1, 2), 2 * math.log(0.25), dtype=F64)  # four tokens, equally likely
+    batch = Comparisons([], labels, sizes, ref_logps, 0)
+    moved = {}
+    for name in ("dpo", "dpo-nll"):
+        logits = torch.zeros(4, dtype=F64)  # of a, b and two others
+        for _ in range(50):
+            logits.requires_grad_()
+            a, b = logits.log_softmax(0)[:2]
+            logps = torch.stack([a + b, 2 * b])[None]  # (1, 2)
+            losses = batch_losses(Config(loss=name, beta=0.3), logps, batch)
+            (gradient,) = torch.autograd.grad(losses.sum(), logits)
+            logits = (logits - gradient).detach()
+        moved[name] = float((logps - ref_logps).detach()[0, 0])
+    assert moved["dpo"] < 0 < moved["dpo-nll"]
 
 
 def test_a_flag_that_is_given_is_what_happens_0_included():
@@ -350,6 +423,8 @@ def test_relatives_stay_finite_at_log_ratios_of_ten_thousand_and_log_probs_of_ze
         lambda w: robust_dpo_loss(w, zero, zero, zero, 1.0, 0.2),
         lambda w: ipo_loss(w, zero, zero, zero, 0.1),
         lambda w: hinge_loss(w, zero, zero, zero, 1.0),
+        lambda w: apo_zero_loss(w, zero, zero, zero, 1.0),
+        lambda w: apo_zero_loss(zero, w, zero, zero, 1.0),
         lambda w: simpo_loss(w, zero, 2.0, 0.5),
         lambda w: orpo_loss(-w.abs(), zero, w.abs(), 0.5),
         lambda w: orpo_loss(zero, -w.abs(), zero, 0.5, 0.2),

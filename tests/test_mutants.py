@@ -4,6 +4,7 @@ that exist, and a bug is caught. `python -m tests.mutants` catches all of them."
 import ast
 import functools
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -98,6 +99,27 @@ def test_a_bug_is_shown_with_its_patch_and_its_story(capsys):
         assert text in printed
     assert "-            reading = dict(batch=old.batch, temperature=config.temperature)" in printed
     assert "+            reading = dict(batch=old.batch, temperature=1.0)" in printed
+
+
+def test_a_healthy_run_of_older_code_is_trained_again(tmp_path, monkeypatch):
+    trained = []
+
+    def train(words, cwd):
+        trained.append(words)
+        assert not (tmp_path / "sft").exists()
+        (tmp_path / "sft").mkdir()
+        (tmp_path / "sft" / "run.json").write_text("{}")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(mutants.subprocess, "run", train)
+    arguments = (mutants.ROOT, tmp_path, "sft", tmp_path / "sft")
+    for _ in range(2):  # the second time it is there
+        mutants.train(*arguments)
+    assert len(trained) == 1
+    edited = (tmp_path / "sft" / "run.json").stat().st_mtime + 1
+    monkeypatch.setattr(mutants, "last_edit", lambda: edited)
+    mutants.train(*arguments)
+    assert len(trained) == 2
 
 
 def test_an_unknown_name_is_refused_in_one_sentence(monkeypatch, capsys):

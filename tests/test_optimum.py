@@ -1,117 +1,73 @@
-"""Claims about what each objective converges to, in a world small enough to enumerate: expectations
-are sums, optima are formulas.
-
-Two prompts; a reply is up to three tokens of {a, b}, the last of which is the end token where it is
-shorter: 15 replies. A policy is a table of next-token logits per prompt and prefix, so that every
-distribution over replies can be reached. The losses are the real ones of the stage scripts,
-minimised over all replies (or pairs of them) at once, in fp64.
+"""Claims about what each preference loss converges to, in the world of enumerable.py. The losses
+are the real ones of dpo.py, minimised over all pairs of replies at once.
 
     python -m tests.test_optimum PICTURE.png       draws the closed forms and what the losses reach
 """
 
-import itertools
 import math
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-import kernels
-from dpo import dpo_loss, hinge_loss, ipo_loss, robust_dpo_loss
-from ppo import gae, policy_loss, rloo_advantages, token_advantages
-
-F64 = torch.float64
-PROMPTS, LENGTH, END = 2, 3, 2  # tokens 0 and 1 are words, 2 ends a reply
-REPLIES = [words + (END,) for n in range(LENGTH) for words in itertools.product((0, 1), repeat=n)]
-REPLIES += list(itertools.product((0, 1), repeat=LENGTH))  # cut off at three words
-PREFIXES = [words for n in range(LENGTH) for words in itertools.product((0, 1), repeat=n)]
-STATE = torch.zeros(len(REPLIES), LENGTH, dtype=torch.long)  # (R, T) the prefix before each token
-TOKEN = torch.zeros(len(REPLIES), LENGTH, dtype=torch.long)  # (R, T)
-MASK = torch.zeros(len(REPLIES), LENGTH, dtype=torch.bool)  # (R, T)
-for row, reply in enumerate(REPLIES):
-    for t, token in enumerate(reply):
-        STATE[row, t], TOKEN[row, t], MASK[row, t] = PREFIXES.index(reply[:t]), token, True
-
-
-def token_logprobs(table):
-    """table (P, prefixes, 3) logits -> log-prob of each token of each reply (P, R, T), zero outside
-    the mask."""
-    return table.log_softmax(-1)[:, STATE, TOKEN].masked_fill(~MASK, 0.0)
-
-
-def logps(table):
-    """-> log pi(reply | prompt) (P, R)."""
-    return token_logprobs(table).sum(-1)
-
-
-EXACT = dict(tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe")
-
-
-def minimise(objective, table, steps=300):
-    """L-BFGS over a table of logits, to convergence -> the policy's probabilities (P, R)."""
-    table = table.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([table], max_iter=steps, **EXACT)
-
-    def closure():
-        optimizer.zero_grad()
-        value = objective(table)
-        value.backward()
-        return value
-
-    optimizer.step(closure)
-    return logps(table).detach().exp()
-
-
-def climb(surrogate, table, steps=2000, lr=0.05):
-    """Gradient steps on a surrogate whose detached weights change at every step."""
-    table = table.clone().requires_grad_()
-    optimizer = torch.optim.Adam([table], lr=lr)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
-        optimizer.zero_grad()
-        surrogate(table).backward()
-        optimizer.step()
-    return logps(table).detach().exp()
-
-
-def tilted(ref, exponent):
-    """ref exp(exponent) / Z, (P, R)."""
-    return (ref.log() + exponent).softmax(-1)
-
-
-def total_variation(p, q):
-    return float(0.5 * (p - q).abs().sum(-1).max())
-
-
-def world():
-    """A reference policy's table and probabilities, and rewards (P, R)."""
-    generator = torch.Generator().manual_seed(3)
-    table = torch.randn(PROMPTS, len(PREFIXES), 3, generator=generator, dtype=F64)
-    rewards = torch.randn(PROMPTS, len(REPLIES), generator=generator, dtype=F64)
-    return table, logps(table).exp(), rewards
-
+from data.comparisons import Comparisons
+from dpo import Config, batch_losses, dpo_loss, hinge_loss, robust_dpo_loss
+from tests import test_optimum_rl as rl
+from tests.enumerable import (
+    BETA,
+    EXACT,
+    F64,
+    PROMPTS,
+    REPLIES,
+    SIZES,
+    all_on_the_best,
+    climb,
+    logps,
+    minimise,
+    root,
+    tilted,
+    total_variation,
+    world,
+)
 
 laboratory = pytest.fixture(world, scope="module")
 
-BETA = 0.5
 FIRST, SECOND = torch.triu_indices(len(REPLIES), len(REPLIES), offset=1)  # every pair once
 
 
-def population(loss, table, ref_table, preference, *arguments):
-    """Mean of a pairwise loss over pairs drawn from the reference; preference (P, pairs): how often
-    the first is chosen."""
-    now, ref = logps(table), logps(ref_table)
-    weight = ref.exp()[:, FIRST] * ref.exp()[:, SECOND]  # (P, pairs)
-    first, second = now[:, FIRST], now[:, SECOND]
-    ref_first, ref_second = ref[:, FIRST], ref[:, SECOND]
-    won = loss(first, second, ref_first, ref_second, *arguments)
-    lost = loss(second, first, ref_second, ref_first, *arguments)
-    return (weight * (preference * won + (1 - preference) * lost)).sum()
+def sides(values):
+    """values (P, R) -> those of the replies of every pair, in both orders (2, P, pairs, 2)."""
+    first, second = values[:, FIRST], values[:, SECOND]
+    return torch.stack([torch.stack([first, second], -1), torch.stack([second, first], -1)])
 
 
-def bradley_terry(rewards):
-    return torch.sigmoid(rewards[:, FIRST] - rewards[:, SECOND])  # (P, pairs)
+def population(table, ref_table, rewards, **flags):
+    """Mean of a --loss of dpo.py over pairs drawn from the reference, of which the first is chosen
+    with probability sigmoid(r_first - r_second): Bradley-Terry."""
+    ref = logps(ref_table)
+    difference = rewards[:, FIRST] - rewards[:, SECOND]  # (P, pairs)
+    chosen = torch.stack([difference, -difference]).sigmoid()  # (2, P, pairs)
+    weight = chosen * sides(ref).sum(-1).exp()  # (2, P, pairs)
+    sizes = sides(SIZES.expand(PROMPTS, -1)).reshape(-1, 2)
+    labels = torch.ones(len(sizes), dtype=F64)
+    batch = Comparisons([], labels, sizes, sides(ref).reshape(-1, 2), 0)
+    losses = batch_losses(Config(beta=BETA, **flags), sides(logps(table)).reshape(-1, 2), batch)
+    return (weight.flatten() * losses).sum()
+
+
+def end_of(table, rewards, **flags):
+    """The policy (P, R) at which a --loss comes to rest."""
+    return minimise(lambda t: population(t, table, rewards, **flags), table)
+
+
+def win_rates(ref, rewards):
+    """How often a reply is chosen over one of the reference (P, R)."""
+    chosen = torch.sigmoid(rewards[:, :, None] - rewards[:, None, :])  # (P, R, R)
+    return (chosen * ref[:, None, :]).sum(-1)
+
+
+def ipo_optimum(ref, rewards):
+    return tilted(ref, win_rates(ref, rewards) / BETA)
 
 
 def test_the_world_is_enumerated(laboratory):
@@ -120,32 +76,89 @@ def test_the_world_is_enumerated(laboratory):
     torch.testing.assert_close(ref.sum(-1), torch.ones(PROMPTS, dtype=F64))
 
 
-def dpo_policy(table, rewards):
-    return minimise(lambda t: population(dpo_loss, t, table, bradley_terry(rewards), BETA), table)
-
-
-def ipo_policy(table, rewards):
-    return minimise(lambda t: population(ipo_loss, t, table, bradley_terry(rewards), BETA), table)
-
-
-def ipo_optimum(ref, rewards):
-    beaten = torch.sigmoid(rewards[:, :, None] - rewards[:, None, :])  # (P, R, R)
-    win_rate = (beaten * ref[:, None, :]).sum(-1)  # (P, R) against a reply of the reference
-    return tilted(ref, win_rate / BETA)
-
-
 def test_dpo_on_a_population_reaches_the_kl_regularised_optimum(laboratory):
     table, ref, rewards = laboratory
-    got = dpo_policy(table, rewards)
+    got = end_of(table, rewards, loss="dpo")
     assert total_variation(got, tilted(ref, rewards / BETA)) < 1e-4
     assert total_variation(got, ref) > 0.3  # and that is far from where it began
 
 
 def test_ipo_reaches_its_own_optimum_and_not_dpo_s(laboratory):
     table, ref, rewards = laboratory
-    got = ipo_policy(table, rewards)
+    got = end_of(table, rewards, loss="ipo", summed=True)
     assert total_variation(got, ipo_optimum(ref, rewards)) < 1e-4
     assert total_variation(got, tilted(ref, rewards / BETA)) > 0.1
+
+
+def ln_dpo_optimum(ref, rewards):
+    """pi_ref exp(n (r - c) / beta), n the reply's tokens: beta h / n = r - c. DPO's c only
+    divides by Z; here a reply above c gains by its length, and one below c loses by it."""
+
+    def policy(c):
+        return ref * (SIZES * (rewards - c[:, None]) / BETA).exp()
+
+    limit = rewards.abs().max(-1).values  # (P,)
+    return policy(root(lambda c: policy(c).sum(-1) - 1, -limit, limit))
+
+
+def test_length_normalised_dpo_tilts_a_reply_by_its_reward_times_its_length(laboratory):
+    table, ref, rewards = laboratory
+    got = end_of(table, rewards, loss="ln-dpo")
+    assert total_variation(got, ln_dpo_optimum(ref, rewards)) < 1e-4
+    assert total_variation(got, tilted(ref, rewards / BETA)) > 0.25
+
+
+def chosen_share(ref, rewards):
+    """P(a reply is the chosen one of a pair of two different replies) (P, R)."""
+    wins = ref * (win_rates(ref, rewards) - ref / 2)  # without the pairs of a reply and itself
+    return wins / wins.sum(-1, keepdim=True)
+
+
+def test_with_the_nll_the_chosen_replies_of_dpo_fall_less_or_rise(laboratory):
+    """There is no closed form between DPO (alpha 0) and the NLL alone (next test)."""
+    table, ref, rewards = laboratory
+    moved = []  # (P,) mean log pi - log pi_ref of chosen replies
+    for alpha in (0.0, 0.1, 1.0):
+        got = end_of(table, rewards, loss="dpo-nll", alpha=alpha)
+        moved.append((chosen_share(ref, rewards) * (got / ref).log()).sum(-1))
+    assert (moved[0] < -0.2).all() and (moved[0] < moved[1]).all() and (moved[1] < moved[2]).all()
+
+
+def test_the_nll_per_token_alone_ends_at_the_share_of_wins_over_the_length(laboratory):
+    """So it has a taste for short replies, which DPO has not."""
+    table, ref, rewards = laboratory
+    got = end_of(table, rewards, loss="dpo-nll", alpha=1000.0)
+    short = chosen_share(ref, rewards) / SIZES
+    assert total_variation(got, short / short.sum(-1, keepdim=True)) < 1e-3
+
+
+def apo_zero_optimum(ref, rewards):
+    """No probability for replies that lose more often than they win. The others solve
+    u beta sigmoid'(beta h) = lambda e^h, u wins minus losses; for beta < 1 there is one such h."""
+    u = 2 * win_rates(ref, rewards) - 1  # (P, R)
+
+    def policy(multiplier):
+        def slope(h):
+            sigmoid = torch.sigmoid(BETA * h)
+            return u * BETA * sigmoid * (1 - sigmoid) * (-h).exp() - multiplier[:, None]
+
+        h = root(slope, torch.full_like(u, -50.0), torch.full_like(u, 50.0))  # (P, R)
+        return torch.where(u > 0, ref * h.exp(), 0.0)
+
+    low, high = torch.zeros(PROMPTS, dtype=F64), torch.ones(PROMPTS, dtype=F64)
+    return policy(root(lambda multiplier: policy(multiplier).sum(-1) - 1, low, high))
+
+
+def apo_zero_policy(table, rewards):
+    """In small steps: L-BFGS jumps to where the loss is flat."""
+    return climb(lambda t: population(t, table, rewards, loss="apo-zero"), table, steps=1000)
+
+
+def test_apo_zero_leaves_nothing_to_a_reply_that_loses_more_often_than_it_wins(laboratory):
+    table, ref, rewards = laboratory
+    got, closed = apo_zero_policy(table, rewards), apo_zero_optimum(ref, rewards)
+    assert total_variation(got, closed) < 0.01 and total_variation(closed, ref) > 0.3
+    assert (got * (win_rates(ref, rewards) < 0.5)).sum() < 1e-4
 
 
 def two_replies(loss, preference, *arguments):
@@ -183,175 +196,6 @@ def test_the_hinge_forgets_by_how_much_a_reply_is_better():
     assert two_replies(hinge_loss, 0.95, 1.0) == pytest.approx(1, abs=1e-3)
 
 
-def ppo_surrogate(table, ref_table, rewards, lam=1.0):
-    """PPO's loss at its first minibatch (ratio 1), exactly: every reply, weighted by its
-    probability; KL in the token rewards."""
-    logprobs, ref_logprobs = token_logprobs(table), token_logprobs(ref_table)  # (P, R, T)
-    old = logprobs.detach()
-    token_rewards = -BETA * (old - ref_logprobs)  # (P, R, T)
-    last = MASK.sum(1)[None, :, None].expand(PROMPTS, -1, 1) - 1  # (P, R, 1) the last token
-    token_rewards.scatter_add_(2, last, rewards[:, :, None])
-    mask = MASK.expand(PROMPTS, -1, -1).flatten(0, 1)  # (P R, T)
-    values = torch.zeros_like(mask, dtype=F64)
-    advantages, _ = gae(token_rewards.flatten(0, 1), values, mask, 1.0, lam)
-    probability = old.sum(-1).exp().flatten()[:, None]  # (P R, 1)
-    weighted = advantages * probability  # an exact expectation instead of samples
-    return policy_loss(logprobs.flatten(0, 1), old.flatten(0, 1), weighted, mask, 0.2, divisor=1)
-
-
-def test_ppo_with_the_kl_in_its_rewards_reaches_the_kl_regularised_optimum(laboratory):
-    table, ref, rewards = laboratory
-    got = climb(lambda t: ppo_surrogate(t, table, rewards), table)
-    assert total_variation(got, tilted(ref, rewards / BETA)) < 0.01
-
-
-def rloo_surrogate(table, ref_table, rewards):
-    """Leave-one-out with two samples, exactly: every pair of replies, weighted by its
-    probability."""
-    now = logps(table)  # (P, R)
-    old = now.detach()
-    worth = rewards - BETA * (old - logps(ref_table))  # (P, R)
-    n = len(REPLIES)
-    first, second = worth[:, :, None].expand(-1, -1, n), worth[:, None, :].expand(-1, n, -1)
-    pairs = torch.stack([first, second], -1)  # (P, R, R, K = 2)
-    advantages = rloo_advantages(pairs.reshape(-1, 2)).view_as(pairs)
-    weight = (old[:, :, None] + old[:, None, :]).exp()  # (P, R, R)
-    gain = advantages[..., 0] * now[:, :, None] + advantages[..., 1] * now[:, None, :]
-    return -(weight * gain).sum() / 2
-
-
-def test_rloo_reaches_the_kl_regularised_optimum(laboratory):
-    table, ref, rewards = laboratory
-    got = climb(lambda t: rloo_surrogate(t, table, rewards), table)
-    assert total_variation(got, tilted(ref, rewards / BETA)) < 0.01
-
-
-def grpo_policy(rewards, ref, beta, K=2000):
-    """GRPO with exact expectations: a group of K one-token replies (R of them) has each as often as
-    the policy gives it, to 1 / K. rewards, ref (R,) -> the policy's probabilities (R,)."""
-    config = SimpleNamespace(advantage="grpo", group_size=K)
-    logits = ref.log().requires_grad_()
-    optimizer = torch.optim.Adam([logits], lr=0.05)
-    for step in range(1500):
-        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 1500)
-        logprobs = logits.log_softmax(-1)  # (R,)
-        upto = (logprobs.detach().exp().cumsum(0) * K).round().long()  # (R,)
-        counts = upto.diff(prepend=torch.zeros(1, dtype=torch.long))
-        group = torch.arange(len(ref)).repeat_interleave(counts)  # (K,)
-        kl = (logprobs.detach() - ref.log())[group][:, None]  # (K, 1)
-        batch = SimpleNamespace(mask=torch.ones(K, 1, dtype=torch.bool))
-        advantages, _ = token_advantages(config, rewards[group], kl, None, batch, beta)  # (K, 1)
-        optimizer.zero_grad()
-        (-(advantages[:, 0] * logprobs[group]).mean()).backward()
-        optimizer.step()
-    return logits.detach().softmax(-1)
-
-
-FOUR_REWARDS = torch.tensor([1.0, 0.0, 0.5, 0.2], dtype=F64)
-FOUR_REF = torch.tensor([0.1, 0.5, 0.2, 0.2], dtype=F64)
-
-
-def self_consistent(rewards, ref, policy, beta):
-    """pi_ref exp(r / (beta sigma)) / Z, sigma the policy's own standard deviation of r."""
-    mean = (policy * rewards).sum()
-    sigma = (policy * (rewards - mean) ** 2).sum().sqrt()
-    return tilted(ref, rewards / (beta * sigma))
-
-
-@pytest.mark.parametrize("beta", [1.0, 2.0, 4.0])
-def test_grpo_ends_where_beta_counts_in_standard_deviations(beta):
-    got = grpo_policy(FOUR_REWARDS, FOUR_REF, beta)
-    expected = self_consistent(FOUR_REWARDS, FOUR_REF, got, beta)
-    assert total_variation(got, expected) < 0.005 and got[0] < 0.6  # not the best reply alone
-    # and not where a penalty inside of the normalisation would end
-    assert total_variation(got, tilted(FOUR_REF, FOUR_REWARDS / beta)) > 0.05
-
-
-@pytest.mark.parametrize("beta", [0.5, 0.7])
-def test_grpo_under_a_small_beta_is_left_with_the_best_reply(beta):
-    assert grpo_policy(FOUR_REWARDS, FOUR_REF, beta)[0] > 0.99
-
-
-def estimate_in_the_reward(table, ref_table, rewards, kind):
-    """The policy gradient of r - beta k, exactly: every reply, weighted by its probability."""
-    now, ref = logps(table), logps(ref_table)  # (P, R)
-    old = now.detach()
-    worth = rewards - BETA * kernels.kl_estimate(old, ref, kind)  # (P, R)
-    return -(old.exp() * worth * now).sum()
-
-
-# total variation from pi_ref exp(r / beta) / Z, of the ends that have no simple formula
-IN_THE_REWARD = {"k1": 0.0, "k2": 0.307, "k3": 0.476}
-
-
-@pytest.mark.parametrize("kind", IN_THE_REWARD)
-def test_in_a_reward_only_k1_is_the_kl(laboratory, kind):
-    table, ref, rewards = laboratory
-    got = climb(lambda t: estimate_in_the_reward(t, table, rewards, kind), table)
-    distance = total_variation(got, tilted(ref, rewards / BETA))
-    assert distance == pytest.approx(IN_THE_REWARD[kind], abs=2e-3)
-
-
-def test_as_a_value_k1_and_k3_are_the_kl_and_k2_is_not(laboratory):
-    """Of a policy far from its reference, where k3 has also more variance than k1."""
-    _, ref, rewards = laboratory
-    values, deviations = estimates(tilted(ref, rewards / BETA), ref)
-    kl = values["k1"]
-    torch.testing.assert_close(values["k3"], kl)
-    assert ((values["k2"] / kl - 1).abs() > 0.04).all()
-    assert (deviations["k3"] > deviations["k1"]).all()
-
-
-def estimates(policy, ref):
-    """policy, ref (P, R) -> {kind: its mean over the policy's replies (P,)}, {kind: its standard
-    deviation}."""
-    means, deviations = {}, {}
-    for kind in ("k1", "k2", "k3"):
-        k = kernels.kl_estimate(policy.log(), ref.log(), kind)  # (P, R)
-        means[kind] = (policy * k).sum(-1)
-        deviations[kind] = ((policy * k**2).sum(-1) - means[kind] ** 2).sqrt()
-    return means, deviations
-
-
-def reward_and_estimate(table, ref_table, rewards, kind):
-    """The loss of those who differentiate an estimate of the KL on samples of the policy, without
-    an importance weight."""
-    now, ref = logps(table), logps(ref_table)  # (P, R)
-    weight = now.detach().exp()
-    return -(weight * (rewards * now - BETA * kernels.kl_estimate(now, ref, kind))).sum()
-
-
-def k3_optimum(ref, rewards):
-    """beta pi_ref / (lambda - r): E[grad k3] = grad KL(pi_ref || pi), the other direction."""
-    low = rewards.max(-1).values  # (P,) lambda by bisection: the probabilities sum to 1
-    high = low + BETA
-    for _ in range(100):
-        middle = (low + high) / 2
-        excess = (BETA * ref / (middle[:, None] - rewards)).sum(-1) > 1
-        low, high = torch.where(excess, middle, low), torch.where(excess, high, middle)
-    return BETA * ref / (high[:, None] - rewards)
-
-
-def test_k3_as_a_loss_reaches_another_policy(laboratory):
-    table, ref, rewards = laboratory
-    got = climb(lambda t: reward_and_estimate(t, table, rewards, "k3"), table)
-    assert total_variation(got, k3_optimum(ref, rewards)) < 0.02
-    assert total_variation(k3_optimum(ref, rewards), tilted(ref, rewards / BETA)) > 0.05
-
-
-def test_k1_as_a_loss_restrains_nothing(laboratory):
-    table, ref, rewards = laboratory
-    got = climb(lambda t: reward_and_estimate(t, table, rewards, "k1"), table)
-    best = torch.nn.functional.one_hot(rewards.argmax(-1), len(REPLIES)).to(F64)
-    assert total_variation(got, best) < 0.02
-
-
-def test_k2_as_a_loss_is_the_kl(laboratory):
-    table, ref, rewards = laboratory
-    got = climb(lambda t: reward_and_estimate(t, table, rewards, "k2"), table)
-    assert total_variation(got, tilted(ref, rewards / BETA)) < 0.01
-
-
 @pytest.mark.parametrize("n", [1, 2, 4, 16, 64])
 def test_best_of_n_stays_under_its_kl_bound(laboratory, n):
     _, ref, rewards = laboratory
@@ -366,35 +210,49 @@ def test_best_of_n_stays_under_its_kl_bound(laboratory, n):
 
 def draw(path):
     """The first prompt's replies: pi_ref (grey), the closed form (line) and what each objective
-    reaches (dots)."""
+    reaches (dots). The last panel: GRPO's share of the best reply over beta."""
     from matplotlib import pyplot
 
     table, ref, rewards = world()
     best = tilted(ref, rewards / BETA)
-    top = torch.nn.functional.one_hot(rewards.argmax(-1), len(REPLIES)).to(F64)
+    optimum, k3_best = "pi_ref exp(r / beta) / Z", rl.k3_optimum(ref, rewards)
 
     def reached(surrogate, *arguments):
         return climb(lambda t: surrogate(t, table, rewards, *arguments), table)
 
-    optimum, ipo = "pi_ref exp(r / beta) / Z", "pi_ref exp(win rate / beta) / Z"
-    k3, k1 = "beta pi_ref / (lambda - r)", "all on the best reply"
-    k3_best = k3_optimum(ref, rewards)
-    in_reward = {kind: reached(estimate_in_the_reward, kind) for kind in IN_THE_REWARD}
-    as_loss = {kind: reached(reward_and_estimate, kind) for kind in IN_THE_REWARD}
+    def group(name):
+        return reached(rl.group_surrogate, rl.GROUPS[name], BETA)
+
+    def clipped(name):
+        return rl.path(rl.CLIPS[name], table, table, rewards)[-1]
+
+    in_reward = {kind: reached(rl.estimate_in_the_reward, kind) for kind in rl.IN_THE_REWARD}
+    as_loss = {kind: reached(rl.reward_and_estimate, kind) for kind in rl.IN_THE_REWARD}
+    ipo = end_of(table, rewards, loss="ipo", summed=True)
+    ln_dpo = end_of(table, rewards, loss="ln-dpo")
+    apo = "nothing below a win rate of 1/2"
+    near_sighted = rl.near_sighted_optimum(table, rewards)
+    per_token = reached(rl.kl_surrogate, rl.k2_per_token)
     panels = [
-        ("DPO", optimum, best, dpo_policy(table, rewards)),
-        ("PPO, k1 in the reward", optimum, best, reached(ppo_surrogate)),
-        ("RLOO, k1 in the reward", optimum, best, reached(rloo_surrogate)),
-        ("IPO", ipo, ipo_optimum(ref, rewards), ipo_policy(table, rewards)),
+        ("DPO", optimum, best, end_of(table, rewards, loss="dpo")),
+        ("IPO", "pi_ref exp(win rate / beta) / Z", ipo_optimum(ref, rewards), ipo),
+        ("DPO on averages", "pi_ref exp(n (r - c) / beta)", ln_dpo_optimum(ref, rewards), ln_dpo),
+        ("APO-zero", apo, apo_zero_optimum(ref, rewards), apo_zero_policy(table, rewards)),
+        ("PPO, k1 in the reward", optimum, best, reached(rl.ppo_surrogate)),
+        ("RLOO, k1 in the reward", optimum, best, group("rloo")),
+        ("Dr. GRPO, k1 in the reward", optimum, best, group("dr-grpo")),
+        ("GSPO, k1 in the reward", optimum, best, clipped("gspo")),
+        ("CISPO, k1 in the reward", optimum, best, clipped("cispo")),
         ("k2 in the reward", optimum, best, in_reward["k2"]),
         ("k3 in the reward", optimum, best, in_reward["k3"]),
-        ("k1 as a loss", k1, top, as_loss["k1"]),
+        ("k1 as a loss", "all on the best reply", all_on_the_best(rewards), as_loss["k1"]),
         ("k2 as a loss", optimum, best, as_loss["k2"]),
-        ("k3 as a loss", k3, k3_best, as_loss["k3"]),
+        ("k2 per token as a loss", "pi_ref(a|s) exp(Q / beta) / Z(s)", near_sighted, per_token),
+        ("k3 as a loss", "beta pi_ref / (lambda - r)", k3_best, as_loss["k3"]),
     ]
-    figure, axes = pyplot.subplots(3, 3, figsize=(10, 7.5), sharex=True)
+    figure, axes = pyplot.subplots(4, 4, figsize=(13, 10))
     names = ["".join("ab."[token] for token in reply) for reply in REPLIES]
-    for axis, (title, formula, closed, policy) in zip(axes.flat, panels, strict=True):
+    for axis, (title, formula, closed, policy) in zip(axes.flat[:-1], panels, strict=True):
         distance = total_variation(policy, closed)
         axis.bar(names, ref[0], color="0.85", label="pi_ref")
         axis.step(names, closed[0], where="mid", color="C0", linewidth=1, label=formula)
@@ -403,16 +261,34 @@ def draw(path):
         axis.tick_params(axis="x", rotation=90, labelsize=7)
         axis.tick_params(axis="y", labelsize=7)
         axis.legend(fontsize=7)
-        print(f"{title:24} total variation from {formula}: {distance:.5f}")
+        print(f"{title:26} total variation from {formula}: {distance:.5f}")
+    draw_grpo(axes.flat[-1])
     print_estimators(best, ref, in_reward, as_loss)
     figure.tight_layout()
     figure.savefig(path, dpi=80)
 
 
+def draw_grpo(axis):
+    """GRPO's share of the best of four replies over beta."""
+    policies, betas = rl.self_consistent_curve()
+    axis.plot(betas, policies[:, 0], "C0", linewidth=1, label="pi_ref exp(r / (beta std)) / Z")
+    critical = betas.min()
+    axis.axvline(critical, color="0.8", linewidth=1)
+    for beta in (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.25, 1.5, 2.0, 3.0):
+        share = rl.grpo_policy(rl.FOUR_REWARDS, rl.FOUR_REF, beta)[0]
+        axis.plot(beta, share, "C1.", label="reached" if beta == 0.3 else None)
+    axis.set_xlim(0, 3.2)
+    axis.set_xlabel("beta", fontsize=7)
+    axis.set_title(f"GRPO: P(best reply), collapse below beta {critical:.2f}", fontsize=9)
+    axis.tick_params(labelsize=7)
+    axis.legend(fontsize=7)
+    print(f"GRPO runs into the best reply below beta {critical:.3f}")
+
+
 def print_estimators(best, ref, in_reward, as_loss):
     """What each estimator of the KL is good for: logged, the KL that it gives of the optimum (first
     prompt); in the reward and as a loss, how far from that optimum the policy ends."""
-    means, deviations = estimates(best, ref)
+    means, deviations = rl.estimates(best, ref)
     print(f"\nestimator  {'logged':18}  in the reward  as a loss")
     for kind in means:
         logged = f"{means[kind][0]:.3f} +-{deviations[kind][0]:.3f}"

@@ -34,6 +34,10 @@ CASES = {
     "sft": "sft --init sft --data chats.jsonl --batch-size 5",
     "sft in micro-batches": "sft --init sft --data chats.jsonl --batch-size 5"
     " --micro-batch-size 1 --lora-rank 2",
+    "distil": "sft --init sft --data chats.jsonl --batch-size 5 --teacher teacher"
+    " --micro-batch-size 1 --lr 1e-2",
+    "distil in shards": "sft --init sft --data chats.jsonl --batch-size 5 --teacher teacher"
+    " --shard",
     "sft in shards": "sft --init sft --data chats.jsonl --batch-size 5 --micro-batch-size 1"
     " --shard",
     "sft in shards, rows without ids": "sft --init padded --data chats.jsonl --batch-size 5"
@@ -168,6 +172,8 @@ def home(tmp_path_factory, world_encoding):
     scorer = GPT.from_scratch("llama:1x32x64", world_encoding.n_vocab, "score")
     checkpoints.save(scorer, home / "scorer")
     tokenizer.save(world_encoding, home / "scorer")
+    teacher = GPT.from_scratch("llama:2x64x64", world_encoding.n_vocab)
+    checkpoints.save(teacher, home / "teacher", world_encoding)
     write_data(home)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
@@ -233,7 +239,7 @@ def test_one_process_writes_and_speaks(home):
     assert (home / "said-1").read_text() == ""
     said = (home / "said-0").read_text()
     assert said.count("written to") == len(CASES) + 2
-    assert said.count("sft step 3/3") == 7 + 3  # each case's, cut short, and twice resumed
+    assert said.count("sft step 3/3") == 9 + 3  # each case's, cut short, and twice resumed
     assert said.count("stopped after step 2 of 3") == 1
     for where, ranks in (("ranks-0", 2), ("alone", 1)):
         assert facts_of(home / where / "sft")["ranks"] == ranks

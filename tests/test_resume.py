@@ -67,13 +67,15 @@ def cut(last_step, name, *flags):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, world_encoding):
-    """sft: a tiny model that has learnt to end its replies. scorer: a random reward model. adapted:
-    one that stands on sft's trunk."""
+    """sft: a tiny model that has learnt to end its replies. teacher, scorer: a random model and a
+    reward model. adapted: one that stands on sft's trunk."""
     home = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     scorer = GPT.from_scratch("llama:1x32x64", world_encoding.n_vocab, "score")
     checkpoints.save(scorer, home / "scorer")
     tokenizer.save(world_encoding, home / "scorer")
+    teacher = GPT.from_scratch("llama:2x64x64", world_encoding.n_vocab)
+    checkpoints.save(teacher, home / "teacher", world_encoding)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run.pictures, "curves", lambda metrics, path: None)
         given = ["--init=scratch", "--shape=llama:1x32x64", "--steps=60", "--lr=1e-2"]
@@ -101,6 +103,7 @@ def flags(models):
 CASES = {
     "sft": "sft --init MODELS/sft --batch-size 8 --micro-batch-size 3",
     "pretrain": "sft --pretrain --shape llama:1x32x64 --batch-size 8",
+    "distil": "sft --init MODELS/sft --batch-size 8 --teacher MODELS/teacher --lr 1e-2",
     "sft lora": "sft --init MODELS/sft --batch-size 8 --lora-rank 2",
     "reward": "reward --init MODELS/sft --batch-size 4 --prompts 24",
     "reward heads": "reward --init MODELS/sft --batch-size 4 --data MODELS/rated.jsonl"

@@ -1,6 +1,7 @@
 """A run's plumbing: flags from a dataclass, directories that appear whole or not at all, exact
 memory lines, and stages that chain."""
 
+import contextlib
 import inspect
 import json
 import math
@@ -10,6 +11,7 @@ import re
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -182,6 +184,52 @@ def test_error_of_the_project_is_one_sentence(monkeypatch, capsys):
             run.script(main, Config, "")
         assert exit.value.code == 2
         assert capsys.readouterr().err == "error: this is wrong: do that\n"
+
+
+def one_of_two():
+    _, second = [1]
+    return second
+
+
+BUGS = [lambda: int("x"), one_of_two, lambda: "x".index("y"), lambda: bytes([256])]
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_bug_of_the_project_keeps_its_traceback(bug, monkeypatch, capsys):
+    """A ValueError of Python's own is nobody's sentence."""
+
+    def main(config):
+        with contextlib.suppress(KeyError):
+            bug()
+
+    monkeypatch.setattr(sys, "argv", ["tiny.py"])
+    with pytest.raises(ValueError):
+        run.script(main, Config, "")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_sentence_stays_one_through_whatever_it_passes_on_its_way(monkeypatch, capsys):
+    def main(config):
+        try:
+            with contextlib.suppress(KeyError):
+                try:
+                    int("x")
+                except ValueError as error:
+                    raise ValueError("this is wrong: do that") from error
+        except ValueError:
+            raise
+        finally:
+            len("")
+
+    monkeypatch.setattr(sys, "argv", ["tiny.py"])
+    with pytest.raises(SystemExit):
+        run.script(main, Config, "")
+    monkeypatch.setattr(sys, "argv", ["tiny.py"])
+    with pytest.raises(SystemExit):
+        run.script(lambda config: open("nowhere/at all"), Config, "")  # noqa: SIM115
+    sentence, refusal = capsys.readouterr().err.splitlines()
+    assert sentence == "error: this is wrong: do that"
+    assert refusal.startswith("error: ") and "No such file" in refusal
 
 
 def test_interrupt_exits_with_130(monkeypatch):
@@ -503,6 +551,42 @@ def test_bfloat16_is_the_default_of_gpus_that_multiply_it(capability, dtype, mon
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert ranks.default_dtype(torch.device("cuda")) == dtype
     assert ranks.default_dtype(torch.device("cpu")) == torch.float32
+
+
+LEFT = {  # a container's files: bytes that are left
+    "version 2": ({"memory.max": "5000\n", "memory.stat": "anon 2000\nfile 900\n"}, 3000),
+    "more than the limit": ({"memory.max": "5000", "memory.stat": "anon 6000\n"}, 0),
+    "no limit": ({"memory.max": "max\n", "memory.stat": "anon 2000\n"}, 2**63),
+    "version 1": (
+        {"memory/memory.limit_in_bytes": "5000", "memory/memory.stat": "rss 7\ntotal_rss 1000\n"},
+        4000,
+    ),
+    "version 1 beside an empty version 2": (
+        {
+            "memory.max": "max",
+            "memory/memory.limit_in_bytes": "5000",
+            "memory/memory.stat": "total_rss 0\n",
+        },
+        5000,
+    ),
+    "none": ({}, 2**63),
+    "no statistics": ({"memory.max": "5000", "memory.stat": ""}, 2**63),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_a_container_s_limit_bounds_the_free_memory(name, tmp_path, monkeypatch):
+    files, left = LEFT[name]
+    for file, text in files.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(text)
+    assert list(map(str, memory.CGROUPS)) == ["/sys/fs/cgroup", "/sys/fs/cgroup/memory"]
+    groups = zip([tmp_path, tmp_path / "memory"], memory.CGROUPS.values(), strict=True)
+    monkeypatch.setattr(memory, "CGROUPS", dict(groups))
+    assert memory.left_in_container() == left
+    if Path("/proc/meminfo").exists():
+        free = run.free_memory()
+        assert free == left if left < 2**40 else 2**20 < free < 2**60
 
 
 def test_memory_is_said_and_written(place, adapted, capsys):
