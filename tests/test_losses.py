@@ -642,8 +642,8 @@ def test_policy_loss_stays_finite_at_log_ratios_of_ten_thousand(size, advantage)
 
 def test_gspo_by_hand():
     """Two replies, of two tokens and of one; eps .1 below and .3 above. The first one's ratios 2
-    and 1/8 have the mean 1/2, which a gain of -1 clips at .9; the second one's ratio is 1.2."""
-    logprobs = numbers(math.log(2), math.log(1 / 8), math.log(1.2), NAN).view(2, 2).requires_grad_()
+    and 1/18 have the mean 1/3, clipped at .9 as A is -1. The second one's ratio is 1.2."""
+    logprobs = numbers(*map(math.log, (2, 1 / 18, 1.2)), NAN).view(2, 2).requires_grad_()
     mask = torch.tensor([[True, True], [True, False]])
     advantages = numbers(-1.0, -1.0, 2.0, NAN).view(2, 2)
     loss = policy_loss(logprobs, torch.zeros(2, 2), advantages, mask, (0.1, 0.3), 3, "gspo")
@@ -651,10 +651,10 @@ def test_gspo_by_hand():
     assert float(loss.detach()) == pytest.approx((2 * 0.9 - 1.2 * 2) / 3)
     expected = numbers(0.0, 0.0, -1.2 * 2 / 3, 0.0).view(2, 2)
     torch.testing.assert_close(logprobs.grad, expected)
-    # of a positive advantage a ratio below 1 is not clipped: both tokens move, by s A / 2 each
+    # of a positive advantage a ratio below 1 is not clipped: both tokens move, each by its share
     logprobs.grad = None
     policy_loss(logprobs, torch.zeros(2, 2), advantages.abs(), mask, 0.1, 1, "gspo").backward()
-    torch.testing.assert_close(logprobs.grad[0], numbers(-0.5, -0.5))
+    torch.testing.assert_close(logprobs.grad[0], numbers(-1 / 3, -1 / 3))
 
 
 def test_cispo_by_hand():
