@@ -989,6 +989,10 @@ def test_each_minibatch_has_the_gradient_of_a_slow_loop_and_each_reply_its_turn(
     old = SimpleNamespace(**vars(r.rollout) | {"old_logprobs": r.old_logprobs + 0.4 * noise})
     job = SimpleNamespace(forward=recording, device=torch.device("cpu"))
     metrics = ppo.update(r.config, job, r.models, parts, old, 0, r.config.beta)
+    log_ratios = chain(*(slow_log_ratios(r, old, i).tolist() for i in learned[-1]))
+    low, high = math.log(0.8), math.log(1 + r.config.clip_upper)
+    beyond = [not low <= log_ratio <= high for log_ratio in log_ratios]
+    assert float(metrics["clipped"]) == pytest.approx(sum(beyond) / len(beyond), abs=1e-6)
     assert metrics["clipped"] > 0.1
     assert len(gradients) == len(learned) == 6
     assert sorted(sum(learned[:3], [])) == sorted(sum(learned[3:], [])) == list(range(24))
@@ -1005,13 +1009,12 @@ def slow_policy_loss(r, old, rows):
     divisor = divisors.get(advantage, len(rows))
     total = 0.0
     for i in rows:
-        prompt, reply = r.prompts[i if advantage == "gae" else i // 4], r.replies[i]
-        logprobs, ref_logprobs = (slow_logprobs(x, prompt, reply) for x in (r.policy, r.ref))
+        reply, logprobs = r.replies[i], slow_logprobs(r.policy, r, i)
         if advantage == "gae":
             advantages = old.advantages[i][old.batch.mask[i]].tolist()  # other tests have these
         else:
             advantages = slow_advantages(r, i, advantage)
-        log_ratios = logprobs - old.old_logprobs[i][old.batch.mask[i]]  # (length,)
+        log_ratios = slow_log_ratios(r, old, i)
         if config.clip == "gspo":
             log_ratios = log_ratios.mean().expand(len(reply))
         for t, A in enumerate(advantages):
@@ -1022,16 +1025,22 @@ def slow_policy_loss(r, old, rows):
             elif r_now * A <= max(0.8, min(r_now, upper)) * A:  # else clipped: a constant
                 total = total - ratio * A / divisor
         if config.kl_loss:
-            penalty = 0.3 * (logprobs.sum() - ref_logprobs.sum().detach()) ** 2 / 2
+            ref_logp = slow_logprobs(r.ref, r, i).sum().detach()
+            penalty = 0.3 * (logprobs.sum() - ref_logp) ** 2 / 2
             total = total + penalty / divisor / len(reply) ** (advantage == "grpo")
     return total
 
 
-def slow_logprobs(model, prompt, reply):
-    """Of the tokens of a reply (length,), from the softmax."""
+def slow_logprobs(model, r, i):
+    """Of the tokens of reply i (length,), from the softmax."""
+    prompt, reply = r.prompts[i if r.config.advantage == "gae" else i // 4], r.replies[i]
     logits = model.logits(model(torch.tensor([(prompt + reply)[:-1]])))[0]  # (T, V)
     rows = logits.log_softmax(-1)[len(prompt) - 1 :]  # (length, V)
     return rows[torch.arange(len(reply)), torch.tensor(reply)]
+
+
+def slow_log_ratios(r, old, i):
+    return slow_logprobs(r.policy, r, i) - old.old_logprobs[i][old.batch.mask[i]]  # (length,)
 
 
 @pytest.mark.parametrize("advantage", ["rloo", "grpo", "dr-grpo", "dapo"])
