@@ -8,8 +8,10 @@ In the table, for each run:
     pass@k     the probability that at least one of k replies to a question is right, mean over the
                questions, and (ci@k) the half-width of its 95 % interval over them
     entropy    nats per token at --temperature, over the sampled replies
-    length     tokens of a reply;  right_length, wrong_length: of the right ones, of the others
+    length     tokens of a reply;  wrong_longer: by how many the wrong replies to a question are
+               longer than the right ones, mean over the questions that have both
     ended      the share of replies that ended by themselves
+    gold       the judge's score, if the questions are the embedded world's
 Reinforcement learning raises pass@1. pass@k shows whether it taught something (it rises too) or
 only chose among what the model could say before (it stays, or falls: replies become alike).
 """
@@ -94,10 +96,22 @@ def row_of(config, records, rule, directory, device):
         values = pass_at_k(right, k).tolist()
         row |= {f"pass@{k}": mean(values), f"ci@{k}": interval(values)}
     row |= {"entropy": -float(logps.sum()) / sum(lengths), "length": mean(lengths)}
-    for name, wanted in (("right_length", True), ("wrong_length", False)):
-        pairs = zip(lengths, right.flatten().tolist(), strict=True)
-        row[name] = mean([length for length, is_right in pairs if is_right == wanted])
-    return row | {"ended": float(ended.float().mean())}
+    row["wrong_longer"] = wrong_longer(right, torch.tensor(lengths).view_as(right))
+    row["ended"] = float(ended.float().mean())
+    if all(map(world.solve, asked)):
+        pairs = zip([record.messages for record in repeated], replies, strict=True)
+        row["gold"] = mean([verdict["gold"] for verdict in annotators.world_judge(pairs)])
+    return row
+
+
+def wrong_longer(right, lengths):
+    """right, lengths (N, n) of replies -> by how much the wrong ones are longer within a question
+    that has both kinds, on average; 0 if there is none."""
+    gaps = []
+    for is_right, length in zip(right, lengths.float(), strict=True):
+        if is_right.any() and not is_right.all():
+            gaps.append(float(length[~is_right].mean() - length[is_right].mean()))
+    return mean(gaps)
 
 
 def example_length(example):

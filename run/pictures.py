@@ -36,8 +36,9 @@ def curves(metrics, path):
     save(figure, path, dpi=90)
 
 
-def lines_picture(path, panels):
-    """panels: (x label, y label, {line: (xs, ys)}), drawn side by side in one picture."""
+def lines_picture(path, panels, logarithmic=False):
+    """panels: (x label, y label, {line: (xs, ys)}), drawn side by side in one picture.
+    logarithmic: the xs, with base 2."""
     pyplot = plotting()
     size = (5 * len(panels), 4)
     figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False)
@@ -45,6 +46,8 @@ def lines_picture(path, panels):
         for name, (xs, ys) in lines.items():
             axis.plot(xs, ys, marker="." if len(xs) > 2 else None, linewidth=1, label=name)
         axis.set(xlabel=x, ylabel=y)
+        if logarithmic:
+            axis.set_xscale("log", base=2)
         axis.legend(fontsize=7)
     save(figure, path, dpi=100)
 

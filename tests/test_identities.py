@@ -192,8 +192,8 @@ def test_sft_examples_are_the_rendered_chats_and_pretraining_weighs_every_token(
     jsonl, chats, world_encoding
 ):
     path = jsonl([{"messages": messages} for messages in chats])
-    config = SimpleNamespace(data=[path], pretrain=False, steps=1, batch_size=1, seed=0)
-    config.prompt_weight, config.last_only = 0.1, False
+    config = SimpleNamespace(data=[path], source=path, pretrain=False, steps=1, batch_size=1)
+    config.prompt_weight, config.last_only, config.seed = 0.1, False, 0
     examples, *_ = load_data(config, world_encoding, 128)
     assert examples == [chat.render(messages, world_encoding) for messages in chats]
     config.pretrain, config.data = True, []

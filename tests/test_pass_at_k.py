@@ -89,7 +89,10 @@ def test_the_columns_by_hand(home, monkeypatch):
     assert row["reward"] == row["pass@1"] == 0.25  # 2 of 8
     assert row["pass@2"] == pytest.approx((1 - 1 / 6) / 2)  # one of six pairs has no right reply
     assert row["length"] == 4 and row["ended"] == 0.5
-    assert row["right_length"] == 3 and row["wrong_length"] == pytest.approx(26 / 6)
+    assert row["wrong_longer"] == -2  # of the first question alone: 1 against (2 + 4) / 2
+    # the judge of the embedded world gives a right answer 1 and a reply that was cut 0
+    wrong = [world.judge(world.prompts(1, held=True)[0].messages, x)["gold"] for x in ("no", "")]
+    assert row["gold"] == pytest.approx((2 + sum(wrong)) / 8)
 
 
 def test_questions_and_answers_may_come_from_a_file(home, monkeypatch):
@@ -102,7 +105,8 @@ def test_questions_and_answers_may_come_from_a_file(home, monkeypatch):
 
     monkeypatch.setattr(annotators, "sample", sample)
     row = measure(home, "--data", "q.jsonl", "--reward", "rule:last")["sft"]
-    assert row["pass@1"] == row["pass@2"] == 1 and row["ci@1"] == 0
+    assert row["pass@1"] == row["pass@2"] == 1 and row["ci@1"] == 0 and "gold" not in row
+    assert row["wrong_longer"] == 0  # no reply is wrong
 
 
 REFUSED = [  # flags, what the sentence says
