@@ -1,12 +1,11 @@
 """Stage 3a: reinforcement learning. Sample, score, reinforce.
 
-    maximise   E[ r(x, y) ] - beta KL(pi || pi_ref)
-                                      (Ziegler et al. 2019, eq. 2; Ouyang et al. 2022, eq. 2)
+    maximise   E[ r(x, y) ] - beta KL(pi || pi_ref)    (Ziegler 2019, eq. 2; Ouyang 2022, eq. 2)
 
-The score r is a reward model's (RLHF) or a rule's that checks the reply (RLVR, data/rules.py). The
-policy pi and its critic V are trained, the reference pi_ref (the SFT model) is not. Each iteration
-samples a reply to every prompt of a batch and turns it into a Markov decision process, a step per
-token (r, A, R, old: fixed at sampling):
+The score r comes from a reward model (RLHF) or a rule (RLVR, data/rules.py). The policy pi and its
+critic V are trained, the reference pi_ref (the SFT model) is not. Each iteration samples a reply to
+every prompt of a batch; its tokens are the steps of a Markov decision process. r, A, R and all that
+is `old` are computed once, before the update:
 
     reward      r_t = -beta (log pi(y_t) - log pi_ref(y_t)),  plus score r(x, y) at the last
     advantage   A_t = sum_k (gamma lam)^k delta_{t+k},  delta_t = r_t + gamma V_{t+1} - V_t
@@ -16,38 +15,39 @@ token (r, A, R, old: fixed at sampling):
     critic      minimise  1/2 max((V - R)^2, (clip(V, V_old-eps, V_old+eps) - R)^2),  R = A + V_old
 
 The critic predicts the return from every prefix (gae). The others have no critic: they sample each
-prompt K times and compare G = sum_t r_t, or the score r alone.
+prompt K times and compare G = sum_t r_t, or the score r alone. All tokens of a reply share its A.
 
-    --advantage                          sum of a minibatch divided by   KL penalty
+    --advantage A                        sum over tokens divided by      KL penalty
     gae      A_t, whitened               tokens                          in r_t
     rloo     G - mean of the others' G   replies                         in G    Ahmadian 2024
     grpo     (r - mean) / (std + 1e-4)   replies, each by its length     beside  Shao 2024, eq. 3
     dr-grpo  G - mean                    replies x max_new_tokens        in G    Liu 2025
-    dapo     as grpo                     tokens                          (none)  Yu 2025, eq. 8
+    dapo     as grpo                     tokens                          beside  Yu 2025, eq. 8
 
     --clip   gain of a token             ratio
     ppo      as above                    of the token
     gspo     as above                    of the reply: the mean in logs          Zheng 2025, eq. 5
     cispo    min(ratio, 1+eps) A log pi  of the token, without gradient          MiniMax 2025, eq. 4
 
-DAPO is --advantage dapo --clip-upper .28 --redraw 4 --overlong 8, GSPO --advantage grpo --clip gspo
---clip-eps 3e-4 --clip-upper 4e-4 (a mean moves little), CISPO --advantage dapo --clip cispo.
+    DAPO     --advantage dapo --clip-upper .28 --redraw 4 --overlong 8
+    GSPO     --advantage grpo --clip gspo --clip-eps 3e-4 --clip-upper 4e-4
+    CISPO    --advantage dapo --clip cispo
 
 DEVIATION: the RLOO paper takes one unclipped step per batch, as does --minibatches 1. GRPO's adds
-KL estimate k3 to the loss, whose gradient is not the KL's; --kl-loss adds k2 of the reply. GRPO
-divides the score alone by std: among replies of equal score a divided penalty would be noise of
-size 1, for any beta. tests/test_optimum_rl.py has the policy that each ends at.
+KL estimate k3 to the loss, whose gradient is not the KL's. --kl-loss adds k2 of the reply, divided
+like the gain: its first gradient is that of the penalty in A. GRPO divides only the score by std: a
+group of equal scores would make a divided penalty noise of size 1. See tests/test_optimum_rl.py.
 
     python ppo.py                                          out/sft against out/reward -> out/ppo
     python ppo.py --advantage grpo --reward rule:exact --skills sum sort --out out/grpo
     python ppo.py --init DIR --reward DIR --data prompts.jsonl
 
 Watch: score (rises), kl (nats per reply to the reference: rises slowly; if it runs away, raise
-beta), ratio_first (1 on the first minibatch; in float32, where it compares sampling with training,
-to 1e-5), entropy (nats per token; as it nears 0, the replies to a prompt become one, `equal` nears
-1, and nothing is left to compare: collapse). Without a critic the loss starts at 0, since a group's
-advantages sum to 0; its gradient does not. On the embedded world `gold` is the truth: score up and
-gold down is reward hacking. Real runs have only a detector's warnings, evaluate/detector.py.
+beta), ratio_first (of the first minibatch: 1, in float32 to 1e-5), entropy (nats per token; near 0
+all replies to a prompt are the same, `equal`, the share of prompts with equal scores, nears 1, and
+nothing is left to compare). Without a critic the loss starts at 0, as a group's advantages sum to
+0; its gradient does not. On the embedded world `gold` is the truth: score up and gold down is
+reward hacking. Real runs have only a detector's warnings, evaluate/detector.py.
 
 What everybody gets wrong: the end-of-turn token is an action too. It gets a log-prob, a KL penalty
 and an advantage, and the score sits on it, not one later. A reply without one gets a low score.
@@ -78,11 +78,11 @@ class Config(run.Flags):  # which has --init, --data, --out, --seed, --lora-rank
     steps: int = 32  # iterations: a batch is sampled, scored and learned from
     batch_size: int = 256  # replies per iteration
     group_size: int = 4  # without a critic: replies to one prompt
-    redraw: int = 0  # without a critic: how often groups of equal scores give way to others
+    redraw: int = 0  # without a critic: how often prompts with equal scores give way to others
     minibatches: int = 2  # optimiser steps per pass over the batch
     ppo_epochs: int = 1  # passes over each batch
     max_new_tokens: int = world.MAX_NEW_TOKENS  # limit of a reply's length
-    overlong: int = 0  # tokens before the limit over which the score falls by 1
+    overlong: int = 0  # over so many tokens before the limit, the score falls evenly by 1
     temperature: float = 1.0  # of sampling, and of every log-prob
     beta: float | None = None  # KL strength, or its first value (default: .2, grpo 1, dapo 0)
     kl_target: float = 0.0  # nats per reply; beta slowly adapts to reach it (0: beta is fixed)
@@ -107,7 +107,7 @@ def check(config):
     critic, groups = {"advantage": ["gae"]}, {"advantage": ADVANTAGES[1:]}
     requires = dict.fromkeys(["critic_warmup", "critic_lr", "gamma", "lam"], critic)
     requires |= dict.fromkeys(["clip", "group_size", "redraw"], groups)
-    requires |= {"kl_target": {"beta": True}, "skills": {"data": False}}
+    requires |= {"kl_target": {"beta": True}, "kl_loss": {"beta": True}, "skills": {"data": False}}
     run.fill(config, beta=BETA.get(config.advantage, 0.2))
     run.check_requires(config, requires)
     lowest = 0.0 if rules.is_rule(config.reward) else -2.0
@@ -119,8 +119,7 @@ def check(config):
     run.check_range(config, "group_size", least=2)  # to compare
     K = group_size(config)
     run.require(config.reward not in config.ensemble, "--ensemble holds --reward: name others")
-    size = f"--batch-size {config.batch_size}"
-    run.require(config.batch_size % K == 0, f"{size} is no multiple of --group-size {K}")
+    run.require(config.batch_size % K == 0, f"--batch-size is no multiple of --group-size {K}")
 
 
 # ----------------------------------------------------------------------------------- mathematics
@@ -164,7 +163,9 @@ def grpo_advantages(scores, scale=True):
     by the group's sample standard deviation + 1e-4. Raises ValueError for K < 2."""
     compared = scores.shape[1] > 1
     run.require(compared, f"scores: shape {tuple(scores.shape)}, expected (N, K) with K at least 2")
-    centred = scores - scores.mean(1, keepdim=True)
+    # Equal scores get exactly 0: rounding must not move their mean away from them.
+    least, most = scores.aminmax(dim=1, keepdim=True)
+    centred = scores - scores.mean(1, keepdim=True).clamp(least, most)
     return centred / (scores.std(1, keepdim=True) + 1e-4) if scale else centred
 
 
@@ -235,15 +236,15 @@ def token_advantages(config, scores, kl, values, batch, beta):
     return advantages, None
 
 
-def loss_divisor(config, replies):
-    """What policy_loss divides a minibatch's sum by (None: the number of its tokens)."""
+def loss_divisor(config, mask):
+    """What the sum over the tokens of a minibatch is divided by; mask (b, T)."""
     match config.advantage:
         case "gae" | "dapo":
-            return None  # the mean over tokens
+            return mask.sum()  # the mean over tokens
         case "rloo" | "grpo":
-            return replies  # the mean over replies, of sums or (grpo) means
+            return len(mask)  # the mean over replies, of sums or (grpo) means
         case "dr-grpo":
-            return replies * config.max_new_tokens  # a constant, not the reply's length
+            return len(mask) * config.max_new_tokens  # a constant, not the reply's length
 
 
 # --------------------------------------------------------------------------------------- rollout
@@ -282,18 +283,15 @@ def rollout(config, job, models, questions, step, generator, beta):
     if config.overlong:  # Yu et al. 2025, eq. 13
         beyond = batch.mask.sum(1) - (config.max_new_tokens - config.overlong)  # (B,) tokens
         scores = scores - beyond.clamp(min=0) / config.overlong
-    values = None
-    if models.critic:
-        values = job.forward(row_values, models.critic, rows, batch=batch)  # (B, T)
+    values = models.critic and job.forward(row_values, models.critic, rows, batch=batch)  # (B, T)
     penalty = 0.0 if config.kl_loss else beta
     advantages, returns = token_advantages(config, scores, kl, values, batch, penalty)
     # truncated importance weights: 1 where the sampler has the trainer's precision
     advantages = advantages * (old_logprobs - sampled_logprobs).exp().clamp(max=2)
     return SimpleNamespace(
-        **dict(groups=groups, replies=replies, batch=batch, redrawn=redrawn, ended=ended),
-        **dict(sampled_logprobs=sampled_logprobs, old_logprobs=old_logprobs, kl=kl),
-        **dict(ref_logprobs=ref_logprobs, values=values, returns=returns),
-        **dict(scores=scores, advantages=advantages),
+        **dict(groups=groups, replies=replies, batch=batch, redrawn=redrawn, ended=ended, kl=kl),
+        **dict(sampled_logprobs=sampled_logprobs, old_logprobs=old_logprobs, values=values),
+        **dict(ref_logprobs=ref_logprobs, returns=returns, scores=scores, advantages=advantages),
     )
 
 
@@ -318,15 +316,15 @@ def update(config, job, models, parts, old, step, beta):
             reading = dict(batch=old.batch, temperature=config.temperature)
             logprobs = job.forward(row_logprobs, models.policy, rows, **reading)  # (b, T)
             old_logprobs, advantages = old.old_logprobs[rows], old.advantages[rows]
-            clip_eps, divisor = (
-                (config.clip_eps, config.clip_upper),
-                loss_divisor(config, len(rows)),
-            )
+            clip_eps = config.clip_eps, config.clip_upper
+            divisor = loss_divisor(config, mask)
             four = logprobs, old_logprobs, advantages, mask
             loss = policy_loss(*four, clip_eps, divisor, config.clip)
             if config.kl_loss:
                 penalties = kl_losses(logprobs, old.ref_logprobs[rows], mask)  # (b,)
-                loss = loss + beta * penalties.mean()
+                if config.advantage == "grpo":
+                    penalties = penalties / mask.sum(1)
+                loss = loss + beta * penalties.sum() / divisor
             loss.backward()
             grad_norm = run.clip(models.policy, max_norm=1.0)
             run.step(parts.optimizer, run.linear(config.lr, step, config.steps))  # and zero_grad
@@ -336,7 +334,8 @@ def update(config, job, models, parts, old, step, beta):
     if first_ratio is not None:
         farthest = (first_ratio - 1).abs().argmax()  # of all its tokens, the one farthest from 1
         metrics["ratio_first"] = first_ratio[farthest]
-        metrics["clipped"] = ((ratio - 1).abs() > config.clip_eps).float().mean()
+        beyond = (ratio < 1 - config.clip_eps) | (ratio > 1 + config.clip_upper)  # (tokens,)
+        metrics["clipped"] = beyond.float().mean()
     return metrics
 
 

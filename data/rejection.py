@@ -51,9 +51,6 @@ def check(config):
     run.require(is_new, f"--out {config.out} is there already: name another file")
     run.check_requires(config, REQUIRES)
     run.check_range(config, "samples", least=1)
-    for skill in config.skills:
-        known = ", ".join(world.SKILLS)
-        run.require(skill in world.SKILLS, f"--skills must be some of {known}, not {skill}")
 
 
 def open_reward(spec, encoding, device):

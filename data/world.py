@@ -328,11 +328,11 @@ def demonstrations(n, seed=0, wrong=0.04, misjudged=0.2, padded=0.38):
 def prompts(n, seed=0, held=False, skills=SKILLS):
     """Questions, every skill equally often. held: the part for evaluation only."""
     rng = random.Random(f"prompts {seed} {held}")
-    records = []
-    for i in range(n):
-        messages, task = draw(rng, [skills[i % len(skills)]], held)
-        records.append(Prompt(messages, f"world prompt {i}", task.answer))
-    return records
+    wrong = [skill for skill in skills if skill not in SKILLS]
+    run.require(not wrong, f"--skills must be some of {', '.join(SKILLS)}, not {' '.join(wrong)}")
+    drawn = [draw(rng, [skills[i % len(skills)]], held) for i in range(n)]
+    numbered = enumerate(drawn)
+    return [Prompt(asked, f"world prompt {i}", task.answer) for i, (asked, task) in numbered]
 
 
 # Long sums: a part of the world for process supervision, apart from all of the above. Its writers

@@ -7,7 +7,7 @@ In the table, for each run:
     reward     the mean score of a reply; of one that has not ended 0
     pass@k     the probability that at least one of k replies to a question is right, mean over the
                questions, and (ci@k) the half-width of its 95 % interval over them
-    entropy    nats per token, over the sampled replies
+    entropy    nats per token at --temperature, over the sampled replies
     length     tokens of a reply;  wrong_longer: by how many the wrong replies to a question are
                longer than the right ones, mean over the questions that have both
     ended      the share of replies that ended by themselves
@@ -23,8 +23,8 @@ import torch
 
 import run
 from data import annotators, chat, formats, rules, world
-from data.collate import in_batches, reply_examples
-from data.logprobs import sequence_logps
+from data.collate import collate, in_batches, reply_examples
+from data.logprobs import token_logprobs
 from evaluate.measures import interval, mean, open_run, output, table
 
 
@@ -54,11 +54,26 @@ def pass_at_k(right, k):
     return 1 - torch.tensor(wrong, dtype=torch.float64)
 
 
+def check(config):
+    wrong = f"--reward {config.reward} is no rule: name world, rule:NAME or file.py:function"
+    run.require(rules.is_rule(config.reward), wrong)
+    run.check_requires(config, {"skills": {"data": False}})
+    run.check_range(config, "temperature", above=0)
+    fits = all(str(k).isdecimal() and 1 <= int(k) <= config.samples for k in config.k)
+    given = " ".join(map(str, config.k))
+    run.require(fits, f"--k must be numbers from 1 to --samples {config.samples}, not {given}")
+
+
 def row_of(config, records, rule, directory, device):
     """A policy's row of the table."""
     model, encoding, chats = open_run(directory, device)
     writes = model.config.head == "lm" and chats
     run.require(writes, f"{directory} does not answer in chats: name a run of sft, dpo or ppo")
+    for record in records:
+        prompt = chat.prompt(record.messages, encoding)
+        fits = len(prompt) + config.max_new_tokens <= model.config.context
+        reply = f"a reply of {config.max_new_tokens} tokens in the context of {directory}"
+        run.require(fits, f"{record.where} leaves no room for {reply}: leave that prompt out")
     asked = [record.messages for record in records]
     setting = config.max_new_tokens, config.temperature, config.seed, config.samples
     replies = annotators.sample(model, encoding, asked, *setting)
@@ -69,8 +84,13 @@ def row_of(config, records, rule, directory, device):
     prompts = [chat.prompt(record.messages, encoding) for record in repeated]
     lengths = [len(ids) for ids, _, _ in replies]
     examples = reply_examples(prompts, [ids for ids, _, _ in replies])
+
+    def logps_of(examples):
+        batch = collate(examples).to(device)
+        return token_logprobs(model, batch, config.temperature).sum(1)  # (B,)
+
     with torch.no_grad():
-        logps = in_batches(lambda x: sequence_logps(model, x), examples, example_length, model)
+        logps = in_batches(logps_of, examples, example_length, model)
     row = {"reward": float(torch.where(ended, scores, 0.0).mean())}
     for k in sorted(map(int, config.k)):
         values = pass_at_k(right, k).tolist()
@@ -101,15 +121,13 @@ def example_length(example):
 def questions(config):
     """The records to ask: of --data, or of the embedded world's held-out part."""
     if config.data:
-        run.require(not config.skills, "--skills is not read with --data: leave one of them out")
         return formats.read_all(config.data, "prompt")[: config.prompts]
     skills = config.skills or world.SKILLS
     return world.prompts(config.prompts, config.seed, held=True, skills=skills)
 
 
 def main(config):
-    wrong = f"--reward {config.reward} is no rule: name world, rule:NAME or file.py:function"
-    run.require(rules.is_rule(config.reward), wrong)
+    check(config)
     rule, device = rules.open_rule(config.reward), run.device(config.device)
     records = questions(config)
     rule.check(records)

@@ -270,7 +270,7 @@ CHAT = [
     ),
     Mutant(
         "every-stop-is-an-end",
-        "ppo.py",
+        "data/reinforcement.py",
         "reply[-1] == stops[0]",
         "reply[-1] in stops",
         symptom="PPO teaches the model to end its turns with the end of the document",
@@ -710,7 +710,7 @@ PPO = [
     ),
     Mutant(
         "no-price-for-not-ending",
-        "ppo.py",
+        "data/reinforcement.py",
         "scores = torch.where(ended, scores, config.no_end_score)",
         "pass",
         symptom="replies grow until they reach the limit",
@@ -935,8 +935,8 @@ PPO = [
     Mutant(
         "dr-grpo-divided-by-tokens",
         "ppo.py",
-        "return replies * config.max_new_tokens",
-        "return None",
+        "return len(mask) * config.max_new_tokens",
+        "return mask.sum()",
         symptom="wrong answers grow longer and longer, as with plain GRPO",
         story="The number of tokens depends on what was sampled: in a batch of long replies every "
         "token counts less. Dr. GRPO divides by a constant.",
@@ -951,6 +951,146 @@ PPO = [
         symptom="RLOO learns more slowly, most of all with two replies to a prompt",
         story="The mean over all K contains the reply itself and takes away 1/K of its advantage.",
         guard="test_losses.py::test_group_advantages_by_hand",
+    ),
+    Mutant(
+        "equal-scores-beside-their-mean",
+        "ppo.py",
+        "scores.mean(1, keepdim=True).clamp(least, most)",
+        "scores.mean(1, keepdim=True)",
+        symptom="where all replies score .7, GRPO still moves, and Adam makes a whole step of it",
+        story="The mean of five times .7 is not .7 in float32. A difference of 6e-8 over a "
+        "standard deviation of 0 + 1e-4 is an advantage of 6e-4, the same for all replies.",
+        guard="test_losses.py::test_equal_scores_have_exactly_no_advantage_whatever_rounding_makes_"
+        "of_their_mean",
+    ),
+    Mutant(
+        "dapo-divided-by-replies",
+        "ppo.py",
+        'case "gae" | "dapo":\n            return mask.sum()  # the mean over tokens\n'
+        '        case "rloo" | "grpo":',
+        'case "gae":\n            return mask.sum()  # the mean over tokens\n'
+        '        case "rloo" | "grpo" | "dapo":',
+        symptom="the learning rate that DAPO needs depends on how long replies are",
+        story="DAPO's mean is over the tokens of the batch. Divided by replies, a sum of "
+        "advantages grows with their length.",
+        guard="test_losses.py::test_each_advantage_divides_its_loss_as_its_table_says",
+    ),
+    Mutant(
+        "gspo-ratio-summed",
+        "ppo.py",
+        "log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)",
+        "log_ratio.sum(1, keepdim=True)",
+        symptom="with GSPO nearly every long reply is clipped at the second step",
+        story="The ratio of a whole reply is a product of hundreds of ratios. GSPO takes the mean "
+        "of their logs.",
+        guard="test_losses.py::test_gspo_by_hand",
+    ),
+    Mutant(
+        "cispo-weight-has-a-gradient",
+        "ppo.py",
+        "weight = ratio.detach().clamp(max=1 + upper)",
+        "weight = ratio.clamp(max=1 + upper)",
+        symptom="CISPO's tokens learn at a rate that depends on how likely they are",
+        story="The ratio weighs log pi and is a constant. With a gradient it adds log pi times the "
+        "gain to each token's gradient.",
+        guard="test_losses.py::test_cispo_by_hand",
+    ),
+    Mutant(
+        "cispo-clipped-from-below",
+        "ppo.py",
+        "weight = ratio.detach().clamp(max=1 + upper)",
+        "weight = ratio.detach().clamp(1 - lower, 1 + upper)",
+        symptom="bad replies that are hardly sampled any more are still pushed down",
+        story="CISPO cuts large weights only. With a lower bound a token that the policy hardly "
+        "says any more counts like one that it still says.",
+        guard="test_losses.py::test_cispo_by_hand",
+    ),
+    Mutant(
+        "k2-token-by-token",
+        "ppo.py",
+        'return kernels.kl_estimate(logps, ref_logps, "k2")',
+        'return kernels.kl_estimate(logprobs, ref_logprobs, "k2").masked_fill(~mask, 0.0).sum(1)',
+        symptom="with --kl-loss the policy ends elsewhere than with the KL in the reward",
+        story="The sum of the tokens' k2 has the gradient of each next token's KL. It forgets that "
+        "a token also decides which states follow.",
+        guard="test_losses.py::test_kl_losses_by_hand",
+    ),
+    Mutant(
+        "kl-loss-with-a-divisor-of-its-own",
+        "ppo.py",
+        "beta * penalties.sum() / divisor",
+        "beta * penalties.mean()",
+        symptom="--kl-loss needs another beta for each --advantage",
+        story="The gain is divided by tokens or by a constant and the KL by replies, so that beta "
+        "is worth ten times as much as in the reward.",
+        guard="test_identities.py::test_the_first_gradient_of_the_kl_as_a_loss_is_that_of_an_"
+        "uncentred_penalty",
+    ),
+    Mutant(
+        "redraw-keeps-the-equal-ones",
+        "ppo.py",
+        "if not group.equal]",
+        "if group.equal]",
+        symptom="with --redraw `equal` rises to 1 and the gradient falls to 0",
+        story="One `not` too few: the groups that teach something give way.",
+        guard="test_ppo.py::test_equal_groups_give_way_others_stay_and_the_count_is_right",
+    ),
+    Mutant(
+        "overlong-starts-at-the-limit",
+        "ppo.py",
+        "batch.mask.sum(1) - (config.max_new_tokens - config.overlong)",
+        "batch.mask.sum(1) - config.max_new_tokens",
+        symptom="--overlong makes no difference",
+        story="No reply is longer than the limit. The penalty has to begin before it.",
+        guard="test_ppo.py::test_the_score_falls_evenly_by_1_over_the_last_tokens",
+    ),
+    Mutant(
+        "entropy-is-negative",
+        "data/reinforcement.py",
+        '"entropy": -old.old_logprobs[mask].mean()',
+        '"entropy": old.old_logprobs[mask].mean()',
+        symptom="the entropy rises to 0 while replies become alike",
+        story="Entropy is the mean of -log p.",
+        guard="test_ppo.py::test_the_entropy_is_that_of_the_whole_vocabulary_at_the_sampled_states",
+    ),
+    Mutant(
+        "a-rule-s-critic-starts-at-random",
+        "data/reinforcement.py",
+        "torch.nn.init.zeros_(critic.score_head.weight)",
+        "torch.nn.init.normal_(critic.score_head.weight)",
+        symptom="the first iterations undo part of what SFT taught",
+        story="A new head says something else about every prefix. These differences are noise, and "
+        "they go straight into the advantages.",
+        guard="test_ppo.py::test_a_rule_s_critic_starts_at_0_everywhere_and_learns",
+    ),
+    Mutant(
+        "cut-reply-keeps-a-rule-s-score",
+        "data/reinforcement.py",
+        "scores = torch.where(ended, scores, config.no_end_score)",
+        "scores = torch.where(ended | bool(models.reward.rule), scores, config.no_end_score)",
+        symptom="the score rises, and replies no longer end",
+        story="A rule finds its number in a reply that was cut behind it.",
+        guard="test_ppo.py::test_a_cut_reply_has_no_score_of_a_rule",
+    ),
+    Mutant(
+        "importance-weight-without-a-bound",
+        "ppo.py",
+        "(old_logprobs - sampled_logprobs).exp().clamp(max=2)",
+        "(old_logprobs - sampled_logprobs).exp()",
+        symptom="in bfloat16 a few tokens decide the gradient of a batch",
+        story="A token that the sampler found unlikely and the trainer does not gets a large "
+        "weight. Truncation takes a little bias for much less variance.",
+        guard="test_ppo.py::test_where_the_sampler_is_less_precise_tokens_count_by_a_truncated_"
+        "importance_weight",
+    ),
+    Mutant(
+        "pass-at-k-as-a-power",
+        "evaluate/pass_at_k.py",
+        "math.comb(n - int(c), k) / math.comb(n, k)",
+        "(1 - int(c) / n) ** k",
+        symptom="pass@8 from 8 replies is lower than the share of questions with a right one",
+        story="1 - (1 - p)^k of an estimated p is biased, as if replies were drawn with return.",
+        guard="test_pass_at_k.py::test_pass_at_k_is_the_share_of_all_subsets_with_a_right_reply",
     ),
 ]
 

@@ -194,7 +194,7 @@ def test_no_output_cache_or_checkpoint_is_under_git():
 # ------------------------------------------------------------------------------------------- sizes
 
 
-AIMS = {"sft.py": 160, "reward.py": 280, "dpo.py": 340, "ppo.py": 340, "model.py": 450}
+AIMS = {"sft.py": 160, "reward.py": 280, "dpo.py": 340, "ppo.py": 346, "model.py": 450}
 ROOM_AIMS = {"run": 200, "evaluate": 200, "kernels": 200, "data": 400}
 
 

@@ -494,7 +494,12 @@ BAD_FLAGS = [  # scripts, flag, values, what the sentence says
     (["ppo"], "kl-target", ["-1"], "at least 0"),
     (["ppo"], "kl-budget", ["-1"], "at least 0"),
     (["ppo"], "no-end-score", ["nan"], "finite"),
-    (["ppo"], "advantage", ["reinforce"], "gae, rloo, grpo, dr-grpo"),
+    (["ppo"], "advantage", ["reinforce"], "gae, rloo, grpo, dr-grpo, dapo"),
+    (["ppo"], "clip", ["trpo"], "ppo, gspo, cispo"),
+    (["ppo"], "clip-upper", ["0", "nan"], ""),
+    (["ppo"], "overlong", ["-1", "5"], ""),  # the limit is 4 tokens
+    (["ppo"], "redraw", ["-1"], "at least 0"),
+    (["ppo"], "skills", ["juggle"], "--skills must be some of repeat, reverse"),
     (["annotators"], "annotators", ["0"], "at least 1"),
     (["annotators"], "abstain", ["1.5"], "[0, 1]"),
     (["annotators"], "length-bias", ["nan"], ""),
@@ -540,7 +545,12 @@ UNREAD = [  # script, flags, what the sentence says
     ("sft", "--pretrain --template=llama3", "--template is not read with --pretrain"),
     ("ppo", "--beta=0 --kl-target=3", "--kl-target is read with --beta only"),
     ("ppo", "--ensemble a r --reward=r", "--ensemble holds --reward: name others"),
-    ("ppo", "--group-size=8", "--advantage rloo or grpo or dr-grpo only, not with gae"),
+    ("ppo", "--group-size=8", "--advantage rloo or grpo or dr-grpo or dapo only, not with gae"),
+    ("ppo", "--redraw=2", "--redraw is read with --advantage rloo or"),
+    ("ppo", "--clip=gspo", "--clip is read with --advantage rloo or"),
+    ("ppo", "--skills=add --data=x.jsonl", "--skills is not read with --data"),
+    ("ppo", "--advantage=dapo --kl-loss", "--kl-loss is read with --beta only"),
+    ("ppo", "--beta=0 --kl-loss", "--kl-loss is read with --beta only"),
     ("annotators", "--data a.jsonl b.jsonl", "--init is not read with --data"),
     ("annotators", "--ratings --judge=x", "--ratings is not read with --judge"),
     ("rejection", "--prompts=9 --data=x.jsonl", "--prompts is not read with --data"),
@@ -590,6 +600,14 @@ def test_half_of_the_labels_flipped_says_nothing_at_all(refused, flags):
 def test_flag_of_the_critic_is_refused_where_there_is_none(refused, flags):
     sentence = refused("ppo", *flags("ppo"), "--advantage=rloo", "--lam=0.9")
     assert "--lam is read with --advantage gae only, not with rloo" in sentence
+
+
+def test_groups_that_compare_nothing_or_do_not_fill_a_batch_are_refused(refused, flags):
+    given = [*flags("ppo"), "--advantage=grpo"]
+    sentence = refused("ppo", *given, "--group-size=1")
+    assert "--group-size must be at least 2, not 1" in sentence
+    sentence = refused("ppo", *given, "--batch-size=6", "--group-size=4")
+    assert "--batch-size is no multiple of --group-size 4" in sentence
 
 
 SHAPES = ["llama", "mamba:1x32x64", "llama:0x32x64", "llama:1x33x64", "llama:1x32x1"]
@@ -721,20 +739,57 @@ REWARDS = [  # --reward, what the sentence says
     ("rule:exact", "--reward rule:exact: q.jsonl:3 has no answer: give it a field"),
     ("world", "--reward world: q.jsonl:1 is no question of the embedded world"),
     ("mine.py:none", "--reward mine.py:none: takes other arguments; define none(messages, reply)"),
-    ("mine.py:raises", "--reward mine.py:raises: q.jsonl:1: the function failed: KeyError: 'x'"),
-    ("mine.py:nan", "--reward mine.py:nan: q.jsonl:1: the function returned float nan"),
     ("mine.py:no", "--reward mine.py:no: mine.py has no function no; define it there"),
+    ("mine.py", "--reward mine.py: name the function too, as file.py:NAME"),
     ("yours.py:f", "yours.py: there is no such file"),
 ]
 
 
-@pytest.mark.parametrize(("spec", "words"), REWARDS)
-def test_reward_that_cannot_be_given_is_refused(spec, words, place, refused, flags):
+FAILING = [  # --reward, what the sentence says
+    ("mine.py:raises", "the function failed: KeyError: 'x' (mine.py:2); correct it"),
+    ("mine.py:nan", "the function returned float nan: return a finite number"),
+]
+
+
+@pytest.fixture
+def asked(place):
+    """Three questions in q.jsonl, with a number, a word and nothing for answers, and mine.py."""
     questions = [{"prompt": f"{i} ?", "ground_truth": a} for i, a in enumerate(["5", "five", ""])]
     write(place / "q.jsonl", *questions)
     source = "def none(): return 1\ndef raises(messages, reply): return {}['x']\n"
     (place / "mine.py").write_text(source + "def nan(messages, reply): return float('nan')\n")
-    assert words in refused("rejection", *flags("rejection", "q.jsonl"), "--reward", spec)
+
+
+@pytest.mark.parametrize("name", ["ppo", "rejection"])
+@pytest.mark.parametrize(("spec", "words"), REWARDS)
+def test_reward_that_cannot_be_given_is_refused(spec, words, name, asked, refused, flags):
+    assert words in refused(name, *flags(name, "q.jsonl"), "--reward", spec)
+
+
+@pytest.mark.parametrize(("spec", "words"), FAILING)
+def test_function_that_fails_is_named_with_its_record(spec, words, asked, refused, flags):
+    sentence = refused("rejection", *flags("rejection", "q.jsonl"), "--reward", spec)
+    assert f"--reward {spec}: q.jsonl:1: {words}" in sentence
+
+
+@pytest.mark.parametrize(("spec", "words"), FAILING)
+def test_function_that_fails_while_training_ends_the_run_and_replaces_nothing(
+    spec, words, asked, place, flags, monkeypatch, capsys, world_encoding
+):
+    before = snapshot(checkpoint(place / "mine", world_encoding))
+    given = [*flags("ppo", "q.jsonl"), "--out", "mine", "--overwrite", "--reward", spec]
+    with pytest.raises(SystemExit) as exit:
+        call(monkeypatch, "ppo", *given)
+    said = capsys.readouterr().err
+    assert exit.value.code == 2 and "Traceback" not in said and said.count("error: ") == 1
+    assert re.search(rf"error: --reward {spec}: q\.jsonl:[123]: {re.escape(words)}", said)
+    assert snapshot(place / "mine") == before
+
+
+def test_directory_without_a_checkpoint_is_no_reward_model(place, refused, flags):
+    (place / "empty").mkdir()
+    sentence = refused("ppo", *flags("ppo"), "--reward", "empty")
+    assert "empty" in sentence and "does not exist" in sentence
 
 
 def test_reward_model_without_a_scalar_head_chooses_nothing(models, refused, flags):

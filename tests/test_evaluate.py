@@ -21,6 +21,7 @@ from evaluate import best_of_n, measures, methods, recipe, scoreboard
 from model import GPT
 
 ROOMS = ["recipe", "methods", "scoreboard", "rewards", "best_of_n", "hacking", "labels", "chat"]
+ROOMS += ["pass_at_k"]
 
 
 @pytest.fixture

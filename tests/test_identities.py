@@ -192,8 +192,8 @@ def test_sft_examples_are_the_rendered_chats_and_pretraining_weighs_every_token(
     jsonl, chats, world_encoding
 ):
     path = jsonl([{"messages": messages} for messages in chats])
-    config = SimpleNamespace(data=[path], pretrain=False, steps=1, batch_size=1, seed=0)
-    config.prompt_weight, config.last_only = 0.1, False
+    config = SimpleNamespace(data=[path], source=path, pretrain=False, steps=1, batch_size=1)
+    config.prompt_weight, config.last_only, config.seed = 0.1, False, 0
     examples, *_ = load_data(config, world_encoding, 128)
     assert examples == [chat.render(messages, world_encoding) for messages in chats]
     config.pretrain, config.data = True, []
@@ -918,8 +918,9 @@ def test_without_a_critic_a_reply_is_compared_with_the_others_to_its_prompt(roll
 
 
 def slow_advantages(r, i, advantage):
-    """Of the tokens of reply i, in plain Python; beta .3, groups of 4."""
-    scores, penalties = r.scores.tolist(), (0.3 * r.kl.sum(1)).tolist()
+    """Of the tokens of reply i, in plain Python; groups of 4; beta .3, with --kl-loss 0."""
+    beta = 0.0 if r.config.kl_loss else 0.3
+    scores, penalties = r.scores.tolist(), (beta * r.kl.sum(1)).tolist()
     start = i - i % 4
     group = range(start, start + 4)
     mean = sum(scores[j] for j in group) / 4
@@ -947,11 +948,20 @@ def test_grpo_on_a_group_of_equal_scores_learns_the_penalty_and_no_noise(beta):
     torch.testing.assert_close(advantages, expected[:, None].expand(4, 2))
 
 
-@pytest.mark.parametrize("advantage", ppo.ADVANTAGES)
+UPDATES = [f"--advantage {x}" for x in ppo.ADVANTAGES]
+UPDATES += [f"--advantage {x} --kl-loss" for x in ppo.ADVANTAGES]
+UPDATES += ["--advantage grpo --clip gspo", "--advantage dapo --clip cispo --clip-upper .05"]
+UPDATES += ["--advantage rloo --clip gspo --kl-loss", "--advantage dapo --clip-upper .4"]
+
+
+@pytest.mark.parametrize("given", UPDATES)
 def test_each_minibatch_has_the_gradient_of_a_slow_loop_and_each_reply_its_turn(
-    rolled, advantage, monkeypatch
+    rolled, given, monkeypatch
 ):
-    flags = dict(steps=1, minibatches=3, ppo_epochs=2, batch_size=24, beta=0.3)
+    chosen = run.parse(ppo.Config, given.split())
+    advantage, flags = chosen.advantage, dict(clip=chosen.clip, kl_loss=chosen.kl_loss)
+    flags |= dict(steps=1, minibatches=3, ppo_epochs=2, batch_size=24, beta=0.3)
+    flags |= dict(clip_upper=chosen.clip_upper)
     flags |= {"critic_warmup": 0} if advantage == "gae" else {}
     r = rolled(n=24 if advantage == "gae" else 6, advantage=advantage, **flags)
     gradients, learned = [], []
@@ -979,46 +989,100 @@ def test_each_minibatch_has_the_gradient_of_a_slow_loop_and_each_reply_its_turn(
     old = SimpleNamespace(**vars(r.rollout) | {"old_logprobs": r.old_logprobs + 0.4 * noise})
     job = SimpleNamespace(forward=recording, device=torch.device("cpu"))
     metrics = ppo.update(r.config, job, r.models, parts, old, 0, r.config.beta)
+    log_ratios = chain(*(slow_log_ratios(r, old, i).tolist() for i in learned[-1]))
+    low, high = math.log(0.8), math.log(1 + r.config.clip_upper)
+    beyond = [not low <= log_ratio <= high for log_ratio in log_ratios]
+    assert float(metrics["clipped"]) == pytest.approx(sum(beyond) / len(beyond), abs=1e-6)
     assert metrics["clipped"] > 0.1
     assert len(gradients) == len(learned) == 6
     assert sorted(sum(learned[:3], [])) == sorted(sum(learned[3:], [])) == list(range(24))
     for rows, gradient in zip(learned, gradients):
-        loss = slow_policy_loss(r, old, rows, advantage)
+        loss = slow_policy_loss(r, old, rows)
         expected = torch.autograd.grad(loss, list(r.policy.parameters()))
         torch.testing.assert_close(gradient, list(expected), rtol=1e-3, atol=2e-5)
 
 
-def slow_policy_loss(r, old, rows, advantage):
-    """The loss of these replies, token by token, from ppo.py's table."""
-    tokens = sum(len(r.replies[i]) for i in rows)
+def slow_policy_loss(r, old, rows):
+    """The loss of these replies, token by token, from ppo.py's tables."""
+    config, advantage, tokens = r.config, r.config.advantage, sum(len(r.replies[i]) for i in rows)
+    divisors = {"gae": tokens, "dapo": tokens, "dr-grpo": len(rows) * 12}
+    divisor = divisors.get(advantage, len(rows))
     total = 0.0
     for i in rows:
-        ids = torch.tensor([r.prompts[i if advantage == "gae" else i // 4] + r.replies[i]])
-        logprobs = r.policy.logits(r.policy(ids[:, :-1]))[0].log_softmax(-1)  # (T, V)
+        reply, logprobs = r.replies[i], slow_logprobs(r.policy, r, i)
         if advantage == "gae":
             advantages = old.advantages[i][old.batch.mask[i]].tolist()  # other tests have these
         else:
             advantages = slow_advantages(r, i, advantage)
-        divisors = {"gae": tokens, "dapo": tokens, "dr-grpo": len(rows) * 12}
-        divisor = divisors.get(advantage, len(rows))
-        for t, (token, A) in enumerate(zip(r.replies[i], advantages)):
-            column = ids.shape[1] - 1 - len(r.replies[i]) + t
-            ratio = (logprobs[column, token] - old.old_logprobs[i, column]).exp()
+        log_ratios = slow_log_ratios(r, old, i)
+        if config.clip == "gspo":
+            log_ratios = log_ratios.mean().expand(len(reply))
+        for t, A in enumerate(advantages):
+            ratio, upper = log_ratios[t].exp(), 1 + config.clip_upper
             r_now = ratio.item()
-            if r_now * A <= max(0.8, min(r_now, 1.2)) * A:  # else clipped: a constant
+            if config.clip == "cispo":
+                total = total - min(r_now, upper) * A * logprobs[t] / divisor
+            elif r_now * A <= max(0.8, min(r_now, upper)) * A:  # else clipped: a constant
                 total = total - ratio * A / divisor
+        if config.kl_loss:
+            ref_logp = slow_logprobs(r.ref, r, i).sum().detach()
+            penalty = 0.3 * (logprobs.sum() - ref_logp) ** 2 / 2
+            total = total + penalty / divisor / len(reply) ** (advantage == "grpo")
     return total
+
+
+def slow_logprobs(model, r, i):
+    """Of the tokens of reply i (length,), from the softmax."""
+    prompt, reply = r.prompts[i if r.config.advantage == "gae" else i // 4], r.replies[i]
+    logits = model.logits(model(torch.tensor([(prompt + reply)[:-1]])))[0]  # (T, V)
+    rows = logits.log_softmax(-1)[len(prompt) - 1 :]  # (length, V)
+    return rows[torch.arange(len(reply)), torch.tensor(reply)]
+
+
+def slow_log_ratios(r, old, i):
+    return slow_logprobs(r.policy, r, i) - old.old_logprobs[i][old.batch.mask[i]]  # (length,)
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "grpo", "dr-grpo", "dapo"])
+def test_the_first_gradient_of_the_kl_as_a_loss_is_that_of_an_uncentred_penalty(
+    rolled, advantage, monkeypatch
+):
+    """With advantages of 0, --kl-loss leaves the gradient of the KL alone. Advantages of -beta KL
+    without --kl-loss have the same."""
+    flags = dict(advantage=advantage, minibatches=1, batch_size=24, beta=0.3, steps=1)
+    r = rolled(n=6, kl_loss=True, **flags)
+    old = SimpleNamespace(**vars(r.rollout) | {"advantages": torch.zeros_like(r.advantages)})
+    gradients = []
+
+    def clip(model, max_norm):
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        return torch.zeros(())
+
+    monkeypatch.setattr(ppo.run, "clip", clip)
+    monkeypatch.setattr(ppo.run, "step", lambda model, lr: model.zero_grad(set_to_none=True))
+    parts = SimpleNamespace(optimizer=r.policy, shuffler=torch.Generator().manual_seed(0))
+    job = SimpleNamespace(forward=forward, device=torch.device("cpu"))
+    ppo.update(r.config, job, r.models, parts, old, 0, 0.3)
+    penalties = 0.3 * r.kl.sum(1, keepdim=True).expand_as(r.kl)  # (B, T)
+    if advantage == "grpo":
+        penalties = penalties / r.batch.mask.sum(1, keepdim=True)
+    r.config.kl_loss = False
+    old.advantages = -penalties
+    ppo.update(r.config, job, r.models, parts, old, 0, 0.3)
+    as_a_loss, in_the_reward = gradients
+    torch.testing.assert_close(as_a_loss, in_the_reward, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("advantage", ppo.ADVANTAGES[1:])
 def test_a_run_without_a_critic_starts_at_a_ratio_of_1(run_stage, checkpoint, advantage):
     flags = dict(steps=2, batch_size=16, minibatches=2, max_new_tokens=8, lr=1e-3, kl_target=0.1)
+    flags |= dict(beta=0.1) if advantage == "dapo" else {}  # its default is 0
     models = dict(init=checkpoint(), reward=checkpoint("score"))
     out, metrics = run_stage(ppo, **models, **flags, advantage=advantage)
     for line in metrics:
         assert line["ratio_first"] == pytest.approx(1, abs=1e-5) and "value_loss" not in line
     # no KL yet: beta falls as fast as it may
-    beta = 1.0 if advantage == "grpo" else 0.2
+    beta = {"grpo": 1.0, "dapo": 0.1}.get(advantage, 0.2)
     assert metrics[1]["beta"] == pytest.approx(beta * (1 - 0.2 * 16 / 10000))
     assert checkpoints.load(out).config.head == "lm"
 

@@ -30,6 +30,7 @@ from ppo import (
     adaptive_beta,
     gae,
     grpo_advantages,
+    kl_losses,
     loss_divisor,
     policy_loss,
     rloo_advantages,
@@ -636,6 +637,167 @@ def test_policy_loss_stays_finite_at_log_ratios_of_ten_thousand(size, advantage)
     assert torch.isfinite(loss) and torch.isfinite(logprobs.grad).all()
 
 
+# ------------------------------------------------------------------------------- GSPO, CISPO, k2
+
+
+def test_gspo_by_hand():
+    """Two replies, of two tokens and of one; eps .1 below and .3 above. The first one's ratios 2
+    and 1/18 have the mean 1/3, clipped at .9 as A is -1. The second one's ratio is 1.2."""
+    logprobs = numbers(*map(math.log, (2, 1 / 18, 1.2)), NAN).view(2, 2).requires_grad_()
+    mask = torch.tensor([[True, True], [True, False]])
+    advantages = numbers(-1.0, -1.0, 2.0, NAN).view(2, 2)
+    loss = policy_loss(logprobs, torch.zeros(2, 2), advantages, mask, (0.1, 0.3), 3, "gspo")
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx((2 * 0.9 - 1.2 * 2) / 3)
+    expected = numbers(0.0, 0.0, -1.2 * 2 / 3, 0.0).view(2, 2)
+    torch.testing.assert_close(logprobs.grad, expected)
+    # of a positive advantage a ratio below 1 is not clipped: both tokens move, each by its share
+    logprobs.grad = None
+    policy_loss(logprobs, torch.zeros(2, 2), advantages.abs(), mask, 0.1, 1, "gspo").backward()
+    torch.testing.assert_close(logprobs.grad[0], numbers(-1 / 3, -1 / 3))
+
+
+def test_cispo_by_hand():
+    """Ratios 2, 1/2 and 1.1 with an upper bound of 1.3: the first is cut, the second is not, as
+    there is no lower bound, and no token loses its gradient."""
+    logprobs = numbers(math.log(2), math.log(0.5), math.log(1.1), NAN)[None].requires_grad_()
+    mask = torch.tensor([[True, True, True, False]])
+    advantages = numbers(1.0, -3.0, 2.0, NAN)[None]
+    loss = policy_loss(logprobs, torch.zeros(1, 4), advantages, mask, (0.2, 0.3), 2, "cispo")
+    loss.backward()
+    gain = 1.3 * math.log(2) - 0.5 * 3 * math.log(0.5) + 1.1 * 2 * math.log(1.1)
+    assert float(loss.detach()) == pytest.approx(-gain / 2)
+    torch.testing.assert_close(logprobs.grad, -numbers(1.3, -1.5, 2.2, 0.0)[None] / 2)
+
+
+def test_kl_losses_by_hand():
+    # log pi - log pi_ref = 1 - 3 = -2 over the first reply, .5 over the second
+    logprobs = numbers(-1.0, -4.0, -0.5, NAN).view(2, 2).requires_grad_()
+    ref = numbers(-2.0, -1.0, -1.0, math.inf).view(2, 2)
+    losses = kl_losses(logprobs, ref, torch.tensor([[True, True], [True, False]]))
+    torch.testing.assert_close(losses, numbers(2.0, 0.125))
+    losses.sum().backward()  # each token of a reply: its log-ratio
+    torch.testing.assert_close(logprobs.grad, numbers(-2.0, -2.0, 0.5, 0.0).view(2, 2))
+
+
+def slow_clipped_gains(clip, logprobs, old, advantages, mask, lower, upper):
+    """What policy_loss sums, token by token in plain Python."""
+    total = 0.0
+    for row in range(len(mask)):
+        tokens = mask[row].nonzero().flatten().tolist()
+        log_ratios = [float(logprobs[row, t] - old[row, t]) for t in tokens]
+        for t, log_ratio in zip(tokens, log_ratios, strict=True):
+            A = float(advantages[row, t])
+            if clip == "cispo":
+                total += min(math.exp(log_ratio), 1 + upper) * A * float(logprobs[row, t])
+                continue
+            if clip == "gspo":
+                log_ratio = sum(log_ratios) / len(tokens)
+            ratio = math.exp(log_ratio)
+            total += min(ratio * A, min(max(ratio, 1 - lower), 1 + upper) * A)
+    return total
+
+
+@pytest.mark.parametrize("clip", ["ppo", "gspo", "cispo"])
+@pytest.mark.parametrize("kind", MASKS)
+def test_each_clip_is_the_slow_loop_and_reads_nothing_under_the_mask(randn, kind, clip):
+    mask = torch.tensor(MASKS[kind], dtype=torch.bool)
+    old, advantages = randn(3, 6), randn(3, 6)
+    logprobs = old + 0.4 * randn(3, 6)
+    total = slow_clipped_gains(clip, logprobs, old, advantages, mask, 0.1, 0.3)
+    gradients = []
+    for rubbish in (0.0, NAN, math.inf, 1e4):
+        dirty = [x.masked_fill(~mask, rubbish) for x in (logprobs, old, advantages)]
+        dirty[0].requires_grad_()
+        loss = policy_loss(*dirty, mask, (0.1, 0.3), 7, clip)
+        loss.backward()
+        assert float(loss.detach()) == pytest.approx(-total / 7, rel=1e-12)
+        gradients.append(dirty[0].grad)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+    assert (gradients[0][~mask] == 0).all()
+    alone = policy_loss(logprobs, old, advantages, mask, (0.1, 0.3), clip=clip)
+    assert float(alone) == pytest.approx(-total / int(mask.sum()), rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_kl_losses_are_the_slow_loop_and_read_nothing_under_the_mask(randn, kind):
+    mask = torch.tensor(MASKS[kind], dtype=torch.bool)
+    logprobs, ref = randn(3, 6), randn(3, 6)
+    expected = []
+    for row in range(3):
+        log_ratio = sum(float(logprobs[row, t] - ref[row, t]) for t in range(6) if mask[row, t])
+        expected.append(log_ratio**2 / 2)
+    for rubbish in (NAN, math.inf, 1e4):
+        dirty = [x.masked_fill(~mask, rubbish) for x in (logprobs, ref)]
+        dirty[0].requires_grad_()
+        losses = kl_losses(*dirty, mask)
+        losses.sum().backward()
+        torch.testing.assert_close(losses, numbers(*expected))
+        assert (dirty[0].grad[~mask] == 0).all() and torch.isfinite(dirty[0].grad).all()
+
+
+def test_gspo_and_kl_losses_pass_gradcheck_and_cispo_s_gradient_holds_its_weight_fixed(randn):
+    mask = torch.tensor(MASKS["replies"], dtype=torch.bool)
+    old, advantages = randn(3, 6), randn(3, 1).expand(3, 6)
+    trained = (old + 0.5 * randn(3, 6)).requires_grad_()
+    mean = ((trained - old) * mask).sum(1) / mask.sum(1)
+    assert 0 < int(((mean.exp() - 1).abs() > 0.1).sum()) < 3  # inside the clip, and beyond it
+
+    def gspo(x):
+        return policy_loss(x, old, advantages, mask, 0.1, clip="gspo")
+
+    assert torch.autograd.gradcheck(gspo, trained)
+    assert torch.autograd.gradcheck(lambda x: kl_losses(x, old, mask), trained)
+    policy_loss(trained, old, advantages, mask, 0.1, 1, "cispo").backward()
+    weight = (trained - old).exp().clamp(max=1.1).detach()
+    assert 0 < int((weight == 1.1)[mask].sum()) < int(mask.sum())
+    torch.testing.assert_close(trained.grad, -weight * advantages * mask)
+
+
+@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
+@pytest.mark.parametrize("size", [1e4, -1e4])
+@pytest.mark.parametrize("clip", ["gspo", "cispo"])
+def test_gspo_cispo_and_k2_stay_finite_at_log_ratios_of_ten_thousand(clip, size, advantage):
+    logprobs = torch.full((1, 2), size, requires_grad=True)
+    mask, zeros = torch.tensor([[True, False]]), torch.zeros(1, 2)
+    loss = policy_loss(logprobs, zeros, zeros + advantage, mask, 0.2, clip=clip)
+    loss = loss + kl_losses(logprobs, zeros, mask).sum()
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(logprobs.grad).all()
+
+
+def test_at_the_old_policy_all_clips_have_one_gradient_if_a_reply_has_one_advantage(randn):
+    old, mask = randn(3, 6), torch.tensor(MASKS["holes"], dtype=torch.bool)
+    for advantages, same in ((randn(3, 1).expand(3, 6), True), (randn(3, 6), False)):
+        gradients = {}
+        for clip in ("ppo", "gspo", "cispo"):
+            logprobs = old.clone().requires_grad_()
+            policy_loss(logprobs, old, advantages, mask, 3e-4, 5, clip).backward()
+            gradients[clip] = logprobs.grad
+        torch.testing.assert_close(gradients["ppo"], -advantages * mask / 5)
+        torch.testing.assert_close(gradients["cispo"], gradients["ppo"])
+        # a ratio of the reply shares its tokens' credit out evenly
+        assert torch.allclose(gradients["gspo"], gradients["ppo"]) == same
+
+
+def test_gspo_with_grpo_s_advantages_is_its_published_equation(randn):
+    """Zheng et al. 2025, eq. 5: the mean over replies of min(s A, clip(s) A), s = (pi / pi_old) ^
+    (1 / length). GRPO's advantages are divided by the length, and the loss by the replies."""
+    mask = torch.tensor(MASKS["replies"], dtype=torch.bool)
+    old, A = randn(3, 6), randn(3)
+    logprobs = old + 0.3 * randn(3, 6)
+    lengths = mask.sum(1)
+    ratio = (((logprobs - old) * mask).sum(1)).exp() ** (1 / lengths)  # (3,)
+    gains = torch.minimum(ratio * A, ratio.clamp(0.9, 1.05) * A)
+    assert not torch.equal(gains, ratio * A)
+    advantages = (A / lengths)[:, None].expand(3, 6)
+    loss = policy_loss(logprobs, old, advantages, mask, (0.1, 0.05), 3, "gspo")
+    torch.testing.assert_close(loss, -gains.mean())
+
+
+# --------------------------------------------------------------------------- groups, divisors, beta
+
+
 def test_group_advantages_by_hand():
     scores = numbers(1.0, 2.0, 6.0)[None]
     torch.testing.assert_close(rloo_advantages(scores), numbers(1 - 4, 2 - 3.5, 6 - 1.5)[None])
@@ -649,11 +811,26 @@ def test_group_advantages_by_hand():
     assert (rloo_advantages(equal) == 0).all() and (grpo_advantages(equal) == 0).all()
 
 
+@pytest.mark.parametrize("K", [2, 3, 4, 5, 8, 16])
+def test_equal_scores_have_exactly_no_advantage_whatever_rounding_makes_of_their_mean(K):
+    """A residue of 1e-8, divided by a std of 0 + 1e-4, is large enough for Adam to follow it."""
+    values = torch.rand(500, generator=torch.Generator().manual_seed(0))
+    scores = values[:, None].expand(500, K)
+    for advantages in (rloo_advantages(scores), grpo_advantages(scores)):
+        assert (advantages == 0).all()
+    # where scores differ, however little, nothing has changed
+    scores = scores + 1e-6 * torch.randn(500, K, generator=torch.Generator().manual_seed(1))
+    expected = scores - scores.mean(1, keepdim=True)
+    torch.testing.assert_close(grpo_advantages(scores, scale=False), expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
-    "advantage, divisor", [("gae", None), ("rloo", 6), ("grpo", 6), ("dr-grpo", 6 * 9)]
+    "advantage, divisor", [("gae", 5), ("dapo", 5), ("rloo", 2), ("grpo", 2), ("dr-grpo", 2 * 9)]
 )
 def test_each_advantage_divides_its_loss_as_its_table_says(advantage, divisor):
-    assert loss_divisor(PPOConfig(advantage=advantage, max_new_tokens=9), 6) == divisor
+    """A minibatch of two replies, of 3 and 2 tokens."""
+    mask = torch.tensor([[True, True, True], [False, True, True]])
+    assert loss_divisor(PPOConfig(advantage=advantage, max_new_tokens=9), mask) == divisor
 
 
 def test_the_kl_coefficient_moves_by_at_most_a_fifth_per_ten_thousand_replies():
