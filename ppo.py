@@ -368,7 +368,7 @@ def main(config):
             shown = old.groups[0]
             reply = chat.painted_reply(shown.question.ids, shown.replies[0], encoding, job.colour)
             job.say(reply + f"  score {old.scores[0]:.2f}")
-        job.log(step, **metrics)
+        job.log(step, [group.question.record.where for group in old.groups], **metrics)
         if metrics["hacking"] and config.stop_on_hacking:
             job.say(f"ppo: stopped after step {step + 1}")
             break

@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import math
 import re
+import textwrap
 import typing
 from dataclasses import dataclass, field
 
@@ -75,6 +76,12 @@ def fill(config, **defaults):
             setattr(config, name, default)
 
 
+class Layout(argparse.RawDescriptionHelpFormatter):
+    def _split_lines(self, text, width):
+        """Lines of a flag's help; a name such as apo-zero stays whole."""
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         """An unknown flag is bad input like any other: one sentence instead of the whole usage."""
@@ -84,8 +91,7 @@ class Parser(argparse.ArgumentParser):
 def parse(Config, argv=None, description=None):
     """Flags from a flat dataclass: `batch_size: int = 32  # help` becomes --batch-size with that
     help and default. Raises ValueError for unknown flags and for numbers out of range."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=description, allow_abbrev=False, formatter_class=layout)
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=Layout)
     shared = parser.add_argument_group("shared flags")
     comments = {}  # {field: the comment behind it}; a class's own replaces the inherited one
     for base in reversed(Config.__mro__[:-1]):
