@@ -46,7 +46,7 @@ def watch(process, minutes):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--minutes", type=float, default=120)
+    parser.add_argument("--minutes", type=float, default=120, help="at least 1")
     parser.add_argument("--init", default="out/sft")
     parser.add_argument("--reward", default="out/reward")
     args = parser.parse_args()
@@ -65,16 +65,22 @@ def main():
             code = process.wait()
         last = (Path(folder) / "log").read_text().splitlines()[-1]
     print(f"{args.minutes:g} minutes, exit code {code}: {last}")
+    growth = report(samples)
+    sys.exit(growth > ALLOWED or code != 128 + signal.SIGTERM)
+
+
+def report(samples):
+    """Prints each sixth of the samples -> the last sixth's median by the second's."""
     size = len(samples) // 6
-    sixths = [samples[size * i : size * (i + 1)] for i in range(6)]
-    for i, sixth in enumerate(sixths):
-        held, files = zip(*sixth, strict=True)
-        print(f"sixth {i + 1}: median {statistics.median(held):.1f} MiB (", end="")
-        print(f"{min(held):.1f} to {max(held):.1f}), at most {max(files)} open files")
-    medians = [statistics.median(held for held, _ in sixth) for sixth in sixths]
+    medians = []
+    for i in range(6):
+        held, files = zip(*samples[size * i : size * (i + 1)], strict=True)
+        medians.append(statistics.median(held))
+        print(f"sixth {i + 1}: median {medians[-1]:.1f} MiB ({min(held):.1f} to ", end="")
+        print(f"{max(held):.1f}), at most {max(files)} open files")
     growth = medians[-1] / medians[1]
     print(f"last / second sixth: {growth:.4f}")
-    sys.exit(growth > ALLOWED or code != 128 + signal.SIGTERM)
+    return growth
 
 
 if __name__ == "__main__":

@@ -15,9 +15,18 @@ import ppo
 import reward
 import run
 import sft
-from data import chat, checkpoints, formats, tokenizer, world
+from data import chat, checkpoints, formats, rules, tokenizer, world
 from data.logprobs import reply_kl
-from evaluate import best_of_n, measures, methods, recipe, scoreboard
+from evaluate import (
+    best_of_n,
+    failures,
+    measures,
+    methods,
+    pass_at_k,
+    recipe,
+    scoreboard,
+    verifiable,
+)
 from model import GPT
 
 ROOMS = ["recipe", "methods", "scoreboard", "rewards", "best_of_n", "hacking", "labels", "chat"]
@@ -389,14 +398,15 @@ def quick_stages(monkeypatch, world_encoding, world_model):
     answers; measurements ask 26 questions. Yields the scripts that were started."""
     started = []
     evaluations = {"evaluate.scoreboard": scoreboard, "evaluate.best_of_n": best_of_n}
+    evaluations["evaluate.pass_at_k"] = pass_at_k
 
     def start(words, threads, quiet=False):
         script, name, *flags = map(str, words)
         started.append(script)
         if name in evaluations:
             assert quiet
-            limits = ["--prompts", "26"]
-            if name == "evaluate.scoreboard":
+            limits = ["--prompts", "6" if name == "evaluate.pass_at_k" else "26"]
+            if name != "evaluate.best_of_n":
                 limits += ["--max-new-tokens", "4"]
             evaluations[name].main(run.parse(evaluations[name].Config, flags + limits))
             return 0
@@ -418,6 +428,9 @@ def quick_stages(monkeypatch, world_encoding, world_model):
         reward_model = flags[flags.index("--reward") + 1] if "--reward" in flags else ""
         facts = {"seconds": 9.0, "cpu_seconds": 2.0, "peak_memory_mib": 300}
         run.write_json(done / "run.json", facts | {"flags": {"reward": reward_model}})
+        curves = dict.fromkeys(["score", "gold", "length", "entropy", "equal", "pass_at_1"], 0.5)
+        rows = [{"step": step, "hacking": step} | curves for step in range(2)]
+        run.write_lines(done / "metrics.jsonl", rows)
         return 0
 
     monkeypatch.setattr(recipe, "start", start)
@@ -500,6 +513,53 @@ def test_the_comparison_of_methods_has_a_row_for_each_and_keeps_what_is_trained(
     before = (tmp_path / "seed-1/methods/dpo/model.safetensors").stat().st_mtime_ns
     methods.main(methods.Config(seeds=["1"], out=str(tmp_path)))
     assert (tmp_path / "seed-1/methods/dpo/model.safetensors").stat().st_mtime_ns == before
+
+
+def test_runs_with_rewards_that_can_be_checked_have_flags_that_ppo_knows(tmp_path):
+    commands = [*verifiable.methods(tmp_path).values()]
+    for failure in failures.FAILURES.values():
+        commands += [["ppo.py", *flags] for flags in failure.runs.values()]
+        asked = run.parse(pass_at_k.Config, [*map(str, failure.asked)])
+        rules.open_rule(asked.reward)
+    for script, *flags in commands:
+        config = run.parse(ppo.Config, [*map(str, flags)])
+        ppo.check(config)
+        assert script == "ppo.py" and set(config.skills) <= set(world.SKILLS)
+
+
+def test_the_table_of_verifiable_rewards_has_a_row_for_each_method_and_keeps_what_is_trained(
+    quick_stages, tmp_path, capsys
+):
+    verifiable.main(verifiable.Config(seeds=["1", "2"], out=str(tmp_path)))
+    printed = capsys.readouterr().out
+    board = json.loads((tmp_path / "verifiable.json").read_text())["boards"]["1"]
+    names = {"sft", "expert-3", *verifiable.methods(tmp_path)}
+    assert names <= set(board) and all(name in printed for name in names)
+    assert board["grpo"]["seconds"] == 2 and board["expert-3"]["seconds"] >= 0
+    assert "grpo - sft" in printed and 0 <= board["grpo"]["pass@8"] <= 1
+    started = len(quick_stages)
+    verifiable.main(verifiable.Config(seeds=["1"], out=str(tmp_path)))
+    assert len(quick_stages) == started
+
+
+@pytest.mark.parametrize("name", failures.FAILURES)
+def test_each_failure_has_its_table_its_differences_and_its_picture(
+    quick_stages, tmp_path, capsys, name
+):
+    failures.main(name, failures.Config(seeds=["1", "2"], out=str(tmp_path)))
+    printed = capsys.readouterr().out
+    failure = failures.FAILURES[name]
+    board = json.loads((tmp_path / f"failures-{name}.json").read_text())["boards"]["1"]
+    assert set(board) == {"sft", *failure.runs}
+    for a, b, column in failure.compared:
+        assert column in board[a] and f"{a} - {b}: {column}" in printed
+    assert (tmp_path / f"failures-{name}.png").stat().st_size > 5000
+    if name == "checker":  # the marked step, from 1
+        assert board["last number"]["warned"] == 2
+        rows = formats.read(tmp_path / "seed-1/failures/hasty.jsonl", "conversation")
+        answers = [r.messages[-1]["content"] for r in rows if "sum" in r.messages[-2]["content"]]
+        hasty = sum("=" not in answer for answer in answers) / len(answers)
+        assert 0.2 < hasty < 0.4
 
 
 def test_the_methods_learn_from_the_same_number_of_labels_and_flips_are_flips_of_the_truth(

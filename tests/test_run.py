@@ -24,6 +24,7 @@ import sft
 from data import annotators, checkpoints, tokenizer
 from model import GPT
 from run import lock, memory, ranks
+from tests import soak
 
 SCRIPTS = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo, "annotators": annotators}
 FILES = {"config.json", "model.safetensors", "tokenizer.json"}
@@ -791,3 +792,22 @@ def test_micro_batches_take_the_same_step(chain, tmp_path, no_pictures):
     whole, parts = (metrics(tmp_path / out)[0] for out in ("whole", "parts"))
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-5)
     assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
+
+
+def test_the_soak_s_report_sees_a_leak_and_no_leak(capsys):
+    warming = [(500.0 + 30 * i, 5) for i in range(10)]
+    flat = [(800.0 + i % 3, 5) for i in range(50)]
+    leaking = [(800.0 + i, 5) for i in range(50)]
+    assert soak.report(warming + flat) < soak.ALLOWED < soak.report(warming + leaking)
+    assert capsys.readouterr().out.count("sixth 6: median") == 2
+
+
+def test_the_soak_reads_the_memory_that_a_process_holds():
+    if not Path("/proc/self/status").exists():
+        pytest.skip("there is no /proc here")
+    code = "import time; block = bytearray(200 * 2**20); print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()  # the block is there
+        ((held, files),) = soak.watch(process, minutes=0.001)
+        process.kill()
+    assert 200 < held < 300 and files >= 3
