@@ -33,6 +33,14 @@ def cost(directory):
     return facts["cpu_seconds"] + sum(cost(p) for p in needed if p.parent == directory.parent)
 
 
+def up_to_date(result, directories):
+    """Whether a file of measurements is there, and was written after all of these runs."""
+    if not result.exists():
+        return False
+    newest = max((path / "run.json").stat().st_mtime for path in directories)
+    return result.stat().st_mtime >= newest
+
+
 def output(name):
     """The directory of --out, made if it is missing."""
     Path(name).mkdir(parents=True, exist_ok=True)

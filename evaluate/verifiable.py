@@ -3,24 +3,24 @@
     python -m evaluate.verifiable --seeds 1 2 3   in the directories of evaluate.recipe --seeds
 
 All start from the seed's SFT model, and sample as many replies (dapo: more, where it draws anew);
-the reward is 1 for the right answer alone (rule:exact). `ppo-rm` learns from the recipe's reward
-model instead. `expert-N` is expert iteration, N rounds of: sample, keep a right reply to each
-question, SFT on them. Stages that exist are kept.
+the reward is 1 for the right answer alone (rule:exact). `ppo-rm` is PPO with its default KL against
+the recipe's reward model instead, which has also seen 20,000 comparisons. `expert-N` is expert
+iteration, N rounds of: sample, keep a right reply to each question, SFT on them. Stages that exist
+are kept.
 
 Per method, means and half-widths of their 95 % intervals over the seeds, on held-out questions:
 reward (mean score of a reply), pass@1, pass@8, entropy and length as in evaluate.pass_at_k, and
-seconds of processor time (of expert iteration: on the clock).
+seconds of processor time, of the reward model too.
 """
 
 import json
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import run
 from data import world
-from evaluate.measures import cost, plus_minus, spread, table
+from evaluate.measures import cost, plus_minus, spread, table, up_to_date
 from evaluate.recipe import cores, finish, foundation, stage, summary, whole_numbers
 
 SKILLS = ["sum", *world.LISTS]
@@ -28,7 +28,8 @@ RULE = ["--reward", "rule:exact", "--skills", *SKILLS]
 STEPS, REPLIES, K = 32, 256, 8  # iterations, replies in each, replies to each question
 ROUNDS = 3  # of expert iteration
 COLUMNS = ["reward", "pass@1", "pass@8", "entropy", "length", "seconds"]
-COMPARED = "grpo sft, rloo sft, expert-3 sft, grpo ppo-rm, rloo ppo-rm, grpo expert-3, grpo ppo"
+COMPARED = "grpo sft, rloo sft, expert-3 sft, ppo ppo-rm, grpo ppo-rm, rloo ppo-rm"
+COMPARED += ", grpo ppo, grpo expert-3, dapo expert-3"
 COMPARED = [pair.split() for pair in COMPARED.split(", ")]
 
 
@@ -59,21 +60,26 @@ def methods(home):
 
 
 def expert_iteration(home, seed):
-    """Rounds of rejection sampling and SFT on what was right -> seconds up to each round."""
-    policy, took, runs = home / "sft", 0.0, home / "verifiable"
+    """Rounds of rejection sampling, and of SFT on what was right."""
+    policy, runs = home / "sft", home / "verifiable"
     prompts = STEPS * REPLIES // (K * ROUNDS)
     for i in range(1, ROUNDS + 1):
-        name, file, clock = (runs / f"expert-{i}{end}" for end in ("", ".jsonl", ".json"))
-        if not clock.exists():
-            began = time.perf_counter()
-            best = ["-m", "data.rejection", "--init", policy, *RULE, "--samples", K]
-            best += ["--prompts", prompts, "--at-least", 1]
-            stage(file, best, seed + 1000 * i, 1, keep=True)  # other questions in each round
-            learn = ["sft.py", "--init", policy, "--data", file, "--lr", 3e-4]
-            stage(name, [*learn, "--steps", 40, "--batch-size", 32], seed, 1, keep=True)
-            took += time.perf_counter() - began
-            run.write_json(clock, {"seconds": took})
-        policy, took = name, json.loads(clock.read_text())["seconds"]
+        name, file = runs / f"expert-{i}", runs / f"expert-{i}.jsonl"
+        best = ["-m", "data.rejection", "--init", policy, *RULE, "--samples", K]
+        best += ["--prompts", prompts, "--at-least", 1]
+        stage(file, best, seed + 1000 * i, 1, keep=True)  # other questions in each round
+        learn = ["sft.py", "--init", policy, "--data", file, "--lr", 3e-4]
+        stage(name, [*learn, "--steps", 40, "--batch-size", 32], seed, 1, keep=True)
+        policy = name
+
+
+def seconds_of(home, path):
+    """Processor seconds of a run after SFT, and of the runs that it needed."""
+    number = path.name.removeprefix("expert-")
+    if number != path.name:  # the samples of its rounds too
+        facts = [path.with_name(f"expert-{i + 1}.json") for i in range(int(number))]
+        return cost(path) + sum(json.loads(file.read_text())["cpu_seconds"] for file in facts)
+    return cost(path) + (cost(home / "reward") if path.name == "ppo-rm" else 0)
 
 
 def train_and_measure(homes):
@@ -107,11 +113,11 @@ def policies(home):
 
 
 def measure(home):
-    """Writes the table of pass@k of a seed's runs, if it is missing."""
-    out = home / "verifiable/measured"
-    command = ["-m", "evaluate.pass_at_k", *RULE, "--k", 1, 8, "--out", out]
-    if not (out / "pass-at-k.json").exists():
-        finish(out / "pass-at-k.json", [*command, "--runs", *policies(home)], 1, quiet=True)
+    """Writes the table of pass@k of a seed's runs, unless it is newer than all of them."""
+    out, runs = home / "verifiable/measured", policies(home)
+    command = ["-m", "evaluate.pass_at_k", *RULE, "--k", 1, 8, "--out", out, "--runs", *runs]
+    if not up_to_date(out / "pass-at-k.json", runs):
+        finish(out / "pass-at-k.json", command, 1, quiet=True)
 
 
 def board_of(home):
@@ -119,13 +125,9 @@ def board_of(home):
     rows = json.loads((home / "verifiable/measured/pass-at-k.json").read_text())
     board = {}
     for path in policies(home):
-        row = {key: value for key, value in rows[str(path)].items() if key in COLUMNS}
-        clock = path.with_suffix(".json")
+        row = board[path.name] = {key: x for key, x in rows[path.name].items() if key in COLUMNS}
         if path.parent != home:  # SFT belongs to all methods
-            row["seconds"] = (
-                json.loads(clock.read_text())["seconds"] if clock.exists() else cost(path)
-            )
-        board[path.name] = row
+            row["seconds"] = seconds_of(home, path)
     return board
 
 
