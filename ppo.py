@@ -4,8 +4,8 @@
 
 The score r comes from a reward model (RLHF) or a rule (RLVR, data/rules.py). The policy pi and its
 critic V are trained, the reference pi_ref (the SFT model) is not. Each iteration samples a reply to
-every prompt of a batch; its tokens are the steps of a Markov decision process. r, A, R and all that
-is `old` are computed once, before the update:
+every prompt of a batch; its tokens are the steps of a Markov decision process. r, A, R, pi_old and
+V_old are computed once, before the update:
 
     reward      r_t = -beta (log pi(y_t) - log pi_ref(y_t)),  plus score r(x, y) at the last
     advantage   A_t = sum_k (gamma lam)^k delta_{t+k},  delta_t = r_t + gamma V_{t+1} - V_t
@@ -14,8 +14,9 @@ is `old` are computed once, before the update:
                                                                   (Schulman et al. 2017, eq. 7)
     critic      minimise  1/2 max((V - R)^2, (clip(V, V_old-eps, V_old+eps) - R)^2),  R = A + V_old
 
-The critic predicts the return from every prefix (gae). The others have no critic: they sample each
-prompt K times and compare G = sum_t r_t, or the score r alone. All tokens of a reply share its A.
+The critic predicts the return from every prefix (gae). The other --advantages have no critic: they
+sample each prompt K times and compare G = sum_t r_t, or the score r alone. All tokens of a reply
+share its A. `beside` means A - beta (KL - mean KL of the group), KL = log pi/pi_ref of the reply.
 
     --advantage A                        sum over tokens divided by      KL penalty
     gae      A_t, whitened               tokens                          in r_t
@@ -26,17 +27,17 @@ prompt K times and compare G = sum_t r_t, or the score r alone. All tokens of a 
 
     --clip   gain of a token             ratio
     ppo      as above                    of the token
-    gspo     as above                    of the reply: the mean in logs          Zheng 2025, eq. 5
+    gspo     as above                    of the reply: exp(mean log ratio)       Zheng 2025, eq. 5
     cispo    min(ratio, 1+eps) A log pi  of the token, without gradient          MiniMax 2025, eq. 4
 
     DAPO     --advantage dapo --clip-upper .28 --redraw 4 --overlong 8
-    GSPO     --advantage grpo --clip gspo --clip-eps 3e-4 --clip-upper 4e-4
+    GSPO     --advantage grpo --clip gspo --clip-eps .03 --clip-upper .04  (long: 3e-4, 4e-4)
     CISPO    --advantage dapo --clip cispo
 
-DEVIATION: the RLOO paper takes one unclipped step per batch, as does --minibatches 1. GRPO's adds
-KL estimate k3 to the loss, whose gradient is not the KL's. --kl-loss adds k2 of the reply, divided
-like the gain: its first gradient is that of the penalty in A. GRPO divides only the score by std: a
-group of equal scores would make a divided penalty noise of size 1. See tests/test_optimum_rl.py.
+DEVIATION: the RLOO paper takes one unclipped step per batch, as does --minibatches 1; Dr. GRPO's
+has no KL. GRPO's adds KL estimate k3 to the loss, but k3's gradient is not the KL's; --kl-loss adds
+k2 of the reply, divided like the gain. The KL is not divided by std: groups of equal scores would
+learn from KL noise of size 1. tests/test_optimum_rl.py has the policy that each ends at.
 
     python ppo.py                                          out/sft against out/reward -> out/ppo
     python ppo.py --advantage grpo --reward rule:exact --skills sum sort --out out/grpo
@@ -45,9 +46,9 @@ group of equal scores would make a divided penalty noise of size 1. See tests/te
 Watch: score (rises), kl (nats per reply to the reference: rises slowly; if it runs away, raise
 beta), ratio_first (of the first minibatch: 1, in float32 to 1e-5), entropy (nats per token; near 0
 all replies to a prompt are the same, `equal`, the share of prompts with equal scores, nears 1, and
-nothing is left to compare). Without a critic the loss starts at 0, as a group's advantages sum to
-0; its gradient does not. On the embedded world `gold` is the truth: score up and gold down is
-reward hacking. Real runs have only a detector's warnings, evaluate/detector.py.
+nothing is left to compare). GRPO's loss starts at 0, since a group's advantages sum to 0, but its
+gradient does not. On the embedded world `gold` is the truth: score up and gold down is reward
+hacking. Real runs have only the warnings of evaluate/detector.py.
 
 What everybody gets wrong: the end-of-turn token is an action too. It gets a log-prob, a KL penalty
 and an advantage, and the score sits on it, not one later. A reply without one gets a low score.
@@ -60,9 +61,8 @@ import torch
 
 import kernels
 import run
-from data import chat, checkpoints, rules, world
-from data.logprobs import token_logprobs
-from data.reinforcement import Questions, collate_groups, group_size, open_models, sample
+from data import checkpoints, rules, world
+from data import reinforcement as rl
 from evaluate.detector import Detector, observe
 
 ADVANTAGES = ["gae", "rloo", "grpo", "dr-grpo", "dapo"]
@@ -78,12 +78,12 @@ class Config(run.Flags):  # which has --init, --data, --out, --seed, --lora-rank
     steps: int = 32  # iterations: a batch is sampled, scored and learned from
     batch_size: int = 256  # replies per iteration
     group_size: int = 4  # without a critic: replies to one prompt
-    redraw: int = 0  # without a critic: how often prompts with equal scores give way to others
+    redraw: int = 0  # without a critic: rounds in which prompts with equal scores are replaced
     minibatches: int = 2  # optimiser steps per pass over the batch
     ppo_epochs: int = 1  # passes over each batch
     max_new_tokens: int = world.MAX_NEW_TOKENS  # limit of a reply's length
-    overlong: int = 0  # over so many tokens before the limit, the score falls evenly by 1
-    temperature: float = 1.0  # of sampling, and of every log-prob
+    overlong: int = 0  # the score falls by up to 1 over the last N tokens before the limit
+    temperature: float = 1.0  # of sampling and of every log-prob, so of kl and entropy too
     beta: float | None = None  # KL strength, or its first value (default: .2, grpo 1, dapo 0)
     kl_target: float = 0.0  # nats per reply; beta slowly adapts to reach it (0: beta is fixed)
     kl_loss: bool = False  # the KL as a loss instead of in the reward
@@ -104,10 +104,12 @@ def check(config):
     """Fills in the method's defaults, and refuses flags that do not go together."""
     run.check_choice(config, "advantage", ADVANTAGES)
     run.check_choice(config, "clip", ["ppo", "gspo", "cispo"])
-    critic, groups = {"advantage": ["gae"]}, {"advantage": ADVANTAGES[1:]}
-    requires = dict.fromkeys(["critic_warmup", "critic_lr", "gamma", "lam"], critic)
+    groups = {"advantage": ADVANTAGES[1:]}
+    critic = ["critic_warmup", "critic_lr", "gamma", "lam"]
+    requires = dict.fromkeys(critic, {"advantage": ["gae"]})
     requires |= dict.fromkeys(["clip", "group_size", "redraw"], groups)
-    requires |= {"kl_target": {"beta": True}, "kl_loss": {"beta": True}, "skills": {"data": False}}
+    requires |= {"kl_target": {"beta": True}, "kl_loss": groups | {"beta": True}}
+    requires |= {"skills": {"data": False}, "stop_on_hacking": {"redraw": False}}
     run.fill(config, beta=BETA.get(config.advantage, 0.2))
     run.check_requires(config, requires)
     lowest = 0.0 if rules.is_rule(config.reward) else -2.0
@@ -117,9 +119,9 @@ def check(config):
     run.check_range(config, "minibatches", most=config.batch_size)
     run.check_range(config, "overlong", most=config.max_new_tokens)
     run.check_range(config, "group_size", least=2)  # to compare
-    K = group_size(config)
     run.require(config.reward not in config.ensemble, "--ensemble holds --reward: name others")
-    run.require(config.batch_size % K == 0, f"--batch-size is no multiple of --group-size {K}")
+    whole = config.batch_size % rl.group_size(config) == 0
+    run.require(whole, f"--batch-size is no multiple of --group-size {config.group_size}")
 
 
 # ----------------------------------------------------------------------------------- mathematics
@@ -169,14 +171,20 @@ def grpo_advantages(scores, scale=True):
     return centred / (scores.std(1, keepdim=True) + 1e-4) if scale else centred
 
 
+def log_ratios(logprobs, old_logprobs, mask, clip):
+    """log(pi / pi_old) of each token (B, T), 0 outside the mask; gspo: the mean over its reply."""
+    log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0)  # (B, T)
+    if clip == "gspo":
+        log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    return log_ratio.expand_as(mask)
+
+
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps, divisor=None, clip="ppo"):
     """PPO's clipped surrogate, a scalar: sum over the tokens under mask (B, T) / divisor (None:
     their number). clip_eps: a number, or (lower, upper). min(ratio A, clip(ratio) A) is
     pessimistic: moving away gains nothing beyond the clip, while moving back always counts."""
     lower, upper = clip_eps if isinstance(clip_eps, tuple) else (clip_eps, clip_eps)
-    log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0)  # (B, T)
-    if clip == "gspo":  # all tokens of a reply have one ratio, the geometric mean of theirs
-        log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    log_ratio = log_ratios(logprobs, old_logprobs, mask, clip)  # (B, T)
     ratio = torch.exp(log_ratio.clamp(max=20.0))  # beyond it exp would overflow
     advantages = advantages.masked_fill(~mask, 0.0)
     if clip == "cispo":  # a bounded weight for log pi: no token loses its gradient
@@ -205,8 +213,8 @@ def value_loss(values, old_values, returns, mask, clip_eps):
 
 
 def adaptive_beta(beta, kl, target, replies):
-    """The KL coefficient after a batch of `replies` with a mean KL of `kl` nats (Ziegler et al.
-    2019, sec. 2.2, with the gain of their code): moved by at most 20 % per 10,000 replies."""
+    """The KL coefficient after a batch of `replies` with a mean KL of `kl` nats (Ziegler 2019, sec.
+    2.2, with the gain of their code): moved by at most 20 % per 10,000 replies."""
     error = min(max(kl / target - 1, -0.2), 0.2)
     return beta * (1 + error * replies / 10000)
 
@@ -250,76 +258,68 @@ def loss_divisor(config, mask):
 # --------------------------------------------------------------------------------------- rollout
 
 
-def row_logprobs(model, rows, batch, temperature):
-    """log pi of the reply tokens in these rows of a batch (b, T)."""
-    return token_logprobs(model, batch.select(rows), temperature)
-
-
-def row_values(critic, rows, batch):
-    """The critic's value of the state before each target token in these rows (b, T)."""
-    return critic.score(critic(batch.inputs[rows]))
-
-
 @torch.no_grad()
 def rollout(config, job, models, questions, step, generator, beta):
     """Samples replies to an iteration's questions; computes, once, all that the update needs."""
-    groups, redrawn = sample(config, job, models, questions.batch(step), generator), 0
+    groups = drawn = rl.sample(config, job, models, questions.batch(step), generator)
+    redrawn = 0
     for draw in range(config.redraw):  # replies of equal scores teach nothing: ask something else
         differing = [group for group in groups if not group.equal]
         others = questions.others(len(groups) - len(differing), step, draw)
-        groups = differing + sample(config, job, models, others, generator)
+        groups = differing + rl.sample(config, job, models, others, generator)
         redrawn += len(others)
     # K adjacent replies to each question; batch (B, T): the target in column t is token t + 1
-    replies, batch, sampled_logprobs = collate_groups(groups, job.device)
+    replies, batch, sampled_logprobs = rl.collate_groups(groups, job.device)
     rows = torch.arange(len(replies), device=job.device)
     reading = dict(batch=batch, temperature=config.temperature)
     old_logprobs = sampled_logprobs  # (B, T)
-    if job.dtype != torch.float32:  # bfloat16 rounds otherwise when a token is read alone
-        old_logprobs = job.forward(row_logprobs, models.policy, rows, **reading)
-    ref_logprobs = job.forward(row_logprobs, models.ref, rows, **reading)  # (B, T)
+    if job.dtype != torch.float32:  # bfloat16 rounds otherwise where tokens are read one by one
+        old_logprobs = job.forward(rl.row_logprobs, models.policy, rows, **reading)
+    ref_logprobs = job.forward(rl.row_logprobs, models.ref, rows, **reading)  # (B, T)
     kl = (old_logprobs - ref_logprobs).masked_fill(~batch.mask, 0.0)  # (B, T) k1
     ended = torch.cat([group.ended for group in groups])  # (B,)
     scores = torch.cat([group.scores for group in groups])  # (B,)
     if config.overlong:  # Yu et al. 2025, eq. 13
-        beyond = batch.mask.sum(1) - (config.max_new_tokens - config.overlong)  # (B,) tokens
-        scores = scores - beyond.clamp(min=0) / config.overlong
-    values = models.critic and job.forward(row_values, models.critic, rows, batch=batch)  # (B, T)
-    penalty = 0.0 if config.kl_loss else beta
-    advantages, returns = token_advantages(config, scores, kl, values, batch, penalty)
-    # truncated importance weights: 1 where the sampler has the trainer's precision
+        excess = batch.mask.sum(1) - (config.max_new_tokens - config.overlong)  # (B,) tokens
+        scores = scores - excess.clamp(min=0) / config.overlong
+    values = models.critic and job.forward(
+        rl.row_values, models.critic, rows, batch=batch
+    )  # (B, T)
+    beta_in_reward = 0.0 if config.kl_loss else beta
+    advantages, returns = token_advantages(config, scores, kl, values, batch, beta_in_reward)
+    # min(pi_old / pi_sampler, 2): 1 where the sampler has the trainer's precision
     advantages = advantages * (old_logprobs - sampled_logprobs).exp().clamp(max=2)
     return SimpleNamespace(
-        **dict(groups=groups, replies=replies, batch=batch, redrawn=redrawn, ended=ended, kl=kl),
-        **dict(sampled_logprobs=sampled_logprobs, old_logprobs=old_logprobs, values=values),
+        **dict(groups=groups, drawn=drawn, redrawn=redrawn, replies=replies, batch=batch),
+        **dict(sampled_logprobs=sampled_logprobs, old_logprobs=old_logprobs, values=values, kl=kl),
         **dict(ref_logprobs=ref_logprobs, returns=returns, scores=scores, advantages=advantages),
+        **dict(ended=ended, reading=reading),
     )
 
 
 def update(config, job, models, parts, old, step, beta):
     """Learns from a rollout in minibatches -> metrics of the last, and the first one's ratio."""
     warming_up = models.critic and step < min(config.critic_warmup, config.steps // 10)
-    metrics, first_ratio = {}, None
+    metrics = {}
+    least = 0.0 if config.clip == "cispo" else 1 - config.clip_eps  # cispo: no lower clip
     for _ in range(config.ppo_epochs):
         order = torch.randperm(config.batch_size, generator=parts.shuffler).to(job.device)
         for rows in order.tensor_split(config.minibatches):
             mask = old.batch.mask[rows]  # (b, T)
             if models.critic:
-                values = job.forward(row_values, models.critic, rows, batch=old.batch)  # (b, T)
+                values = job.forward(rl.row_values, models.critic, rows, batch=old.batch)  # (b, T)
                 old_values, returns = old.values[rows], old.returns[rows]
-                v_loss = value_loss(values, old_values, returns, mask, config.clip_eps)
-                v_loss.backward()
+                loss = value_loss(values, old_values, returns, mask, config.clip_eps)
+                loss.backward()
                 run.clip(models.critic, max_norm=1.0)
                 run.step(parts.critic_optimizer, run.linear(config.critic_lr, step, config.steps))
-                metrics["value_loss"] = v_loss.detach()
+                metrics["value_loss"] = loss.detach()
             if warming_up:
                 continue
-            reading = dict(batch=old.batch, temperature=config.temperature)
-            logprobs = job.forward(row_logprobs, models.policy, rows, **reading)  # (b, T)
+            logprobs = job.forward(rl.row_logprobs, models.policy, rows, **old.reading)  # (b, T)
             old_logprobs, advantages = old.old_logprobs[rows], old.advantages[rows]
-            clip_eps = config.clip_eps, config.clip_upper
-            divisor = loss_divisor(config, mask)
-            four = logprobs, old_logprobs, advantages, mask
-            loss = policy_loss(*four, clip_eps, divisor, config.clip)
+            eps, divisor = (config.clip_eps, config.clip_upper), loss_divisor(config, mask)
+            loss = policy_loss(logprobs, old_logprobs, advantages, mask, eps, divisor, config.clip)
             if config.kl_loss:
                 penalties = kl_losses(logprobs, old.ref_logprobs[rows], mask)  # (b,)
                 if config.advantage == "grpo":
@@ -328,22 +328,21 @@ def update(config, job, models, parts, old, step, beta):
             loss.backward()
             grad_norm = run.clip(models.policy, max_norm=1.0)
             run.step(parts.optimizer, run.linear(config.lr, step, config.steps))  # and zero_grad
-            ratio = (logprobs - old_logprobs).detach().exp()[mask]  # (tokens,)
-            first_ratio = ratio if first_ratio is None else first_ratio
+            log_ratio = log_ratios(logprobs.detach(), old_logprobs, mask, config.clip)  # (b, T)
+            ratio = log_ratio.exp()[mask]  # (tokens,)
+            clipped = (ratio < least) | (ratio > 1 + config.clip_upper)  # (tokens,)
             metrics |= {"policy_loss": loss.detach(), "grad_norm": grad_norm}
-    if first_ratio is not None:
-        farthest = (first_ratio - 1).abs().argmax()  # of all its tokens, the one farthest from 1
-        metrics["ratio_first"] = first_ratio[farthest]
-        beyond = (ratio < 1 - config.clip_eps) | (ratio > 1 + config.clip_upper)  # (tokens,)
-        metrics["clipped"] = beyond.float().mean()
+            metrics["clipped"] = clipped.float().mean()
+            if "ratio_first" not in metrics:  # of all its tokens, the one farthest from 1
+                metrics["ratio_first"] = ratio[(ratio - 1).abs().argmax()]
     return metrics
 
 
 def main(config):
     check(config)
     job = run.start(config, "ppo")
-    policy, encoding, models, ensemble = open_models(config, job)
-    questions = Questions(config, models, ensemble, encoding, job.say)
+    policy, encoding, models, ensemble = rl.open_models(config, job)
+    questions = rl.Questions(config, models, ensemble, encoding, job.say)
     parts = SimpleNamespace(  # what job.steps saves, and restores in place
         policy=policy,
         optimizer=run.adamw(policy, config.lr, eps=1e-5),
@@ -357,19 +356,18 @@ def main(config):
     for step in job.steps(config.steps, **vars(parts)):
         beta = parts.kl_strength.beta
         old = rollout(config, job, models, questions, step, parts.generator, beta)
-        metrics, warnings = observe(parts.detector, models, ensemble, config, encoding, old)
-        metrics |= update(config, job, models, parts, old, step, beta) | {"beta": beta}
+        signs, warnings = observe(parts.detector, models, ensemble, config, encoding, old)
+        metrics = rl.rollout_metrics(config, models, old) | signs | {"beta": beta}
+        metrics |= update(config, job, models, parts, old, step, beta)
         if config.kl_target:
             kl = float(metrics["kl"])
             parts.kl_strength.beta = adaptive_beta(beta, kl, config.kl_target, config.batch_size)
         for warning in warnings:
             job.say(f"ppo: step {step + 1}: {warning}")
         if run.due(step, config.steps):
-            shown = old.groups[0]
-            reply = chat.painted_reply(shown.question.ids, shown.replies[0], encoding, job.colour)
-            job.say(reply + f"  score {old.scores[0]:.2f}")
+            job.say(rl.sample_line(old, encoding, job.colour))
         job.log(step, [group.question.record.where for group in old.groups], **metrics)
-        if metrics["hacking"] and config.stop_on_hacking:
+        if config.stop_on_hacking and metrics["hacking"]:
             job.say(f"ppo: stopped after step {step + 1}")
             break
 

@@ -1,5 +1,6 @@
-"""The models, the reward and the prompts of a run of reinforcement learning."""
+"""The models, the reward, the prompts and the replies of a run of reinforcement learning."""
 
+import dataclasses
 import random
 from functools import partial
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import kernels
 import run
 from data import annotators, chat, checkpoints, formats, rules, world
 from data.collate import collate, reply_examples
+from data.logprobs import token_logprobs
 from data.records import Prompt
 from data.scores import score
 
@@ -26,8 +28,8 @@ class Reward:
         self.encoding, self.device, self.model, self.rule = encoding, device, model, rule
 
     def __call__(self, questions, replies):
-        """A Question (B of them) and the ids of a reply to it -> scores (B,). Those of replies
-        that have not ended mean nothing."""
+        """A Question (B of them) and the ids of a reply to it -> scores (B,). Those of unfinished
+        replies are meaningless; `sample` replaces them."""
         if self.model:
             rows = zip(questions, replies, strict=True)
             return score(self.model, [question.ids + reply for question, reply in rows])
@@ -62,7 +64,7 @@ def open_models(config, job):
     ref = policy.reference()
     critic = None
     if config.advantage == "gae":
-        critic = open_critic(config, policy, encoding, reward_model)
+        critic = open_critic(config, policy, reward_model)
     if reward_model:
         reward_model.requires_grad_(False)
     named = dict(policy=policy, ref=ref, reward_model=reward_model, critic=critic)
@@ -72,17 +74,21 @@ def open_models(config, job):
     return policy, encoding, Models(policy, ref, reward, critic), ensemble
 
 
-def open_critic(config, policy, encoding, reward_model):
-    """The critic: a copy of the reward model, or with a rule --init under a new head that predicts
-    0 everywhere."""
-    if not reward_model:
-        critic = checkpoints.open_model(config, encoding, policy.device, head="score")
-        torch.nn.init.zeros_(critic.score_head.weight)
-        return critic
-    # share() copies trainable weights only: a critic of adapters uses the reward model's trunk
-    reward_model.requires_grad_(not policy.rank)
-    critic = reward_model.share()
-    return critic.adapt(config.lora_rank, config.lora_alpha, config.lora_targets)
+def open_critic(config, policy, reward_model):
+    """The critic: a copy of the reward model; with a rule a copy of the policy whose scalar head
+    predicts 0 everywhere. Adapters share the frozen trunk of the model that they are made for."""
+    lora = config.lora_rank, config.lora_alpha, config.lora_targets
+    if reward_model:
+        # share() copies trainable weights only
+        reward_model.requires_grad_(not policy.rank)
+        return reward_model.share().adapt(*lora)
+    critic = policy.reference() if policy.rank else policy.share()
+    critic.config = dataclasses.replace(critic.config, head="score")
+    critic._modules.pop("lm_head", None)
+    critic.score_head = torch.nn.Linear(critic.config.width, 1, device=policy.device)
+    torch.nn.init.zeros_(critic.score_head.weight)
+    torch.nn.init.zeros_(critic.score_head.bias)
+    return critic.adapt(*lora)
 
 
 class Questions:
@@ -92,7 +98,7 @@ class Questions:
     def __init__(self, config, models, ensemble, encoding, say):
         readers = [models.policy, models.reward.model, *ensemble]
         context = min(model.config.context for model in readers if model)
-        room, rule = context - config.max_new_tokens, models.reward.rule
+        room = context - config.max_new_tokens
         self.seed = config.seed
         self.size = config.batch_size // group_size(config)  # of an iteration
         if config.data:
@@ -104,21 +110,26 @@ class Questions:
         self.all = [question for question in questions if len(question.ids) <= room]
         reply = f"a reply of {config.max_new_tokens} tokens in the context"
         run.require(self.all, f"none of the {len(questions)} prompts leaves room for {reply}")
-        if rule:
-            rule.check([question.record for question in self.all])
+        if models.reward.rule:
+            models.reward.rule.check([question.record for question in self.all])
         dropped = len(questions) - len(self.all)
         say(f"ppo: {len(self.all)} prompts, {dropped} dropped for their length")
-        self.rng, self.queue = random.Random(config.seed), []
+        self.rng = random.Random(config.seed)
+        self.queue = []  # the questions from `begins` on, of all that the run asks
+        self.begins = 0
 
     def batch(self, step):
         """The questions of an iteration: all of them once, then again in another order."""
-        end = (step + 1) * self.size
-        while len(self.queue) < end:
+        start = step * self.size
+        while self.begins + len(self.queue) < start + self.size:
             self.queue += self.rng.sample(self.all, len(self.all))
-        return self.queue[end - self.size : end]
+            past = max(0, min(start - self.begins, len(self.queue)))  # nobody asks for these again
+            self.queue = self.queue[past:]
+            self.begins += past
+        return self.queue[start - self.begins : start - self.begins + self.size]
 
     def others(self, n, step, draw):
-        """n questions in place of others of the same iteration, new ones for each `draw`."""
+        """n random questions, other ones for each `draw` of an iteration; some may come twice."""
         return random.Random(f"{self.seed} {step} {draw}").choices(self.all, k=n)
 
 
@@ -135,30 +146,32 @@ class Group(NamedTuple):
     logprobs: list  # of each reply's tokens, as the sampler saw them
     scores: torch.Tensor  # (K,)
     ended: torch.Tensor  # (K,) bool
-
-    @property
-    def equal(self):
-        """Whether all scores are the same: then no reply is better than another."""
-        return bool((self.scores == self.scores[0]).all())
+    equal: bool  # all scores are the same: no reply is better than another
 
 
 def sample(config, job, models, questions, generator):
     """Samples and scores K replies to each question -> a list of Groups."""
     if not questions:
         return []
-    K, stops = group_size(config), chat.stop_ids(models.reward.encoding)
+    K = group_size(config)
+    stops = chat.stop_ids(models.reward.encoding)
     options = dict(stop_id=stops, generator=generator, return_logprobs=True, samples=K)
-    prompts, setting = [x.ids for x in questions], (config.max_new_tokens, config.temperature)
+    prompts = [question.ids for question in questions]
+    setting = config.max_new_tokens, config.temperature
     with job.autocast():
         replies, logprobs = models.policy.generate(prompts, *setting, **options)
     scores = models.reward([question for question in questions for _ in range(K)], replies)  # (B,)
-    # end-of-turn comes first; after the end of text a reward model has never read a score
+    # end-of-turn comes first; a reward model was never trained on the end of the text
     ended = scores.new_tensor([reply[-1] == stops[0] for reply in replies], dtype=torch.bool)
-    scores = torch.where(ended, scores, config.no_end_score)
-    columns = (replies, logprobs, scores, ended)
+    least = config.no_end_score
+    if models.reward.rule:  # whose scale is its own: a cut reply is no better than any other
+        least = min(least, float(scores.min()))
+    scores = torch.where(ended, scores, least)
+    equal = [len({*row}) == 1 for row in scores.view(-1, K).tolist()]
     starts = range(0, len(replies), K)
+    columns = (replies, logprobs, scores, ended)
     parts = [[column[start : start + K] for start in starts] for column in columns]
-    return [Group(*group) for group in zip(questions, *parts, strict=True)]
+    return [Group(*group) for group in zip(questions, *parts, equal, strict=True)]
 
 
 def collate_groups(groups, device):
@@ -173,8 +186,19 @@ def collate_groups(groups, device):
     return replies, batch, sampled_logprobs
 
 
+def row_logprobs(model, rows, batch, temperature):
+    """log pi of the reply tokens in these rows of a batch (b, T)."""
+    return token_logprobs(model, batch.select(rows), temperature)
+
+
+def row_values(critic, rows, batch):
+    """The critic's value of the state before each target token in these rows (b, T)."""
+    return critic.score(critic(batch.inputs[rows]))
+
+
 def rollout_metrics(config, models, old):
-    """What a batch of replies shows before the update, by name."""
+    """Metrics of a rollout, by name. With --redraw the groups of the first draw show how good the
+    policy is; the other numbers are of the replies that it learns from."""
     mask = old.batch.mask  # (B, T)
     metrics = {
         "score": old.scores.mean(),
@@ -186,9 +210,9 @@ def rollout_metrics(config, models, old):
         "length": mask.sum(1).float().mean(),
     }
     if group_size(config) > 1:
-        metrics["equal"] = sum(group.equal for group in old.groups) / len(old.groups)
-    if models.reward.rule:  # a reply is right or wrong
-        right = torch.stack([group.scores >= 1 for group in old.groups]).float()  # (N, K)
+        metrics["equal"] = sum(group.equal for group in old.drawn) / len(old.drawn)
+    if models.reward.rule:  # a score of 1 or more counts as right
+        right = torch.stack([group.scores >= 1 for group in old.drawn]).float()  # (N, K)
         metrics["pass_at_1"] = right.mean()
         if right.shape[1] > 1:
             metrics[f"pass_at_{right.shape[1]}"] = right.amax(1).mean()
@@ -198,3 +222,10 @@ def rollout_metrics(config, models, old):
         mismatch = (old.old_logprobs - old.sampled_logprobs)[mask].abs()
         metrics["mismatch"] = mismatch.mean()
     return metrics
+
+
+def sample_line(old, encoding, colour):
+    """A rollout's first reply and its score, for the terminal."""
+    group = old.groups[0]
+    reply = chat.painted_reply(group.question.ids, group.replies[0], encoding, colour)
+    return f"{reply}  score {old.scores[0]:.2f}"

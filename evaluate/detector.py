@@ -10,7 +10,7 @@ import math
 import torch
 
 from data import annotators, world
-from data.reinforcement import group_size, rollout_metrics
+from data.reinforcement import group_size
 from data.scores import score
 from evaluate.measures import mean
 
@@ -167,14 +167,18 @@ def length_paid_afresh(models, config, encoding, questions):
 
 def observe(detector, models, ensemble, config, encoding, old):
     """The rollout `old` of ppo.py -> metrics, and sentences to warn with, each once in a run.
-    ensemble: reward models that were not trained against."""
+    ensemble: reward models that were not trained against.
+
+    --redraw has chosen the replies by their scores, so their drifts are no longer the policy's:
+    then only gold is measured."""
     K, lengths, log_ratios = group_size(config), old.batch.mask.sum(1), old.kl.sum(1)  # (B,) each
     asked = [group.question for group in old.groups for _ in range(K)]
     read = annotators.as_read(old.replies, encoding)
+    scores = torch.cat([group.scores for group in old.groups])  # (B,) before --overlong
     sequences = [x.ids + reply for x, reply in zip(asked, old.replies, strict=True)]
     others = [score(model, sequences) for model in ensemble]  # (B,) each
-    others = [torch.where(old.ended, scores, config.no_end_score) for scores in others]
-    values = traces(old.replies, [text for _, _, text in read], old.scores, lengths, others)
+    others = [torch.where(old.ended, other, config.no_end_score) for other in others]
+    values = traces(old.replies, [text for _, _, text in read], scores, lengths, others)
 
     def length_paid():
         if K > 1:
@@ -182,16 +186,18 @@ def observe(detector, models, ensemble, config, encoding, old):
         questions = [group.question for group in old.groups]
         return length_paid_afresh(models, config, encoding, questions)
 
-    metrics = rollout_metrics(config, models, old)
+    metrics, warnings = {}, []
     if all(world.solve(group.question.record.messages) for group in old.groups):
         rows = [(x.record.messages, reply) for x, reply in zip(asked, read, strict=True)]
         metrics["gold"] = mean([verdict["gold"] for verdict in annotators.world_judge(rows)])
-    found, signs = detector.observe(values, log_ratios, K, length_paid)
-    warnings = [f"this looks like reward hacking: {sign}" for sign in signs]
-    if metrics.get("equal") == 1 and "equal" not in detector.seen:
+    if not config.redraw:
+        found, signs = detector.observe(values, log_ratios, K, length_paid)
+        metrics |= found
+        warnings = [f"this looks like reward hacking: {sign}" for sign in signs]
+    if K > 1 and all(group.equal for group in old.groups) and "equal" not in detector.seen:
         detector.seen.append("equal")
         first = old.groups[0].question.record.where
         why = f"no two replies to one prompt differ in score (the first prompt is {first})"
         remedy = "raise --group-size, ask easier or harder prompts, or look at --reward"
         warnings.append(f"{why}, so that only the KL is learnt: {remedy}")
-    return metrics | found, warnings
+    return metrics, warnings

@@ -4,20 +4,23 @@
     python -m evaluate.pass_at_k --runs DIR --data test.jsonl --reward rule:last
 
 In the table, for each run:
-    reward     the mean score of a reply; of one that has not ended 0
+    reward     the mean score of a reply; one that was cut counts 0
     pass@k     the probability that at least one of k replies to a question is right, mean over the
                questions, and (ci@k) the half-width of its 95 % interval over them
     entropy    nats per token at --temperature, over the sampled replies
     length     tokens of a reply;  wrong_longer: by how many the wrong replies to a question are
-               longer than the right ones, mean over the questions that have both
+               longer than the right ones, mean over the questions that have both; mixed: the
+               share of questions that have
     ended      the share of replies that ended by themselves
     gold       the judge's score, if the questions are the embedded world's
-Reinforcement learning raises pass@1. pass@k shows whether it taught something (it rises too) or
-only chose among what the model could say before (it stays, or falls: replies become alike).
+Reinforcement learning raises pass@1. Where pass@k for many tries stays or falls meanwhile, it has
+chosen among replies that the model could already give, and replies have become alike. The intervals
+are over the questions that were asked: the world has few different sums.
 """
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -62,6 +65,11 @@ def check(config):
     fits = all(str(k).isdecimal() and 1 <= int(k) <= config.samples for k in config.k)
     given = " ".join(map(str, config.k))
     run.require(fits, f"--k must be numbers from 1 to --samples {config.samples}, not {given}")
+    for directory in config.runs:
+        run.require_directory(directory, "--runs", "name runs of sft.py, dpo.py or ppo.py")
+    names = [Path(directory).name for directory in config.runs]
+    unique = len(names) == len({*names})
+    run.require(unique, "--runs: two directories have one name, and the table has a row for each")
 
 
 def row_of(config, records, rule, directory, device):
@@ -96,7 +104,7 @@ def row_of(config, records, rule, directory, device):
         values = pass_at_k(right, k).tolist()
         row |= {f"pass@{k}": mean(values), f"ci@{k}": interval(values)}
     row |= {"entropy": -float(logps.sum()) / sum(lengths), "length": mean(lengths)}
-    row["wrong_longer"] = wrong_longer(right, torch.tensor(lengths).view_as(right))
+    row["wrong_longer"], row["mixed"] = wrong_longer(right, torch.tensor(lengths).view_as(right))
     row["ended"] = float(ended.float().mean())
     if all(map(world.solve, asked)):
         pairs = zip([record.messages for record in repeated], replies, strict=True)
@@ -106,12 +114,12 @@ def row_of(config, records, rule, directory, device):
 
 def wrong_longer(right, lengths):
     """right, lengths (N, n) of replies -> by how much the wrong ones are longer within a question
-    that has both kinds, on average; 0 if there is none."""
+    that has both kinds, on average (0 if there is none), and the share of such questions."""
     gaps = []
     for is_right, length in zip(right, lengths.float(), strict=True):
         if is_right.any() and not is_right.all():
             gaps.append(float(length[~is_right].mean() - length[is_right].mean()))
-    return mean(gaps)
+    return mean(gaps), len(gaps) / len(right)
 
 
 def example_length(example):
@@ -131,13 +139,17 @@ def main(config):
     rule, device = rules.open_rule(config.reward), run.device(config.device)
     records = questions(config)
     rule.check(records)
-    board = {}
-    for directory in config.runs:
-        board[str(directory)] = row_of(config, records, rule, directory, device)
     out = output(config.out)
+    board = {}
+    for directory in map(Path, config.runs):
+        board[directory.name] = row_of(config, records, rule, directory, device)
     run.write_json(out / "pass-at-k.json", board)
     run.show(table(board))
-    run.show(f"{len(records)} questions, {config.samples} replies each: {out / 'pass-at-k.json'}")
+    different = len({str(record.messages) for record in records})
+    asked = (
+        f"{len(records)} questions, {different} of them different, {config.samples} replies each"
+    )
+    run.show(f"{asked}: {out / 'pass-at-k.json'}")
 
 
 if __name__ == "__main__":

@@ -55,16 +55,21 @@ def main():
         out = Path(folder) / "soak"
         files = ["-m", "data.world", "--out", folder, "--documents", 1, "--demonstrations", 1]
         train = ["ppo.py", *inputs, "--data", Path(folder) / "prompts.jsonl", "--out", out]
-        train += ["--steps", 10**6, "--save-every", 20]
+        train += ["--steps", 10**6, "--save-every", 20, "--device", "cpu"]
         command = [[sys.executable, *map(str, words)] for words in (files, train)]
         with (Path(folder) / "log").open("w") as log:
             subprocess.run(command[0], cwd=ROOT, stdout=log, stderr=log, check=True)
             process = subprocess.Popen(command[1], cwd=ROOT, stdout=log, stderr=log)
-            samples = watch(process, args.minutes)
-            process.send_signal(signal.SIGTERM)
-            code = process.wait()
+            try:
+                samples = watch(process, args.minutes)
+                process.send_signal(signal.SIGTERM)
+                code = process.wait(timeout=600)
+            finally:
+                process.kill()  # it would train for weeks
         last = (Path(folder) / "log").read_text().splitlines()[-1]
     print(f"{args.minutes:g} minutes, exit code {code}: {last}")
+    if len(samples) < 6:
+        sys.exit("too few samples: give more --minutes, or see above why the run has ended")
     growth = report(samples)
     sys.exit(growth > ALLOWED or code != 128 + signal.SIGTERM)
 
