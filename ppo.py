@@ -366,7 +366,7 @@ def main(config):
             job.say(f"ppo: step {step + 1}: {warning}")
         if run.due(step, config.steps):
             job.say(rl.sample_line(old, encoding, job.colour))
-        job.log(step, [group.question.record.where for group in old.groups], **metrics)
+        job.log(step, records=[group.question.record.where for group in old.groups], **metrics)
         if config.stop_on_hacking and metrics["hacking"]:
             job.say(f"ppo: stopped after step {step + 1}")
             break

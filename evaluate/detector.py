@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from data import annotators, world
+from data import annotators
 from data.reinforcement import group_size
 from data.scores import score
 from evaluate.measures import mean
@@ -187,7 +187,7 @@ def observe(detector, models, ensemble, config, encoding, old):
         return length_paid_afresh(models, config, encoding, questions)
 
     metrics, warnings = {}, []
-    if all(world.solve(group.question.record.messages) for group in old.groups):
+    if not config.data:  # the embedded world's questions
         rows = [(x.record.messages, reply) for x, reply in zip(asked, read, strict=True)]
         metrics["gold"] = mean([verdict["gold"] for verdict in annotators.world_judge(rows)])
     if not config.redraw:
