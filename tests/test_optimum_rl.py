@@ -20,12 +20,14 @@ from ppo import (
 )
 from tests.enumerable import (
     BETA,
+    END,
     F64,
     LENGTH,
     MASK,
     PREFIXES,
     PROMPTS,
     REPLIES,
+    SIZES,
     all_on_the_best,
     climb,
     logps,
@@ -154,6 +156,40 @@ def test_clip_higher_goes_further_on_a_batch_than_the_symmetric_clip(laboratory,
     for batch in range(3):
         left = [total_variation(paths[name][batch], optimum) for name in ("clip-higher", "ppo")]
         assert left[0] < left[1] - 0.005
+
+
+# ------------------------------------------------------------------------------- GRPO's divisor
+
+
+def wrong_length(by_length, reached):
+    """Exact policy gradient steps towards one right reply of two tokens, from uniform tokens, with
+    GRPO's divisor (by_length: each reply by its own length) or DAPO's (all tokens) -> the mean
+    length of the wrong replies, once the right one has the probability `reached`."""
+    right = torch.zeros(len(REPLIES), dtype=F64)
+    right[REPLIES.index((0, END))] = 1
+    table = torch.zeros(1, len(PREFIXES), 3, dtype=F64)
+    while True:
+        moving = table.clone().requires_grad_()
+        logprobs = token_logprobs(moving)[0]  # (R, T)
+        policy = logprobs.detach().sum(-1).exp()  # (R,)
+        hit = policy @ right
+        if hit >= reached:
+            wrong = policy * (1 - right)
+            return float(wrong @ SIZES.to(F64) / wrong.sum())
+        advantages = policy * (right - hit)  # (R,) by their probability
+        divisor = 1.0 if by_length else policy @ SIZES.to(F64)
+        weighted = (advantages / SIZES if by_length else advantages)[:, None].expand(MASK.shape)
+        loss = policy_loss(logprobs, logprobs.detach(), weighted, MASK, 0.2, divisor)
+        table = table - 0.5 * torch.autograd.grad(loss, moving)[0]
+
+
+def test_grpo_s_divisor_spares_long_wrong_replies():
+    """Both raise the right reply alike; what is left of the wrong ones is longer under GRPO."""
+    assert wrong_length(True, 0.0) == wrong_length(False, 0.0) == pytest.approx(2.125)  # the start
+    assert wrong_length(True, 0.5) == pytest.approx(2.495, abs=0.002)
+    assert wrong_length(False, 0.5) == pytest.approx(2.318, abs=0.002)
+    assert wrong_length(True, 0.9) == pytest.approx(2.662, abs=0.002)
+    assert wrong_length(False, 0.9) == pytest.approx(2.401, abs=0.002)
 
 
 # -------------------------------------------------------------- GRPO, which divides the score alone
