@@ -1,5 +1,5 @@
-"""Claims of evaluate/README.md about rewards that can be checked and about how reinforcement learning
-goes wrong: three seeds, none of which chose a setting.
+"""Claims of evaluate/README.md about rewards that can be checked, and about how reinforcement
+learning goes wrong: three seeds, none of which chose a setting.
 
 pytest -m claims tests/test_claims_verifiable.py -s     prints the tables of the README
 
