@@ -9,17 +9,24 @@ Fine-tuning on these replies and sampling again from the result is expert iterat
 
     python sft.py --init out/sft --data out/best.jsonl --out out/round-1
     python -m data.rejection --init out/round-1 --seed 1 --out out/best-2.jsonl
+    python sft.py --init out/round-1 --data out/best-2.jsonl --out out/round-2
 
-Each round is a policy gradient step without negative examples: it raises the log-prob of the best
-reply and says nothing of the others. Watch three numbers: pass@1 should rise from round to round;
-pass@K bounds what a round can teach; the kept share says how many prompts still teach anything.
+DEVIATION from STaR: every round trains the model of the last one. STaR starts each round from the
+base model again, so that it does not overfit.
+
+A round resembles a policy gradient step without negative examples: it raises the log-prob of the
+best reply and says nothing of the others. A reply is right if its score is at least 1. Watch:
+pass@1, which should rise from round to round; pass@K, the share of prompts with a right reply among
+K; and the share of prompts with right and wrong replies, where a round has something to teach.
 
 The one thing that everybody gets wrong: without --at-least every prompt keeps a reply, and where
 all samples are wrong it keeps a wrong one. With it, hard prompts drop out, and the file becomes
 easier than the questions that it came from.
 """
 
+import dataclasses
 import logging
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,7 +42,7 @@ class Config:
     init: str = "out/sft"  # checkpoint that writes the replies
     data: list = field(default_factory=list)  # files of prompts (none: the embedded world)
     reward: str = "world"  # world (its judge), rule:NAME, file.py:function, or a reward model
-    out: str = "out/best.jsonl"  # file of conversations to write; it must not exist
+    out: str = "out/best.jsonl"  # new file of conversations; best.json gets the run's facts
     samples: int = 8  # replies to each prompt
     at_least: float = -1e9  # keep a reply only if its score reaches this (default: any score)
     prompts: int = 2000  # without --data: questions of the world
@@ -47,8 +54,16 @@ class Config:
 
 
 def check(config):
-    is_new = not Path(config.out).exists()
-    run.require(is_new, f"--out {config.out} is there already: name another file")
+    out = Path(config.out)
+    run.require(not out.is_dir(), f"--out {out} is a directory: name a file")
+    is_jsonl = out.suffix == ".jsonl"
+    run.require(is_jsonl, f"--out {out}: name a file that ends in .jsonl; .json gets the facts")
+    for path in (out, out.with_suffix(".json")):
+        taken = f"--out {out}: {path} is there already"
+        run.require(not path.exists(), f"{taken}: name another file")
+    folder = next(path for path in out.parents if path.exists())
+    is_folder = folder.is_dir()
+    run.require(is_folder, f"--out {out}: {folder} is no directory: name another file")
     run.check_requires(config, REQUIRES)
     run.check_range(config, "samples", least=1)
 
@@ -103,6 +118,15 @@ def best(replies, scores, at_least, encoding):
     return max(usable, key=lambda k: scores[k], default=None)
 
 
+def conversation(prompt, reply):
+    """Messages of which only the last one, the chosen reply, is learnt: the assistant's earlier
+    turns are of the prompt, and nobody has judged them."""
+    earlier = [
+        turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in prompt.messages
+    ]
+    return [*earlier, {"role": "assistant", "content": reply}]
+
+
 def main(config):
     check(config)
     device = run.device(config.device)
@@ -121,25 +145,33 @@ def main(config):
     scores = score_replies(reward, encoding, repeated, replies)
     rows = []
     kept_scores = []
-    n_solved = 0
+    n_right = []  # of each prompt's K replies
     for i, prompt in enumerate(prompts):
         own_replies = replies[i * K : (i + 1) * K]
         own_scores = scores[i * K : (i + 1) * K]
-        n_solved += max(own_scores) >= 1
+        n_right.append(sum(score >= 1 for score in own_scores))
         k = best(own_replies, own_scores, config.at_least, encoding)
         if k is not None:
-            answer = {"role": "assistant", "content": own_replies[k][2]}
-            rows.append({"messages": [*prompt.messages, answer]})
+            rows.append({"messages": conversation(prompt, own_replies[k][2])})
             kept_scores.append(own_scores[k])
     run.require(rows, "no reply ended and reached --at-least: lower it, or raise --samples")
-    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-    run.write_lines(Path(config.out), rows)
-    run.show(f"{len(rows)} of {len(prompts)} prompts kept a reply, written to {config.out}")
-    means = sum(scores) / len(scores), sum(kept_scores) / len(rows)
-    run.show(f"mean score {means[0]:.3f} of all {len(scores)} replies, {means[1]:.3f} of the kept")
+    mean = sum(scores) / len(scores)
+    passes = {"pass@1": sum(n_right) / len(scores)}
+    passes[f"pass@{K}"] = sum(n > 0 for n in n_right) / len(prompts)
+    facts = {"flags": dataclasses.asdict(config), "cpu_seconds": time.process_time()}
+    facts |= {"asked": len(prompts), "kept": len(rows), "mean": mean}
+    facts |= passes if is_rule else {}
+    out = Path(config.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    run.write_json(out.with_suffix(".json"), facts)  # first: once `out` is there, all is done
+    run.write_lines(out, rows)
+    run.show(f"{len(rows)} of {len(prompts)} prompts kept a reply, written to {out}")
+    kept_mean = sum(kept_scores) / len(rows)
+    run.show(f"mean score {mean:.3f} of all {len(scores)} replies, {kept_mean:.3f} of the kept")
     if is_rule:
-        right = sum(score >= 1 for score in scores) / len(scores)
-        run.show(f"pass@1 {right:.3f}, pass@{K} {n_solved / len(prompts):.3f}")
+        both = sum(0 < n < K for n in n_right) / len(prompts)
+        run.show(", ".join(f"{name} {share:.3f}" for name, share in passes.items()))
+        run.show(f"{both:.3f} of the prompts have right and wrong replies")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ The rules that compare:
     last      the last number of the reply
     boxed     what the last \\boxed{..} of the reply holds, as a number or as LaTeX
     exact     the whole reply, without the spaces around it
-The rules of form, which a VALUE mostly belongs to:
-    ends      the reply ends with this text
+The rules of form, which usually take a VALUE:
+    ends      the reply ends with this text, as words of its own
     length    it has at most so many characters
     words     it has exactly so many words
     case      it is all in "lower" or "upper" case
@@ -43,9 +43,27 @@ NUMERAL = re.compile(
     r"(?:(?<![\w)\]}])-\$?|\$-?)?(?:(?<![.\w])\.)?[0-9][0-9.,]*(?:[eE][-+]?[0-9]+)?"
 )
 VALUE = re.compile(r"-?(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)?(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
-DIGIT = re.compile("[0-9]")
+BOX = re.compile(r"\\boxed\s*\{")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-NOT_SHOWN = re.compile(r"\\[,!;: $]|\\(?:left|right)(?![A-Za-z])|[\s$]")  # spacing and sizes
+SPELLINGS = [  # what is written in several ways, and the one way in which it is read
+    (re.compile("\u2212"), "-"),
+    (re.compile(r"\\([$%])"), r"\1"),
+    (re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[,!]|[\u00a0\u202f])(?=[0-9])"), ","),  # thousands
+    (re.compile(r"°|\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})"), ""),
+    (re.compile(r"\\[dt]frac(?![A-Za-z])"), r"\\frac"),
+    (re.compile(r"\\frac\s*([0-9])"), r"\\frac{\1}"),  # \frac12, \frac1{2}
+    (re.compile(r"(\\frac\s*\{[0-9]*\})\s*([0-9])"), r"\1{\2}"),
+    (re.compile(r"(\A|=)\s*-\s+(?=[$.]?[0-9])"), r"\1-"),
+]
+# In front of a numeral, or of a brace around it: it is part of a larger term.
+PART = re.compile(r"(?:[/^]\s*\(?\s*|\})\Z")
+ARGUMENT = re.compile(r"(?:[\]}^_]|\\(?:frac|sqrt))\s*\Z")
+# Behind an equals sign: what may stand in front of the numeral, and what goes on behind it.
+LEAD = re.compile(r"(?:[\s$]|\\boxed\s*\{)*")
+OPERATOR = re.compile(r"[\s$}]*(?:[-+/^×÷·]|\*+\s*[\w$(\\]|\\(?:times|cdot|div)(?![A-Za-z]))")
+BOLD = re.compile(r"(?<![\w)])\*\*(?=\S)([^*]+)(?<=\S)\*\*")
+NOT_SHOWN = re.compile(r"\\[,!]|\\(?:left|right)(?![A-Za-z])|\$")  # spacing and sizes
+INSIDE = re.compile(r"(?:\w\w|[0-9][.,][0-9]|(?<![\w.])[-.\u2212][0-9])\Z")  # no border of a word
 
 
 # ----------------------------------------------------------------------- the rules
@@ -54,36 +72,45 @@ NOT_SHOWN = re.compile(r"\\[,!;: $]|\\(?:left|right)(?![A-Za-z])|[\s$]")  # spac
 def equals(messages, reply, answer):
     """The number that follows the last "=" of the reply is the answer's."""
     wanted = reference_number(answer)
-    _, sign, after = reply.rpartition("=")
-    found = NUMERAL.match(after.lstrip()) if sign else None
-    return float(bool(found) and to_decimal(found[0]) == wanted)
+    before, sign, after = BOLD.sub(r"\1", tidy(reply)).rpartition("=")
+    found = NUMERAL.match(after, LEAD.match(after).end())
+    if not (sign and found) or before.endswith(("<", ">")) or OPERATOR.match(after, found.end()):
+        return 0.0
+    return float(to_decimal(found[0]) == wanted)
 
 
 def last(messages, reply, answer):
     """The last number of the reply is the answer's."""
     wanted = reference_number(answer)
-    # From the end, word by word: NUMERAL looks at each character several times.
-    word = next((word for word in reversed(reply.split()) if DIGIT.search(word)), None)
-    return float(bool(word) and to_decimal(NUMERAL.findall(word)[-1]) == wanted)
+    text = tidy(reply)
+    end = 1 + max(map(text.rfind, "0123456789"))
+    if end == 0:
+        return 0.0
+    start = end - len(text[:end].split()[-1])  # of the last word that has a digit
+    *_, found = NUMERAL.finditer(text, start)
+    return float(not is_part(text, found) and to_decimal(found[0]) == wanted)
 
 
 def boxed(messages, reply, answer):
     r"""The last \boxed{..} of the reply holds the answer: the same number, or the same LaTeX."""
-    wanted = reference_text(answer)
-    found = in_box(reply)
-    if found is None:
-        return 0.0
-    found, wanted = plain(found), plain(wanted)
-    number = as_number(found)
-    return float(found == wanted or (number is not None and number == as_number(wanted)))
+    wanted = plain(reference_text(answer))
+    found = plain(in_box(reply) or "")
+    number = as_number(wanted)
+    if number is not None:
+        return float(as_number(found) == number)
+    # Now a comma separates, and "(1, 2)" is "(1,2)".
+    return float(bool(found) and found.replace(", ", ",") == wanted.replace(", ", ","))
 
 
 def exact(messages, reply, answer):
-    return float(reply.strip() == answer.strip())
+    return float(reply.strip() == reference_text(answer))
 
 
 def ends(messages, reply, answer):
-    return float(reply.rstrip().endswith(answer.rstrip()))
+    wanted = reference_text(answer)
+    text = reply.rstrip()
+    start = len(text) - len(wanted)
+    return float(text.endswith(wanted) and not INSIDE.search(text[max(0, start - 2) : start + 1]))
 
 
 def length(messages, reply, answer):
@@ -129,39 +156,62 @@ def as_number(text):
 
 def in_box(text):
     r"""The content of a text's last \boxed{..}, or None: without one, or if it does not end."""
-    _, mark, content = text.rpartition("\\boxed{")
+    boxes = list(BOX.finditer(text))
     depth = 1
-    for brace in BRACE.finditer(content if mark else ""):
+    for brace in BRACE.finditer(text, boxes[-1].end()) if boxes else ():
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
-            return content[: brace.start()]
+            return text[boxes[-1].end() : brace.start()]
     return None
 
 
+def is_part(text, numeral):
+    r"""Whether a match of NUMERAL in a text is only part of a number: of a fraction ("1/2",
+    "\frac{1}{2}"), a power or a root. Both braces of \frac{..}{..} are found from the inside."""
+    if PART.search(text[max(0, numeral.start() - 8) : numeral.start()]):
+        return True
+    depth = 0
+    for brace in reversed(list(BRACE.finditer(text, 0, numeral.start()))):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 1:  # a brace that is open at the numeral
+            depth = 0
+            if ARGUMENT.search(text[max(0, brace.start() - 8) : brace.start()]):
+                return True
+    return text[numeral.end() : numeral.end() + 1] in ("/", "^")
+
+
+def tidy(text):
+    """A text in one of the SPELLINGS of minus signs, thousands, degrees, fractions, "$" and "%"."""
+    for pattern, replacement in SPELLINGS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
 def plain(latex):
-    r"""LaTeX without what only changes its looks: spaces, \left, \text{..}, \dfrac, $, a period."""
-    latex = re.sub(r"\\text\{([^{}]*)\}", r"\1", latex)
-    latex = NOT_SHOWN.sub("", latex).replace("\\dfrac", "\\frac")
+    r"""LaTeX, tidy, and without what only changes its looks: \left, \text{..}, $, a last period,
+    and spaces, except in front of a digit behind a digit or comma: "1 2" is not "12"."""
+    latex = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", tidy(latex))
+    latex = re.sub(r"(?:\\[;: ]|\s)+", " ", NOT_SHOWN.sub("", latex))
+    latex = re.sub(r"(?<![0-9.,]) | (?![0-9])", "", latex)
     return latex.removesuffix(".")
 
 
 def reference_text(answer):
-    r"""What a reference answer comes to: what follows GSM8K's "####", else what its last \boxed{..}
-    holds, else all of it."""
-    text = answer
-    if "####" in answer:
-        text = answer.rpartition("####")[2]
-    elif "\\boxed{" in answer:
-        text = in_box(answer) or ""
-    run.require(plain(text), f"the answer {shown(answer)} comes to nothing: complete it")
+    r"""The final answer in a reference: what follows "####" where that begins the last line, as in
+    GSM8K, else what the last \boxed{..} holds, else all of it; without the spaces around it."""
+    text = answer.strip()
+    last_line = text[text.rfind("\n") + 1 :].lstrip()
+    if last_line.startswith("####"):
+        text = last_line.removeprefix("####").strip()
+    elif BOX.search(text):
+        text = (in_box(text) or "").strip()
+    run.require(text, f"the answer {shown(answer)} holds no final answer: complete it")
     return text
 
 
 def reference_number(answer):
     """The number of a reference answer, which may stand behind an equals sign."""
-    text = reference_text(answer)
-    text = plain(text) if "\\boxed{" in answer else text
-    number = as_number(text.rpartition("=")[2])
+    number = as_number(plain(reference_text(answer)).rpartition("=")[2])
     remedy = 'give the number alone or behind "####", or take rule:boxed or rule:exact'
     run.require(number is not None, f"the answer {shown(answer)} is no number: {remedy}")
     return number
@@ -175,7 +225,7 @@ def count(answer):
 
 
 def shown(answer):
-    """The end of an answer for a message; there a solution says what it comes to."""
+    """The end of an answer for a message; a solution has its final answer there."""
     return repr(answer if len(answer) <= 60 else f"..{answer[-60:]}")
 
 

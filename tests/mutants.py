@@ -1456,8 +1456,8 @@ RULES = [
     Mutant(
         "first-number-is-the-answer",
         "data/rules.py",
-        "for word in reversed(reply.split())",
-        "for word in reply.split()",
+        "*_, found = NUMERAL.finditer(text, start)",
+        "found, *_ = NUMERAL.finditer(text)",
         symptom="accuracy falls when the model shows its work",
         story="A worked solution begins with the numbers of the question. The result is the last.",
         guard="test_rules.py::test_a_rule_judges_as_a_person_would",
@@ -1474,8 +1474,8 @@ RULES = [
     Mutant(
         "padded-reply-is-exact",
         "data/rules.py",
-        "reply.strip() == answer.strip()",
-        "answer.strip() in reply",
+        "reply.strip() == reference_text(answer)",
+        "reference_text(answer) in reply",
         symptom="the reward goes to 1, and replies become lists of all possible answers",
         story="A reply that contains the answer is not the answer. Policies find that out at once.",
         guard="test_rules.py::test_a_rule_judges_as_a_person_would",

@@ -728,7 +728,29 @@ def test_annotators_do_not_overwrite_a_foreign_file(text, place, refused, flags)
 def test_rejection_sampling_replaces_no_file(place, refused, flags):
     (place / "mine.jsonl").write_text("")
     sentence = refused("rejection", *flags("rejection"), "--out", "mine.jsonl")
-    assert "--out mine.jsonl is there already: name another file" in sentence
+    assert "--out mine.jsonl: mine.jsonl is there already: name another file" in sentence
+    (place / "its.json").write_text("")
+    sentence = refused("rejection", *flags("rejection"), "--out", "its.jsonl")
+    assert "--out its.jsonl: its.json is there already: name another file" in sentence
+
+
+OUTS = [  # --out of rejection sampling, what the sentence says
+    ("lm", "--out lm is a directory: name a file"),
+    ("file/x.jsonl", "--out file/x.jsonl: file is no directory: name another file"),
+    ("file/new/x.jsonl", "file is no directory"),
+    ("best.json", "--out best.json: name a file that ends in .jsonl; .json gets the facts"),
+    ("", "is a directory: name a file"),
+]
+
+
+@pytest.mark.parametrize(("out", "words"), OUTS)
+def test_a_place_for_no_file_is_refused_before_anything_is_sampled(
+    out, words, place, refused, flags, monkeypatch
+):
+    (place / "lm").mkdir()
+    (place / "file").write_text("")
+    monkeypatch.setattr(annotators, "open_writer", None)
+    assert words in refused("rejection", *flags("rejection"), "--out", out)
 
 
 REWARDS = [  # --reward, what the sentence says

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data import checkpoints, formats, rejection, rules, tokenizer, world
+from data import chat, checkpoints, formats, rejection, rules, tokenizer, world
 from data.records import Prompt
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +52,45 @@ HAND = [  # rule, reply, answer of the record, whether it is right
     ("last", "1,2", "2", False),
     ("last", "-$3.50", "-3.5", True),
     ("last", "no idea", "4", False),
+    ("last", "so \u22125", "-5", True),
+    ("last", "so \u22125", "5", False),
+    ("last", "it is 10{,}000", "10000", True),
+    ("last", "it is 10\u00a0000", "10000", True),
+    ("last", "it is 5\u00a06", "6", False),
+    ("last", "1/2", "2", False),
+    ("last", "1 / 2", "2", False),
+    ("last", "\\frac{1}{2}", "2", False),
+    ("last", "\\dfrac12", "2", False),
+    ("last", "\\frac1{2}", "2", False),
+    ("last", "\\frac{\\sqrt{3}}{ x + 2 }", "2", False),
+    ("last", "\\frac{3}{x}", "3", False),
+    ("last", "\\sqrt{2}", "2", False),
+    ("last", "1/2 of 10 is 5", "5", True),
+    ("last", "10^5", "5", False),
+    ("last", "10^{5}", "5", False),
+    ("last", "5^x", "5", False),
+    ("last", "90^\\circ", "90", True),
+    ("last", "so \\boxed{5}", "5", True),
+    ("last", '{"answer": 5}', "5", True),
+    ("last", "- 5", "5", False),
+    ("last", "x = - 5", "5", False),
+    ("last", "10 - 5", "5", True),
+    ("equals", "x = 7 + 3", "7", False),
+    ("equals", "x = 5/2", "5", False),
+    ("equals", "x = 10^3", "10", False),
+    ("equals", "x = 5*2", "5", False),
+    ("equals", "x = 5**2", "5", False),
+    ("equals", "x = 5 \\times 3", "5", False),
+    ("equals", "x = \\boxed{5} + 3", "5", False),
+    ("equals", "x <= 5", "5", False),
+    ("equals", "x >= 5", "5", False),
+    ("equals", "x = - 5", "5", False),
+    ("equals", "x = **5** apples", "5", True),
+    ("equals", "**x = 5** apples", "5", True),
+    ("equals", "x = \\$5", "5", True),
+    ("equals", "x = \\boxed{5}", "5", True),
+    ("equals", "so $x = 5$.", "5", True),
+    ("equals", "x = $5$", "5", True),
     ("boxed", r"so $\boxed{\dfrac{14}{3}}$.", r"It is \boxed{\frac{14}{3}}", True),
     ("boxed", r"\boxed{14/3}", r"\frac{14}{3}", False),
     ("boxed", r"\boxed{1,234}", "1234", True),
@@ -64,11 +103,40 @@ HAND = [  # rule, reply, answer of the record, whether it is right
     ("boxed", r"\boxed{\text{Evelyn}}", "Evelyn", True),
     ("boxed", r"\boxed{\left( 3, \frac{\pi}{2} \right)}", r"(3,\frac{\pi}{2})", True),
     ("boxed", r"\boxed{\leftarrow}", "arrow", False),
+    ("boxed", r"\boxed{\frac12}", r"\frac{1}{2}", True),
+    ("boxed", r"\boxed{\tfrac 1{2}}", r"\frac{1}{2}", True),
+    ("boxed", r"\boxed{\dfrac{1}2}", r"\frac{1}{2}", True),
+    ("boxed", r"\boxed{5\%}", "5%", True),
+    ("boxed", r"\boxed{5\%}", "5", False),
+    ("boxed", r"\boxed{90^\circ}", "90", True),
+    ("boxed", r"\boxed{90}", r"90^{\circ}", True),
+    ("boxed", r"\boxed{10{,}000}", "10000", True),
+    ("boxed", r"\boxed {5}", "5", True),
+    ("boxed", r"\boxed{1} and \boxed {5}", "1", False),
+    ("boxed", r"\boxed{- 5}", "-5", True),
+    ("boxed", r"\boxed{1 2}", "12", False),
+    ("boxed", r"\boxed{1\ 2}", "12", False),
+    ("boxed", r"\boxed{1, 234}", "1234", False),
+    ("boxed", r"\boxed{1, 234}", "1,234", False),
+    ("boxed", r"\boxed{(1, 234)}", "(1,234)", True),
     ("boxed", "42", "42", False),
     ("boxed", r"\boxed{42}", "6 * 7 = 42\n#### 42", True),
     ("exact", " blue ", "blue", True),
     ("exact", "blue ok", "blue", False),
     ("exact", "Blue", "blue", False),
+    ("exact", "18", "He sells 18.\n#### 18", True),
+    ("exact", "He sells 18.\n#### 18", "He sells 18.\n#### 18", False),
+    ("ends", "that makes 18", "He sells 18.\n#### 18", True),
+    ("ends=5", "it is 5", "", True),
+    ("ends=5", "it is 15", "", False),
+    ("ends=5", "it is 1.5", "", False),
+    ("ends=5", "it is .5", "", False),
+    ("ends=5", "it is -5", "", False),
+    ("ends=5", "wait...5", "", True),
+    ("ends=hat", "a hat", "", True),
+    ("ends=hat", "(hat", "", True),
+    ("ends=hat", "a chat", "", False),
+    ("ends=.", "it is so.", "", True),
     ("ends=?", "who are you? ", "", True),
     ("ends=?", "who? me", "", False),
     ("length=4", "four", "", True),
@@ -131,6 +199,16 @@ LONG = [
     ".",
     " ",
     "a",
+    "\\frac{",
+    "\\frac1",
+    "\\boxed ",
+    "{,}",
+    "^ ",
+    "/ ",
+    "- ",
+    "**a",
+    "1 ",
+    "}",
 ]
 
 
@@ -165,6 +243,9 @@ NUMBERS = [  # answer, its number
     ("-3.50", "-3.5"),
     ("2 + 3 = 5\n5 * 2 = 10\n#### 1,000", "1000"),
     (r"So $x = \boxed{10\,000}$.", "10000"),
+    ("#### Steps\n1 + 1\n\nIt is \\boxed{2}.", "2"),  # no last line: a heading
+    ("2 + 3 = 5 and #### is a mark\n####  5 \n\n", "5"),
+    ("\u22125", "-5"),
     ("1 + 2 = 3 ; 3 + 4 = 7", "7"),
 ]
 
@@ -189,8 +270,11 @@ UNUSABLE = [  # rule, answer of a record, what the sentence says
     ("last", "1e99999999999999999999", "is no number"),
     ("equals", r"\boxed{\pi}", "is no number"),
     ("equals", "x" * 100 + "y", f"the answer '..{'x' * 59}y' is no number"),
-    ("boxed", r"\boxed{2", "comes to nothing"),
-    ("boxed", "a\n####", "comes to nothing"),
+    ("last", "1/2", "is no number"),
+    ("last", r"\boxed{1, 234}", "is no number"),
+    ("boxed", r"\boxed{2", "holds no final answer"),
+    ("boxed", "a\n####", "holds no final answer"),
+    ("exact", "a\n####", "holds no final answer"),
     ("words", "many", "the answer 'many' is no count"),
     ("length", "0", "the answer '0' is no count"),
     ("case", "title", "the answer 'title' is no case: give lower or upper"),
@@ -318,6 +402,18 @@ def test_a_user_s_function_is_called_with_what_it_takes(users, tmp_path):
     assert rule.scores([prompt] * 2, [([], True, "")] * 2) == [13.0] * 2
     assert prompt == ask("")
     assert [file.name for file in tmp_path.iterdir()] == ["mine.py"]  # nothing compiled beside it
+
+
+def test_the_readme_s_function_pays_for_right_answers_of_ordinary_length(users, shared):
+    text = (ROOT / "data/README.md").read_text(encoding="utf-8")
+    source = re.search(r"```python\n(# rewards\.py.*?)```", text, re.DOTALL)[1]
+    rule = rules.open_rule(f"{users(source)}:brief")
+    path = shared / "data/process/gsm8k/test.jsonl"
+    solutions = [([], True, record.messages[-1]["content"]) for record in formats.read(path)]
+    assert rule.scores(formats.read(path, "prompt"), solutions) == [1.0] * 300
+    prompt = [ask("It is 5.\n#### 5")]
+    for reply, value in (("7.5", 0.0), ("no", 0.0), ("so " * 209 + "5", 0.9)):
+        assert rule.scores(prompt, [([], True, reply)]) == [value]
 
 
 def test_a_changed_file_is_read_again(users):
@@ -465,7 +561,12 @@ def test_the_command_keeps_right_replies_and_says_how_many_were_right(sampled, p
     assert texts == [["1 + 0 ?", "it is 1"], ["1 + 1 ?", "2"]]
     assert "2 of 3 prompts kept a reply, written to" in said
     assert "mean score 0.333 of all 6 replies, 1.000 of the kept" in said
-    assert "pass@1 0.333, pass@2 0.667" in said
+    assert "pass@1 0.333, pass@2 0.667\n0.667 of the prompts have right and wrong" in said
+    facts = json.loads((place / "new/best.json").read_text())
+    assert facts["flags"]["reward"] == "rule:last" and 0 < facts.pop("cpu_seconds") < 600
+    del facts["flags"]
+    shares = {"mean": 1 / 3, "pass@1": 1 / 3, "pass@2": 2 / 3}
+    assert facts == {"asked": 3, "kept": 2} | shares
     read_back = formats.read(place / "new/best.jsonl")
     assert [record.messages for record in read_back] == [row["messages"] for row in rows]
 
@@ -479,7 +580,20 @@ def test_the_command_asks_the_world_for_the_skills_that_are_named(sampled):
         samples=1,
     )
     assert [row["messages"][:-1] for row in rows] == [prompt.messages for prompt in prompts]
-    assert "pass@1 1.000, pass@1 1.000" in said
+    assert said.count("pass@1 1.000") == 1
+
+
+def test_only_the_chosen_reply_of_a_conversation_is_learnt(sampled, place, world_encoding):
+    prompt = world.prompts(1, skills=["follow"])[0]
+    (row,), _ = sampled([(True, f" {prompt.answer}")], prompts=1, skills=["follow"], samples=1)
+    said = [turn for turn in row["messages"] if turn["role"] == "assistant"]
+    assert [turn.get("weight") for turn in said] == [0, None]
+    (record,) = formats.read(place / "new/best.jsonl")
+    ids, mask = chat.render(record.messages, world_encoding)
+    learnt = world_encoding.decode(
+        [id for id, is_learnt in zip(ids, mask, strict=True) if is_learnt]
+    )
+    assert learnt == f" {prompt.answer}<|im_end|>"
 
 
 def test_a_reward_model_chooses_by_its_score_at_the_end_of_turn(
@@ -494,10 +608,11 @@ def test_a_reward_model_chooses_by_its_score_at_the_end_of_turn(
     rejection.main(rejection.Config(reward="scorer", out="best.jsonl", **flags))
     said = capsys.readouterr().out
     rows = list(map(json.loads, (place / "best.jsonl").read_text().splitlines()))
-    assert rows and f"{len(rows)} of 20 prompts" in said and "pass@" not in said
+    assert rows and f"{len(rows)} of 20 prompts" in said
+    assert "pass@" not in said and "pass@" not in (place / "best.json").read_text()
     means = [float(number) for number in re.findall(r"(-?\d+\.\d+) of", said)]
     assert means[1] > means[0]
-    with pytest.raises(ValueError, match="--out best.jsonl is there already: name another file"):
+    with pytest.raises(ValueError, match="--out best.jsonl: best.jsonl is there already: name"):
         rejection.main(rejection.Config(reward="scorer", out="best.jsonl", **flags))
 
 
