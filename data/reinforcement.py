@@ -29,7 +29,7 @@ class Reward:
 
     def __call__(self, questions, replies):
         """A Question (B of them) and the ids of a reply to it -> scores (B,). Those of unfinished
-        replies are meaningless; `sample` replaces them."""
+        replies are meaningless: see `replace_unended`."""
         if self.model:
             rows = zip(questions, replies, strict=True)
             return score(self.model, [question.ids + reply for question, reply in rows])
@@ -149,6 +149,14 @@ class Group(NamedTuple):
     equal: bool  # all scores are the same: no reply is better than another
 
 
+def replace_unended(config, reward, scores, ended):
+    """scores (B,), with the score of a reply without an end where `ended` (B,) is False."""
+    least = config.no_end_score
+    if reward.rule:  # whose scale is its own: a cut reply is no better than any other
+        least = min(least, float(scores.min()))
+    return torch.where(ended, scores, least)
+
+
 def sample(config, job, models, questions, generator):
     """Samples and scores K replies to each question -> a list of Groups."""
     if not questions:
@@ -163,10 +171,7 @@ def sample(config, job, models, questions, generator):
     scores = models.reward([question for question in questions for _ in range(K)], replies)  # (B,)
     # end-of-turn comes first; a reward model was never trained on the end of the text
     ended = scores.new_tensor([reply[-1] == stops[0] for reply in replies], dtype=torch.bool)
-    least = config.no_end_score
-    if models.reward.rule:  # whose scale is its own: a cut reply is no better than any other
-        least = min(least, float(scores.min()))
-    scores = torch.where(ended, scores, least)
+    scores = replace_unended(config, models.reward, scores, ended)
     equal = [len({*row}) == 1 for row in scores.view(-1, K).tolist()]
     starts = range(0, len(replies), K)
     columns = (replies, logprobs, scores, ended)

@@ -10,7 +10,7 @@ import math
 import torch
 
 from data import annotators
-from data.reinforcement import group_size
+from data.reinforcement import group_size, replace_unended
 from data.scores import score
 from evaluate.measures import mean
 
@@ -161,7 +161,7 @@ def length_paid_afresh(models, config, encoding, questions):
     with torch.no_grad():
         scores = models.reward([question for question in questions for _ in range(4)], replies)
     ended = torch.tensor(ended, device=scores.device)  # (B,)
-    scores = torch.where(ended, scores, config.no_end_score)
+    scores = replace_unended(config, models.reward, scores, ended)
     return correlation_within(scores.new_tensor(list(map(len, replies))), scores, 4)
 
 

@@ -72,8 +72,8 @@ def check(config):
     run.require(unique, "--runs: two directories have one name, and the table has a row for each")
 
 
-def row_of(config, records, rule, directory, device):
-    """A policy's row of the table."""
+def open_policy(config, records, directory, device):
+    """-> a run's model and encoding. ValueError if it cannot answer all records."""
     model, encoding, chats = open_run(directory, device)
     writes = model.config.head == "lm" and chats
     run.require(writes, f"{directory} does not answer in chats: name a run of sft, dpo or ppo")
@@ -82,6 +82,11 @@ def row_of(config, records, rule, directory, device):
         fits = len(prompt) + config.max_new_tokens <= model.config.context
         reply = f"a reply of {config.max_new_tokens} tokens in the context of {directory}"
         run.require(fits, f"{record.where} leaves no room for {reply}: leave that prompt out")
+    return model, encoding
+
+
+def row_of(config, records, rule, model, encoding):
+    """A policy's row of the table."""
     asked = [record.messages for record in records]
     setting = config.max_new_tokens, config.temperature, config.seed, config.samples
     replies = annotators.sample(model, encoding, asked, *setting)
@@ -94,7 +99,7 @@ def row_of(config, records, rule, directory, device):
     examples = reply_examples(prompts, [ids for ids, _, _ in replies])
 
     def logps_of(examples):
-        batch = collate(examples).to(device)
+        batch = collate(examples).to(model.device)
         return token_logprobs(model, batch, config.temperature).sum(1)  # (B,)
 
     with torch.no_grad():
@@ -139,10 +144,13 @@ def main(config):
     rule, device = rules.open_rule(config.reward), run.device(config.device)
     records = questions(config)
     rule.check(records)
+    policies = {}  # all are opened before the first one is asked
+    for directory in map(Path, config.runs):
+        policies[directory.name] = open_policy(config, records, directory, device)
     out = output(config.out)
     board = {}
-    for directory in map(Path, config.runs):
-        board[directory.name] = row_of(config, records, rule, directory, device)
+    for name, policy in policies.items():
+        board[name] = row_of(config, records, rule, *policy)
     run.write_json(out / "pass-at-k.json", board)
     run.show(table(board))
     different = len({str(record.messages) for record in records})

@@ -711,8 +711,8 @@ PPO = [
     Mutant(
         "no-price-for-not-ending",
         "data/reinforcement.py",
-        "scores = torch.where(ended, scores, config.no_end_score)",
-        "pass",
+        "return torch.where(ended, scores, least)",
+        "return scores",
         symptom="replies grow until they reach the limit",
         story="A reply that was cut has no end-of-turn token, where the reward model learnt to "
         "read a score. What it says elsewhere may be high.",
@@ -768,7 +768,7 @@ PPO = [
     ),
     Mutant(
         "values-one-token-late",
-        "ppo.py",
+        "data/reinforcement.py",
         "return critic.score(critic(batch.inputs[rows]))",
         "return critic.score(critic(batch.inputs[rows])).roll(-1, 1)",
         symptom="the critic's loss is low, the policy learns little",
@@ -843,8 +843,8 @@ PPO = [
     Mutant(
         "temperature-missing-in-the-update",
         "ppo.py",
-        "reading = dict(batch=old.batch, temperature=config.temperature)",
-        "reading = dict(batch=old.batch, temperature=1.0)",
+        "rl.row_logprobs, models.policy, rows, **old.reading)",
+        "rl.row_logprobs, models.policy, rows, batch=old.batch, temperature=1.0)",
         symptom="at temperature 1 all is well; at .7 the first ratio is not 1, many are clipped",
         story="Replies are drawn from softmax(z / T). The update asks softmax(z).",
         guard="test_identities.py::test_ppo_s_run_starts_at_a_ratio_of_1_and_saves_its_policy[0.7]",
@@ -854,8 +854,8 @@ PPO = [
     Mutant(
         "temperature-missing-in-the-reference",
         "ppo.py",
-        "reading = dict(batch=batch, temperature=config.temperature)",
-        "reading = dict(batch=batch, temperature=1.0)",
+        "rl.row_logprobs, models.ref, rows, **reading)",
+        "rl.row_logprobs, models.ref, rows, batch=batch, temperature=1.0)",
         symptom="the KL is far from 0 before the first step",
         story="The KL compares the policy at T with the reference at 1, so a policy that has not "
         "moved pays as well.",
@@ -1066,8 +1066,8 @@ PPO = [
     Mutant(
         "cut-reply-keeps-a-rule-s-score",
         "data/reinforcement.py",
-        "scores = torch.where(ended, scores, config.no_end_score)",
-        "scores = torch.where(ended | bool(models.reward.rule), scores, config.no_end_score)",
+        "return torch.where(ended, scores, least)",
+        "return torch.where(ended | bool(reward.rule), scores, least)",
         symptom="the score rises, and replies no longer end",
         story="A rule finds its number in a reply that was cut behind it.",
         guard="test_ppo.py::test_a_cut_reply_has_no_score_of_a_rule",

@@ -12,6 +12,7 @@ allocator still meets the first long batches.
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import statistics
@@ -36,9 +37,11 @@ def resident(pid):
 def watch(process, minutes):
     """Samples (MiB, open files) of a running process, one every ten seconds."""
     samples, end = [], time.monotonic() + 60 * minutes
-    while time.monotonic() < end and process.poll() is None:
-        time.sleep(min(10, max(0, end - time.monotonic())))
-        held = resident(process.pid) if process.poll() is None else None
+    while time.monotonic() < end:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=min(10, max(0, end - time.monotonic())))
+            break  # it has ended by itself
+        held = resident(process.pid)
         if held:
             samples.append((held, len(os.listdir(f"/proc/{process.pid}/fd"))))
     return samples
@@ -66,12 +69,14 @@ def main():
                 code = process.wait(timeout=600)
             finally:
                 process.kill()  # it would train for weeks
+                process.wait()
         last = (Path(folder) / "log").read_text().splitlines()[-1]
     print(f"{args.minutes:g} minutes, exit code {code}: {last}")
+    if code != 128 + signal.SIGTERM:
+        sys.exit("the run did not end as a terminated run should: see its last line above")
     if len(samples) < 6:
-        sys.exit("too few samples: give more --minutes, or see above why the run has ended")
-    growth = report(samples)
-    sys.exit(growth > ALLOWED or code != 128 + signal.SIGTERM)
+        sys.exit("too few samples: give more --minutes")
+    sys.exit(report(samples) > ALLOWED)
 
 
 def report(samples):

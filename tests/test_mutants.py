@@ -97,8 +97,9 @@ def test_a_bug_is_shown_with_its_patch_and_its_story(capsys):
     printed = capsys.readouterr().out
     for text in (mutant.symptom, mutant.story, mutant.guard, mutant.source, f"--run {mutant.name}"):
         assert text in printed
-    assert "-            reading = dict(batch=old.batch, temperature=config.temperature)" in printed
-    assert "+            reading = dict(batch=old.batch, temperature=1.0)" in printed
+    call = "            logprobs = job.forward(rl.row_logprobs, models.policy, rows, "
+    assert f"-{call}**old.reading)" in printed
+    assert f"+{call}batch=old.batch, temperature=1.0)" in printed
 
 
 def test_a_healthy_run_of_older_code_is_trained_again(tmp_path, monkeypatch):

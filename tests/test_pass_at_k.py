@@ -76,7 +76,8 @@ def test_a_run_s_row_holds_what_its_replies_say(temperature, home, capsys, world
     assert rows["sft"]["length"] == count / 24
     assert rows["sft"]["pass@1"] == rows["sft"]["pass@2"] == 0  # words at random
     printed = capsys.readouterr().out
-    assert "pass@1" in printed and "6 questions, 4 replies each: out/pass-at-k.json" in printed
+    said = "6 questions, 6 of them different, 4 replies each: out/pass-at-k.json"
+    assert "pass@1" in printed and said in printed
 
 
 def test_the_columns_by_hand(home, monkeypatch):
@@ -89,14 +90,15 @@ def test_the_columns_by_hand(home, monkeypatch):
     assert row["reward"] == row["pass@1"] == 0.25  # 2 of 8
     assert row["pass@2"] == pytest.approx((1 - 1 / 6) / 2)  # one of six pairs has no right reply
     assert row["length"] == 4 and row["ended"] == 0.5
-    assert row["wrong_longer"] == -2  # of the first question alone: 1 against (2 + 4) / 2
+    # the first question alone has right and wrong ones: 1 token against (2 + 4) / 2
+    assert row["wrong_longer"] == -2 and row["mixed"] == 0.5
     # the judge of the embedded world gives a right answer 1 and a reply that was cut 0
     wrong = [world.judge(world.prompts(1, held=True)[0].messages, x)["gold"] for x in ("no", "")]
     assert row["gold"] == pytest.approx((2 + sum(wrong)) / 8)
 
 
-def test_questions_and_answers_may_come_from_a_file(home, monkeypatch):
-    rows = [{"prompt": f"{i} + 1 ?", "ground_truth": str(i + 1)} for i in range(8)]
+def test_questions_and_answers_may_come_from_a_file(home, monkeypatch, capsys):
+    rows = [{"prompt": f"{i % 5} + 1 ?", "ground_truth": str(i % 5 + 1)} for i in range(8)]
     run.write_lines(home / "q.jsonl", rows)
 
     def sample(model, encoding, asked, limit, temperature, seed, samples):
@@ -106,7 +108,8 @@ def test_questions_and_answers_may_come_from_a_file(home, monkeypatch):
     monkeypatch.setattr(annotators, "sample", sample)
     row = measure(home, "--data", "q.jsonl", "--reward", "rule:last")["sft"]
     assert row["pass@1"] == row["pass@2"] == 1 and row["ci@1"] == 0 and "gold" not in row
-    assert row["wrong_longer"] == 0  # no reply is wrong
+    assert row["wrong_longer"] == row["mixed"] == 0  # no reply is wrong
+    assert "6 questions, 5 of them different, 4 replies each" in capsys.readouterr().out
 
 
 REFUSED = [  # flags, what the sentence says
@@ -118,6 +121,9 @@ REFUSED = [  # flags, what the sentence says
     ("--runs base", "base does not answer in chats: name a run of sft, dpo or ppo"),
     ("--runs reward", "reward does not answer in chats"),
     ("--runs nowhere", "nowhere: there is no such directory"),
+    ("--runs sft nowhere", "nowhere: there is no such directory"),
+    ("--runs sft base", "base does not answer in chats"),
+    ("--runs sft ./sft", "--runs: two directories have one name"),
     ("--skills juggle", "--skills must be some of repeat, reverse"),
     ("--skills add --data q.jsonl", "--skills is not read with --data: leave one of them out"),
     ("--data q.jsonl", "--reward rule:exact: q.jsonl:2 has no answer: give it a field"),
@@ -131,6 +137,8 @@ REFUSED = [  # flags, what the sentence says
 def test_what_cannot_be_measured_is_refused_in_one_sentence(
     flags, words, home, monkeypatch, capsys
 ):
+    """Before anything is sampled."""
+    monkeypatch.setattr(annotators, "sample", None)
     answers = [("1 ?", "1"), ("2 ?", "")]
     rows = [{"prompt": question, "ground_truth": answer} for question, answer in answers]
     run.write_lines(home / "q.jsonl", rows)

@@ -14,6 +14,7 @@ import ppo
 import run
 from data import chat, checkpoints, reinforcement, rules, world
 from data.reinforcement import Group, Question
+from evaluate import detector
 from model import GPT
 
 GROUPED = ppo.ADVANTAGES[1:]
@@ -74,10 +75,11 @@ def scored(monkeypatch):
                 ]
                 scores = torch.tensor([judge(question, k) for k in range(config.group_size)])
                 logprobs = [[-3.0] * n for n in sizes]
-                groups.append(Group(question, replies, logprobs, scores, scores > -1))
+                equal = bool((scores == scores[0]).all())
+                groups.append(Group(question, replies, logprobs, scores, scores > -1, equal))
             return groups
 
-        monkeypatch.setattr(ppo, "sample", sample)
+        monkeypatch.setattr(reinforcement, "sample", sample)
 
     return install
 
@@ -137,7 +139,13 @@ def test_equal_groups_give_way_others_stay_and_the_count_is_right(ask, models, s
     assert drawn == [(3, 0, 0), (1, 0, 1)]
     assert [x.question.record.where[-1] for x in old.groups] == list("024689")
     metrics = reinforcement.rollout_metrics(config, models, old)
-    assert metrics["redrawn"] == 4 and metrics["equal"] == 1 / 6
+    assert metrics["redrawn"] == 4
+    # these say how good the policy is, so they are of the first draw: scores of 0, 1, 2, 3 or .5
+    assert metrics["equal"] == 3 / 6
+    assert float(metrics["pass_at_1"]) == 9 / 24 and float(metrics["pass_at_4"]) == 3 / 6
+    assert float(metrics["score"]) == pytest.approx(
+        (5 * 6 + 4 * 0.5) / 24
+    )  # of those that are learned from
     prompts = [group.question.ids for group in old.groups for _ in range(4)]
     for row, (prompt, reply) in enumerate(zip(prompts, old.replies, strict=True)):
         ids = old.batch.inputs[row, : old.batch.lengths[row]].tolist()
@@ -153,6 +161,48 @@ def test_nobody_gives_way_without_redraw_or_without_equal_scores(ask, models, sc
         scored(judge)
         old = roll(config, models(), asked, lambda n, step, draw: asked[:n])
         assert [group.question for group in old.groups] == asked and old.redrawn == 0
+
+
+def look(watch, config, models, old, ensemble=()):
+    return detector.observe(watch, models, ensemble, config, models.reward.encoding, old)
+
+
+def test_of_replies_chosen_by_their_scores_the_detector_says_nothing(ask, models, scored):
+    """The policy is far from its reference, which costs more than the budget."""
+    asked, models = ask(4), models()
+    scored(lambda question, k: float(k))
+    for redraw in (0, 1):
+        config, watch = a_config(batch_size=16, redraw=redraw), detector.Detector(1e-9)
+        old = roll(config, models, asked, lambda n, step, draw: asked[:n])
+        metrics, warnings = look(watch, config, models, old)
+        assert "gold" in metrics
+        drifts = [name for name in metrics if "drift" in name]
+        if redraw:
+            assert metrics.keys() == {"gold"} and not warnings and not watch.start
+        else:
+            assert drifts and metrics["hacking"] and "over its budget" in warnings[0]
+
+
+@pytest.mark.parametrize("size", [2, 5, 7, 12])
+def test_the_questions_are_those_of_one_long_list_from_any_step_on(
+    size, models, world_encoding, place
+):
+    rows = [{"prompt": f"{i} + 1 ?", "ground_truth": str(i + 1)} for i in range(5)]
+    run.write_lines(place / "q.jsonl", rows)
+    config = a_config(data=["q.jsonl"], reward="rule:last", batch_size=4 * size)
+
+    def start():
+        return reinforcement.Questions(config, models("rule:last"), [], world_encoding, str)
+
+    questions, everything = start(), []
+    while len(everything) < 30 * size:
+        everything += questions.rng.sample(questions.all, 5)
+    for first in (0, 1, 2, 11, 23):
+        questions = start()
+        for step in range(first, 30):
+            expected = everything[step * size : (step + 1) * size]
+            assert questions.batch(step) == questions.batch(step) == expected
+            assert len(questions.queue) < size + 5
 
 
 def test_other_questions_are_new_for_each_step_and_draw_and_the_same_after_a_resume(
@@ -183,6 +233,22 @@ def test_the_score_falls_evenly_by_1_over_the_last_tokens(ask, models, scored):
     assert (old.groups[0].scores == 0.5).all()  # what the rule said, for pass@k
     old = roll(a_config(overlong=0, **flags), models(), ask(1))
     assert old.scores.tolist() == [0.5] * 10
+
+
+def test_the_price_of_a_long_reply_is_no_disbelief_of_other_reward_models(
+    ask, models, scored, world_model
+):
+    """A score that --overlong has lowered would seem to be below theirs."""
+    scored(lambda question, k: 0.5, lengths=range(1, 11))
+    models, ensemble, starts = models(), [world_model("score", 5).requires_grad_(False)], []
+    for overlong in (0, 8):
+        flags = dict(group_size=10, batch_size=20, max_new_tokens=10)
+        config, watch = a_config(overlong=overlong, **flags), detector.Detector(0)
+        old = roll(config, models, ask(2))
+        look(watch, config, models, old, ensemble)
+        starts.append(watch.start["disbelief"])
+    assert float(old.scores.mean()) < 0.1  # .5 without --overlong
+    assert starts[0] == starts[1]
 
 
 # ------------------------------------------------------------------------------------------ metrics
@@ -253,7 +319,7 @@ def test_where_the_sampler_is_less_precise_tokens_count_by_a_truncated_importanc
     # the same rollout with scores that differ
     groups = [group._replace(scores=row) for group, row in zip(old.groups, scores, strict=True)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo, "sample", lambda *arguments: groups)
+        patch.setattr(reinforcement, "sample", lambda *arguments: groups)
         weighted = roll(config, models, ask(6), job=a_job(torch.bfloat16, precise)).advantages
         alone = roll(config, models, ask(6))
     weight = difference.exp().clamp(max=2.0)
@@ -286,6 +352,39 @@ def test_a_cut_reply_has_no_score_of_a_rule(ask, models, world_encoding, place):
     config.no_end_score = -0.5
     (group,) = reinforcement.sample(config, a_job(), models, asked, None)[:1]
     assert group.scores.tolist() == [1, -0.5, 1, -0.5]
+
+
+@pytest.mark.parametrize("price, expected", [(0.0, -5.0), (-5.5, -5.5)])
+def test_a_cut_reply_is_no_better_than_the_worst_of_its_batch(
+    price, expected, ask, models, world_encoding, place
+):
+    """Where a wrong reply costs 5, a price of 0 for not ending would be a reward."""
+    source = "def judge(messages, reply): return 1.0 if reply.count('e') else -5.0\n"
+    (place / "mine.py").write_text(source)
+    models, (end, *_) = models("mine.py:judge"), chat.stop_ids(world_encoding)
+    right, wrong = (world_encoding.encode_ordinary(text) for text in (" eleven", " 1"))
+    replies = [[*right, end], [*wrong, end], right, wrong] * 2
+
+    class Policy:
+        def generate(self, prompts, max_new_tokens, temperature, samples, **options):
+            return replies, [[-1.0] * len(reply) for reply in replies]
+
+    config = a_config(reward="mine.py:judge", batch_size=8, no_end_score=price)
+    models = models._replace(policy=Policy())
+    for group in reinforcement.sample(config, a_job(), models, ask(2), None):
+        assert group.scores.tolist() == [1, -5, expected, expected]
+
+
+def test_where_cut_replies_score_like_wrong_ones_length_is_not_paid(
+    ask, models, place, monkeypatch
+):
+    """With a critic the detector samples again: here short wrong replies and long cut ones."""
+    (place / "mine.py").write_text("def judge(messages, reply): return -5.0\n")
+    models, config = models("mine.py:judge"), a_config(advantage="gae", reward="mine.py:judge")
+    replies = [([1], True, "1"), ([1, 2], True, "1 2"), ([5] * 12, False, "5 5")] * 4
+    monkeypatch.setattr(detector.annotators, "sample", lambda *given, samples: replies)
+    paid = detector.length_paid_afresh(models, config, models.reward.encoding, ask(3))
+    assert paid == 0
 
 
 @pytest.fixture
@@ -327,6 +426,38 @@ def test_a_rule_s_critic_starts_at_0_everywhere_and_learns(adapters, train, plac
     assert not values[0].any()
     assert float(values[-1].mean()) < -1e-4 and values[-1].std() > 0
     assert checkpoints.load(place / "run").config.head == "lm"
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_rule_s_critic_is_on_the_policy_s_frozen_trunk_and_shares_nothing_that_learns(
+    rank, place, world_model, world_encoding
+):
+    checkpoints.save(world_model(), place / "lm", world_encoding)
+    config = a_config(advantage="gae", init="lm", lora_rank=rank)
+    policy, encoding = checkpoints.open_policy(config, CPU)
+    critic = reinforcement.open_critic(config, policy, None)
+    ids = torch.randint(encoding.n_vocab, (3, 9))
+    with torch.no_grad():
+        assert not critic.score(critic(ids)).any()
+        hidden = policy(ids)
+        torch.testing.assert_close(critic(ids), hidden)
+    places = {p.data_ptr(): p for p in policy.parameters()}
+    shared = [p for p in critic.parameters() if p.data_ptr() in places]
+    assert not any(p.requires_grad or places[p.data_ptr()].requires_grad for p in shared)
+    own = [name for name, p in critic.named_parameters() if p.data_ptr() not in places]
+    if rank:
+        assert shared and critic.rank == rank
+        learned = {"A", "B", "score_head.weight", "score_head.bias"}
+        assert all(name in learned or name.rpartition(".")[2] in learned for name in own)
+    else:
+        assert not shared
+    # whatever the policy learns, the critic's trunk stays
+    with torch.no_grad():
+        for p in policy.parameters():
+            if p.requires_grad:
+                p.add_(0.1)
+        assert not torch.allclose(policy(ids), hidden)
+        torch.testing.assert_close(critic(ids), hidden)
 
 
 def test_a_run_whose_scores_are_all_equal_goes_on_and_says_so_once(train, place, capsys):

@@ -55,8 +55,8 @@ def cut(last_step, name, *flags):
     """A run that ends right after this step's line of metrics."""
     log = run.Job.log
 
-    def log_and_end(job, step, **values):
-        log(job, step, **values)
+    def log_and_end(job, step, *names, **values):
+        log(job, step, *names, **values)
         if step == last_step:
             raise PowerCutError
 

@@ -10,6 +10,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -800,6 +801,49 @@ def test_the_soak_s_report_sees_a_leak_and_no_leak(capsys):
     leaking = [(800.0 + i, 5) for i in range(50)]
     assert soak.report(warming + flat) < soak.ALLOWED < soak.report(warming + leaking)
     assert capsys.readouterr().out.count("sixth 6: median") == 2
+
+
+@pytest.fixture
+def soaked(tmp_path, monkeypatch):
+    """soaked(code): a soak of a tree whose ppo.py is this code and leaves its process's id."""
+
+    def soak_it(code):
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "world.py").write_text("")
+        pid = "import os, pathlib; pathlib.Path('pid').write_text(str(os.getpid()))"
+        (tmp_path / "ppo.py").write_text(f"{pid}\n{code}\n")
+        monkeypatch.setattr(soak, "ROOT", tmp_path)
+        monkeypatch.setattr(sys, "argv", ["soak.py", "--minutes", "1"])
+        soak.main()
+
+    return soak_it
+
+
+def no_process(pid):
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid), 0)
+
+
+def test_a_run_that_ends_early_ends_the_soak_with_a_sentence(soaked, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        soaked("import sys; sys.exit('error: there is no such model')")
+    assert (
+        exit.value.code == "the run did not end as a terminated run should: see its last line above"
+    )
+    assert "1 minutes, exit code 1: error: there is no such model" in capsys.readouterr().out
+    no_process((tmp_path / "pid").read_text())
+
+
+def test_a_soak_that_is_interrupted_leaves_no_run_behind(soaked, tmp_path, monkeypatch):
+    def interrupted(process, minutes):
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(soak, "watch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        soaked("import time; time.sleep(60)")
+    no_process((tmp_path / "pid").read_text())
 
 
 def test_the_soak_reads_the_memory_that_a_process_holds():
