@@ -261,19 +261,23 @@ def functions_of(text, names):
         body = ast.parse(text).body
     except SyntaxError as error:
         raise ValueError(f"line {error.lineno} is no Python: {error.msg}") from None
+    except (ValueError, RecursionError, MemoryError) as error:  # a null byte, or nested too deep
+        raise ValueError(f"it is no Python: {error}") from None
     found = {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
     missing = ", ".join(name for name in names if name not in found)
     run.require(not missing, f"it has no function {missing}: put it back")
     return {name: found[name] for name in names}
 
 
+def from_below(text, names):
+    """The nodes of these functions, the last one first: what is above a cut keeps its lines."""
+    return sorted(functions_of(text, names).values(), key=lambda node: -node.lineno)
+
+
 def blanked(text, lab):
     """The text of a lab's file, with an error in the place of each of its functions' bodies."""
     lines = text.split("\n")
-    nodes = functions_of(text, lab.functions).values()
-    for node in sorted(
-        nodes, key=lambda node: -node.lineno
-    ):  # from below: lines keep their numbers
+    for node in from_below(text, lab.functions):
         docstring = node.body[0]
         error = f'raise NotImplementedError("{node.name} {BLANK}")'
         lines[docstring.end_lineno : node.end_lineno] = [" " * docstring.col_offset + error]
@@ -284,8 +288,7 @@ def restored(text, original, names):
     """The text, with these functions as they are in the original."""
     lines, original_lines = text.split("\n"), original.split("\n")
     ours = functions_of(original, names)
-    theirs = functions_of(text, names).values()
-    for node in sorted(theirs, key=lambda node: -node.lineno):
+    for node in from_below(text, names):
         first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
         whole = ours[node.name]
         lines[first - 1 : node.end_lineno] = original_lines[whole.lineno - 1 : whole.end_lineno]
@@ -399,7 +402,8 @@ def graded(lab, directory):
     words += [f"tests/{test}" for test in lab.tests]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     options = dict(env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT)
-    with tempfile.TemporaryDirectory() as tree, tempfile.TemporaryFile() as output:
+    scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    with scratch as tree, tempfile.TemporaryFile() as output:
         copy_tree(Path(tree))
         (Path(tree) / lab.file).write_bytes(text.encode())
         try:  # to a file: a process that the code has started could hold a pipe open
@@ -408,15 +412,24 @@ def graded(lab, directory):
             ended = None
         output.seek(0)
         printed = output.read().decode("utf-8", "replace")
-        report = Path(tree) / REPORT
-        findings = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
+        findings = findings_in(Path(tree) / REPORT)
     if ended is None:
         return f"its tests did not end within {LIMIT} seconds: does a loop never stop?", printed
     return verdict(lab, findings, ended.returncode), printed
 
 
+def findings_in(path):
+    """FINDINGS of the tests' process; empty if it wrote none, or if something wrote over them."""
+    try:
+        findings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    whole = isinstance(findings, dict) and {"passed", "collected"} <= findings.keys()
+    return findings if whole else {}
+
+
 def verdict(lab, findings, code):
-    """findings: FINDINGS of the tests' process, empty if it wrote none; code: its exit code."""
+    """What is wrong, in a sentence. findings: of the tests' process; code: its exit code."""
     names = " or ".join(lab.functions)
     if "failed" in findings:
         place, why = findings["failed"]

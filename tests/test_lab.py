@@ -202,6 +202,7 @@ BODY = "return torch.zeros(9)"
         ("def dpo_loss(:\n", "dpo.py: line 1 is no Python"),
         ("import torch\n", "dpo.py: it has no function dpo_loss: put it back"),
         ("x = 1\0\n", "dpo.py: "),
+        ("x = " + "-" * 100_000 + "1\n", "dpo.py: it is no Python: "),
         ("def dpo_loss(): return 1\n", "dpo.py: it has no function kto_loss, mismatched_kl: put"),
         (None, "dpo.py: "),
     ],
@@ -245,6 +246,7 @@ def test_a_body_that_ends_the_process_does_not_pass(answer):
         ("return dpo_loss(*[chosen_logps] * 5)", "RecursionError in dpo_loss"),
         ("import time; time.sleep(1000)", "did not end within 40 seconds: does a loop never stop?"),
         ("while True: pass", "did not end within 40 seconds: does a loop never stop?"),
+        ("import os; open('lab-report.json', 'w').write('[]'); os._exit(0)", "ended or skipped"),
         ("import shutil; shutil.rmtree('tests'); return 1", "dpo_loss in dpo.py "),
     ],
 )
