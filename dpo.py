@@ -35,8 +35,7 @@ and rejected_logps. Both usually *fall*, the rejected faster: the loss asks for 
 lowering both gives one. The chosen falling as fast is not healthy.
 
 What everybody gets wrong: a reference other than the starting policy, or dropout, or an extra token
-(padding, end-of-turn) in one of the four log-probs. Each moves the first loss off ln 2; a test
-checks it to 1e-6.
+(padding, end-of-turn) in one of the four log-probs. Each moves the first loss off ln 2 (tested).
 """
 
 import math
@@ -48,7 +47,7 @@ import torch.nn.functional as F
 import run
 from data import annotators, checkpoints, world
 from data.collate import batch_order, longest_side
-from data.comparisons import Source, check_rounds, encode
+from data.comparisons import Comparisons, Source, check_rounds, encode
 from data.logprobs import all_logps, pair_logps
 from evaluate.measures import own_replies
 
@@ -113,6 +112,9 @@ def check(config):
     e = config.label_smoothing
     run.require(0 <= e < 0.5, f"--label-smoothing must lie in [0, 0.5), not {e}")
     run.check_range(config, "beta", above=0)
+    one = torch.ones(1, 2)  # a pair of replies of one token: has --loss a case?
+    losses = batch_losses(config, -one, Comparisons([], one[:, 0], one, -one, 0))  # (1,)
+    run.require(losses is not None, f"--loss {config.loss} has no case in batch_losses: add one")
     check_rounds(config)
 
 

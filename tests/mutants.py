@@ -30,6 +30,7 @@ import run
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ["data", "evaluate", "kernels", "run", "tests"]
+BESIDE = ["pytest.ini", "requirements.txt", "README.md", "LICENSE"]  # at the top, with the stages
 TIMEOUT = 300  # seconds; a guard takes a few
 
 
@@ -1538,7 +1539,7 @@ def copy_tree(directory, mutant=None):
     ignore = shutil.ignore_patterns("__pycache__")
     for room in ROOMS:
         shutil.copytree(ROOT / room, directory / room, ignore=ignore)
-    for path in [*ROOT.glob("*.py"), ROOT / "pytest.ini"]:
+    for path in [*ROOT.glob("*.py"), *(ROOT / name for name in BESIDE)]:
         shutil.copy(path, directory)
     if mutant:
         (directory / mutant.file).write_text(mutated(mutant)[1], encoding="utf-8")

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import dpo
 import run
 from data.comparisons import Comparisons
 from dpo import (
@@ -333,6 +334,14 @@ def test_each_loss_of_a_batch_reads_what_its_equation_reads(name):
     losses = batch_losses(config, tensors[3], Comparisons([], *tensors[:3], 0))
     expected = [by_hand(name, *row) for row in zip(LOGPS, REF_LOGPS, SIZES, labels)]
     torch.testing.assert_close(losses, numbers(*expected))
+
+
+def test_a_loss_without_a_case_is_refused_before_data_is_prepared(place, monkeypatch):
+    monkeypatch.setattr(dpo, "LOSSES", [*LOSSES, "mine"])
+    words = "--loss mine has no case in batch_losses: add one"
+    with pytest.raises(ValueError, match=words):
+        dpo.main(Config(loss="mine", init="no such checkpoint", out="out"))
+    assert not list(place.iterdir())
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if name != "kto"])
