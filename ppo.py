@@ -60,7 +60,7 @@ import torch
 
 import kernels
 import run
-from data import chat, checkpoints, rules, world
+from data import checkpoints, reinforcement, rules, world
 from data.logprobs import token_logprobs
 from data.reinforcement import Questions, collate_groups, group_size, open_models, sample
 from evaluate.detector import Detector, observe
@@ -365,9 +365,8 @@ def main(config):
         for warning in warnings:
             job.say(f"ppo: step {step + 1}: {warning}")
         if run.due(step, config.steps):
-            shown = old.groups[0]
-            reply = chat.painted_reply(shown.question.ids, shown.replies[0], encoding, job.colour)
-            job.say(reply + f"  score {old.scores[0]:.2f}")
+            penalty = 0.0 if config.kl_loss else beta
+            reinforcement.show_reply(job, encoding, old, step, penalty)
         job.log(step, [group.question.record.where for group in old.groups], **metrics)
         if metrics["hacking"] and config.stop_on_hacking:
             job.say(f"ppo: stopped after step {step + 1}")

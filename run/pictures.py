@@ -39,7 +39,8 @@ def changing(rows):
     lines, constants = {}, {}
     for name in dict.fromkeys(key for row in rows for key in row if key != "step"):
         # JSON has no NaN: it is None there, and no point here.
-        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        numbers = [row for row in rows if isinstance(row.get(name), (int, float))]
+        points = [(row["step"], row[name]) for row in numbers if math.isfinite(row[name])]
         steps, values = zip(*points, strict=True) if points else ((), ())
         if len(set(values)) > 1:
             lines[name] = (steps, values)
@@ -61,8 +62,10 @@ def loss_of_a_coin(directory):
     """ln 2 if a run's loss is -log sigmoid of a difference, which is 0 before anything is learnt;
     else None."""
     facts = read_facts(directory) if (directory / "run.json").exists() else {}
-    loss = facts.get("flags", {}).get("loss")
-    pairs = facts.get("stage") == "reward" or (facts.get("stage") == "dpo" and loss in LN_2_LOSSES)
+    flags = facts.get("flags")
+    loss = str(flags.get("loss")) if isinstance(flags, dict) else ""
+    stage = facts.get("stage")
+    pairs = stage == "reward" or (stage == "dpo" and loss in LN_2_LOSSES)
     return math.log(2) if pairs else None
 
 
