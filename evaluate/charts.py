@@ -15,9 +15,10 @@ def escaped(text):
     return html.escape(run.visible(text))
 
 
-def number(value):
-    """Three digits, without a 0 before the point."""
-    text = f"{value:.3g}"
+def number(value, digits=3):
+    """Three digits or more, the whole part whole, without a 0 before the point."""
+    digits = max(digits, len(f"{abs(value):.0f}")) if abs(value) < 1e6 else digits
+    text = f"{value:.{digits}g}"
     return text.replace("0.", ".", 1) if abs(value) < 1 and "e" not in text else text
 
 
@@ -45,12 +46,14 @@ def free_place(taken, point, size, gap, inside):
     return point
 
 
-def ticks(low, high, most=5):
-    """The multiples from low to high of 1, 2 or 5 times a power of ten: at most `most` + 1."""
+def ticks(low, high, most=6):
+    """{value: its label} of the multiples from low to high of 1, 2 or 5 times a power of ten: at
+    most `most` + 1."""
     power = 10.0 ** math.floor(math.log10((high - low) / most))
     step = next(power * k for k in (1, 2, 5, 10) if high - low <= 1.0001 * power * k * most)
     first, last = math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6)
-    return [i * step for i in range(first, last + 1)]
+    digits = 2 + math.floor(math.log10(max(abs(low), abs(high)) / step))  # to tell them apart
+    return {i * step: number(i * step, max(3, digits)) for i in range(first, last + 1)}
 
 
 def reach(values, margin=0.05):
@@ -67,21 +70,21 @@ class Chart:
     def __init__(self, x, y, below, above="", right=None, names=(), height=230):
         self.x, self.y, self.height = x, y, height
         names = [run.one_line(name, most=14) for name in names]
-        self.left = 14 + LETTER * max(map(len, names), default=5)
+        rows = {-i: name for i, name in enumerate(names)} or ticks(*y)
+        self.left = 14 + LETTER * max(map(len, rows.values()))
         self.end = WIDTH - (44 if right else 14)
         self.low = height - BELOW
         self.parts, self.points = [], []
-        for value in ticks(*x):
+        for value, words in ticks(*x).items():
             across, _ = self.place(value, y[0])
             self.parts.append(f'<path class="grid" d="M{across:.1f} {TOP}V{self.low}"/>')
-            self.text(across, self.low + 14, number(value), "middle")
-        rows = {-i: name for i, name in enumerate(names)} or {y: number(y) for y in ticks(*y)}
+            self.text(across, self.low + 14, words, "middle")
         for value, words in rows.items():
             _, up = self.place(x[0], value)
             self.parts.append(f'<path class="grid" d="M{self.left:.1f} {up:.1f}H{self.end}"/>')
             self.text(self.left - 5, up + 4, words, "end")
-        for value in ticks(*right) if right else []:
-            self.text(self.end + 5, self.place(x[0], value, right)[1] + 4, number(value))
+        for value, words in ticks(*right).items() if right else ():
+            self.text(self.end + 5, self.place(x[0], value, right)[1] + 4, words)
         self.text((self.left + self.end) / 2, height - 5, below, "middle")
         self.text(self.left, 13, above)
 

@@ -28,7 +28,7 @@ def arc(board, measured, kinds):
     best = max(rows, key=lambda name: rows[name][measured])
     title = f"{measured}: {number(values[0])} ({names[0]}) → {number(max(values))} ({best})"
     caption = "The mean over held-out questions, with its 95 % interval. See which stage moves it "
-    caption += "farthest: two stages whose bars overlap cannot be told apart."
+    caption += "most. Two stages whose bars do not overlap surely differ."
     return figure(title, chart.svg(title), caption)
 
 
@@ -64,15 +64,16 @@ def price(board, measured, metrics, kinds):
         if len(both) > 1:
             columns = [[line[key] for line in both] for key in ("kl", measured)]
             ways[directory.name] = [pictures.running_mean(column) for column in columns]
-    kls, golds = ([row[key] for row in rows.values()] for key in ("kl", measured))
-    kls += [x for xs, _ in ways.values() for x in xs]
+    half_widths = {name: row.get(f"{measured}_ci", 0.0) for name, row in rows.items()}
+    kls = [row["kl"] for row in rows.values()] + [x for xs, _ in ways.values() for x in xs]
+    golds = [row[measured] + half_widths[name] for name, row in rows.items()]
+    golds += [row[measured] - half_widths[name] for name, row in rows.items()]
     golds += [y for _, ys in ways.values() for y in ys]
     chart = Chart(reach(kls, 0.12), reach(golds, 0.12), "KL to SFT, nats per reply", measured)
     for name, (xs, ys) in ways.items():
         chart.line(xs, ys, f"{kinds.get(name, 'c0')} pale")
     for name, row in rows.items():
-        half_width = row.get(f"{measured}_ci", 0.0)
-        chart.dot(row["kl"], row[measured], kinds[name], name, up=half_width)
+        chart.dot(row["kl"], row[measured], kinds[name], name, up=half_widths[name])
     last = list(rows)[-1]
     title = f"{last}: {measured} {number(rows[last][measured])} for {number(rows[last]['kl'])} nats"
     caption = "The farther up for the same KL, the better. A pale line is the run's own way there, "

@@ -33,7 +33,7 @@ def write(out, board, skills, answers, prompts, directories, reliability):
     figures = [arc(board, measured, kinds), safety(board, skills, kinds)]
     figures += [price(board, measured, metrics, kinds)]
     figures += [trust(name, rows) for name, rows in reliability.items() if rows]
-    parts = [f'<div class="grid">{"".join(filter(None, figures))}</div>', section("All numbers")]
+    parts = [f'<div class="grid large">{"".join(figures)}</div>', section("All numbers")]
     parts += [html_table(board, "")]
     if skills:
         parts += [section("Gold by skill", finding_of_skills(skills)), heat_map(skills)]
@@ -85,10 +85,9 @@ def finding_of_skills(skills):
     golds = {s: mean(list(skills.values())[-1][s]) for s in world.SKILLS}
     worst = min(golds, key=golds.get)
     last = list(skills)[-1]
-    sentence = (
-        f"The hardest for {last} is {worst}, gold {number(golds[worst])}. See which rows get "
-    )
-    return sentence + "darker from one stage to the next, and whether one gets paler."
+    hardest = f"{worst}, gold {number(golds[worst])}"
+    sentence = f"The hardest for {last} is {hardest}. See which rows "
+    return sentence + "gain from one stage to the next, and whether one loses."
 
 
 def heat_map(skills):
@@ -101,8 +100,8 @@ def questions(answers, prompts):
     """The same questions, answered by every model."""
     if not answers:
         return []
-    sentence = "✓ has all the gold that there is, ✗ none, ~ some: a right answer with chatter, or "
-    sentence += "help that is half of it. Follow one question down the models."
+    sentence = "✓: gold 1, ✗: gold 0, ~: between, such as a right answer with chatter. Follow one "
+    sentence += "question down the models."
     cards = []
     for i, record in enumerate(prompts[: 2 * len(world.SKILLS)]):
         lines = []
@@ -111,9 +110,8 @@ def questions(answers, prompts):
             mark, kind = mark_of(gold)
             cells = f"<td>{escaped(run.one_line(name))}</td>"
             cells += f'<td class="text">{escaped(text.strip())}</td>'
-            cells += (
-                f'<td class="{kind}">{mark}</td><td>{"" if gold is None else number(gold)}</td>'
-            )
+            worth = "" if gold is None else number(gold)
+            cells += f'<td class="{kind}">{mark}</td><td>{worth}</td>'
             lines.append(f"<tr>{cells}</tr>")
         asked = escaped(" / ".join(message["content"] for message in record.messages))
         rows = "".join(lines)
@@ -168,27 +166,21 @@ def token_view(directory):
         advantage = numbers.get("advantage", 0)
         kind = f"on {'up' if advantage > 0 else 'down'}" if mask else "off"
         tip = f"{word}  mask {int(mask)}"
-        tip += "".join(f"; {TOKEN[name]} {value:.3f}" for name, value in numbers.items())
-        if not mask:
-            tip += ": part of the prompt, read and not learnt"
+        tip += "".join(f"; {TOKEN[name]} {value:z.3f}" for name, value in numbers.items())
         share = f"--share:{abs(advantage) / most:.2f}"
         inner = f'{escaped(word)}<span class="tip">{escaped(tip)}</span>'
         spans.append(f'<span tabindex="0" class="token {kind}" style="{share}">{inner}</span>')
         if mask:
-            columns = {TOKEN[name]: f"{value:.3f}" for name, value in numbers.items()}
+            columns = {TOKEN[name]: f"{value:z.3f}" for name, value in numbers.items()}
             rows[f"{i + 1} {word}"] = {"mask": "1"} | columns
     title = f"One reply of {directory.name}, token by token"
-    sentence = (
-        f"The first reply of iteration {step}, as the policy sampled it and before it learnt "
-    )
-    sentence += (
-        f"from it. Its score is {score:.3f}. Point at a token, or tap it. Grey: the prompt, "
-    )
-    sentence += "mask 0. Green: to be made likelier (advantage above 0), red: less likely. The KL "
-    sentence += "is log-prob policy - log-prob reference. The reward of a token is "
-    sentence += f"-{number(beta)} KL, and the score comes on top at the last one, the end of the "
-    sentence += "turn. See that the value, the critic's estimate before the token, nears the score "
-    sentence += "towards the end."
+    sentence = f"The first reply of iteration {step}, sampled by the policy as it was before that "
+    sentence += f"update, and scored {score:.3f}. Point at a token, or tap it. Grey: the prompt, "
+    sentence += "mask 0, read and not learnt. Green: the update makes it likelier (its advantage "
+    sentence += "is above 0), red: less likely. KL: log-prob of the policy less the reference's. "
+    sentence += f"Reward: -{number(beta)} KL, and at the last token, the end of the turn, the "
+    sentence += "score on top. Value: what a critic, if there is one, expected before the token. "
+    sentence += "See how the score at the end becomes an advantage of every token before it."
     return f"""{section(title, sentence)}
 <div class="tokens">{"".join(spans)}</div>
 {html_table(rows, "token")}"""

@@ -72,7 +72,7 @@ def loss_of_a_coin(directory):
 def without_change(constants):
     """A sentence about the metrics that no panel shows."""
     values = ", ".join(f"{name} {value:.4g}" for name, value in constants.items())
-    return f"without change: {values}" if values else ""
+    return f"Without change: {values}." if values else ""
 
 
 def curves(metrics, path):
