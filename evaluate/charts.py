@@ -86,7 +86,8 @@ class Chart:
         for value, words in ticks(*right).items() if right else ():
             self.text(self.end + 5, self.place(x[0], value, right)[1] + 4, words)
         self.text((self.left + self.end) / 2, height - 5, below, "middle")
-        self.text(self.left, 13, above)
+        if above:
+            self.text(self.left, 13, above)
 
     def place(self, x, y, axis=None):
         """Data -> a point of the picture. axis: the range of the y axis, if it is another one."""
@@ -120,7 +121,7 @@ class Chart:
         inside = self.left, TOP, self.end, self.low
         for point, label, kind in self.points:
             if label:
-                x, y = free_place(taken, point, (LETTER * len(label), 13), 6, inside)
+                x, y = free_place(taken, point, (LETTER * len(label), 13), 8, inside)
                 self.text(x, y + 4, label, "middle", f"word {kind}")
         size = f'viewBox="0 0 {WIDTH} {self.height}"'
         picture = "".join(self.parts)

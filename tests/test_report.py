@@ -339,9 +339,10 @@ class Chromium:
     def __init__(self, program, profile):
         to, self.write = os.pipe()
         self.read, back = os.pipe()
-        flags = "--headless=new --no-sandbox --disable-gpu --remote-debugging-pipe --no-first-run"
-        shell = f'exec "$0" "$@" 3<&{to} 4>&{back}'  # the protocol's two descriptors
-        words = ["sh", "-c", shell, program, *flags.split(), f"--user-data-dir={profile}"]
+        flags = "--headless=new --no-sandbox --disable-gpu --no-first-run --disable-dev-shm-usage"
+        flags += " --remote-debugging-pipe"
+        shell = f'exec "$0" "$@" 3<&{to} 4>&{back}'  # the protocol's descriptors (dash knows ten)
+        words = ["bash", "-c", shell, program, *flags.split(), f"--user-data-dir={profile}"]
         quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.process = subprocess.Popen([*words, "about:blank"], pass_fds=(to, back), **quiet)
         os.close(to)
@@ -388,9 +389,13 @@ class Chromium:
         asked = [x for x in self.events if x["method"] == "Network.requestWillBeSent"]
         return said, [event["params"]["request"]["url"] for event in asked]
 
+    def mouse(self, kind, x, y):
+        button = {} if kind == "mouseMoved" else {"button": "left", "clickCount": 1}
+        self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **button)
+
     def value(self, expression):
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
-        return result["result"]["value"]
+        return result["result"].get("value")
 
 
 @pytest.fixture
@@ -408,6 +413,10 @@ def chromium(tmp_path):
 OVERFLOWING = """[...document.querySelectorAll('body *')].filter(x => !x.closest('.wide') &&
     x.getBoundingClientRect().right > document.documentElement.clientWidth + 1).length"""
 TIP = "getComputedStyle(document.querySelectorAll('.tip')[2]).display"
+PLACE = """(() => {const token = document.querySelectorAll('.token')[2];
+    token.scrollIntoView({block: 'center'});
+    const box = token.getBoundingClientRect();
+    return [box.x + box.width / 2, box.y + 5]})()"""
 COLOURS = "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
 LETTERS = """Math.min(...[...document.querySelectorAll('svg .word')].map(
     x => x.getBoundingClientRect().height))"""
@@ -429,7 +438,12 @@ def test_chromium_shows_the_page_at_every_width_and_asks_and_says_nothing(runs, 
     assert colours["light"] == ["rgb(29, 33, 41)", "rgb(255, 255, 255)"]
     assert colours["dark"] == ["rgb(228, 231, 236)", "rgb(20, 23, 28)"]
     assert chromium.value(TIP) == "none"
-    chromium.value("document.querySelectorAll('.token')[2].focus()")  # what a tap does
+    x, y = chromium.value(PLACE)
+    chromium.mouse("mouseMoved", x, y)
+    assert chromium.value(TIP) == "block"
+    chromium.mouse("mousePressed", x, y)  # as a tap does
+    chromium.mouse("mouseReleased", x, y)
+    chromium.mouse("mouseMoved", 0, 0)
     assert chromium.value(TIP) == "block"
     printed = chromium.call("Page.printToPDF")
     assert len(printed["data"]) > 10_000
