@@ -60,7 +60,7 @@ def price(board, measured, metrics, kinds):
         return ""
     ways = {}
     for directory, lines in metrics.items():
-        both = [x for x in lines if all(isinstance(x.get(k), float) for k in ("kl", measured))]
+        both = [x for x in lines if all(pictures.is_number(x.get(k)) for k in ("kl", measured))]
         if len(both) > 1:
             columns = [[line[key] for line in both] for key in ("kl", measured)]
             ways[directory.name] = [pictures.running_mean(column) for column in columns]

@@ -11,7 +11,7 @@ from evaluate.figures import arc, curve, price, safety, trust
 from evaluate.measures import mean, output, show, table
 from run import pictures
 
-TOKEN = {"logprob": "log-prob, policy", "ref_logprob": "log-prob, reference", "kl": "KL"}
+TOKEN = {"logprob": "policy log-prob", "ref_logprob": "reference log-prob", "kl": "KL"}
 TOKEN |= {"value": "value", "advantage": "advantage", "reward": "reward"}
 
 
@@ -34,7 +34,10 @@ def write(out, board, skills, answers, prompts, directories, reliability):
     figures += [price(board, measured, metrics, kinds)]
     figures += [trust(name, rows) for name, rows in reliability.items() if rows]
     parts = [f'<div class="grid large">{"".join(figures)}</div>', section("All numbers")]
-    parts += [html_table(board, "")]
+    fields = dict.fromkeys(field for row in board.values() for field in row)
+    parts += [
+        html_table({f: {name: row.get(f) for name, row in board.items()} for f in fields}, "")
+    ]
     if skills:
         parts += [section("Gold by skill", finding_of_skills(skills)), heat_map(skills)]
     parts += [token_view(directory) for directory in directories]

@@ -34,13 +34,16 @@ def running_mean(values):
     return means
 
 
+def is_number(value):
+    """Whether a metric can be drawn: JSON has no NaN, so that it is None in metrics.jsonl."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 def changing(rows):
     """Metrics -> {name: (steps, values)} of those that change, {name: value} of the others."""
     lines, constants = {}, {}
     for name in dict.fromkeys(key for row in rows for key in row if key != "step"):
-        # JSON has no NaN: it is None there, and no point here.
-        numbers = [row for row in rows if isinstance(row.get(name), (int, float))]
-        points = [(row["step"], row[name]) for row in numbers if math.isfinite(row[name])]
+        points = [(row["step"], row[name]) for row in rows if is_number(row.get(name))]
         steps, values = zip(*points, strict=True) if points else ((), ())
         if len(set(values)) > 1:
             lines[name] = (steps, values)

@@ -152,7 +152,7 @@ def test_the_token_view_has_every_number_of_every_token_without_a_script_too(run
     page = written(runs)
     tips = re.findall(r'<span class="tip">(.*?)</span>', page)
     assert len(tips) == 4 and tips[0] == "add  mask 0" and "↵" in tips[1]
-    expected = "log-prob, policy -0.500; log-prob, reference -1.000; KL 0.500; value 0.200; "
+    expected = "policy log-prob -0.500; reference log-prob -1.000; KL 0.500; value 0.200; "
     assert tips[2] == f"·8  mask 1; {expected}advantage 1.250; reward -0.100"
     assert page.count('tabindex="0" class="token on up" style="--share:0.50"') == 1
     assert page.count('tabindex="0" class="token on down" style="--share:1.00"') == 1
@@ -441,9 +441,12 @@ def test_chromium_shows_the_page_at_every_width_and_asks_and_says_nothing(runs, 
     x, y = chromium.value(PLACE)
     chromium.mouse("mouseMoved", x, y)
     assert chromium.value(TIP) == "block"
-    chromium.mouse("mousePressed", x, y)  # as a tap does
-    chromium.mouse("mouseReleased", x, y)
     chromium.mouse("mouseMoved", 0, 0)
+    assert chromium.value(TIP) == "none"
+    chromium.call("Emulation.setTouchEmulationEnabled", enabled=True)
+    touch = dict(touchPoints=[{"x": x, "y": y}])
+    chromium.call("Input.dispatchTouchEvent", type="touchStart", **touch)
+    chromium.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
     assert chromium.value(TIP) == "block"
     printed = chromium.call("Page.printToPDF")
     assert len(printed["data"]) > 10_000
