@@ -365,7 +365,7 @@ def main(config):
         for warning in warnings:
             job.say(f"ppo: step {step + 1}: {warning}")
         if run.due(step, config.steps):
-            job.say(rl.sample_line(old, encoding, job.colour))
+            rl.show_reply(config, job, encoding, old, step, beta)
         job.log(step, records=[group.question.record.where for group in old.groups], **metrics)
         if config.stop_on_hacking and metrics["hacking"]:
             job.say(f"ppo: stopped after step {step + 1}")

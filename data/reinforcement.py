@@ -229,8 +229,27 @@ def rollout_metrics(config, models, old):
     return metrics
 
 
-def sample_line(old, encoding, colour):
-    """A rollout's first reply and its score, for the terminal."""
-    group = old.groups[0]
-    reply = chat.painted_reply(group.question.ids, group.replies[0], encoding, colour)
-    return f"{reply}  score {old.scores[0]:.2f}"
+def show_reply(config, job, encoding, old, step, beta):
+    """Prints the first reply of the rollout `old` of ppo.py, and writes each of its tokens to
+    tokens.json, over those of an earlier step: what the policy was taught, number by number."""
+    prompt, reply = old.groups[0].question.ids, old.replies[0]
+    painted = chat.painted_reply(prompt, reply, encoding, job.colour)
+    job.say(painted + f"  score {old.scores[0]:.2f}")
+    if job.rank:
+        return
+    mask = old.batch.mask[0]  # (T,)
+    in_reward = 0.0 if config.kl_loss else beta
+    rewards = -in_reward * old.kl[0, mask]  # (n,) of the reply's tokens
+    rewards[-1] += old.scores[0]
+    columns = {"logprob": old.old_logprobs, "ref_logprob": old.ref_logprobs, "kl": old.kl}
+    columns |= {"advantage": old.advantages}
+    if old.values is not None:
+        columns["value"] = old.values
+    columns = {name: values[0, mask].tolist() for name, values in columns.items()}
+    columns["reward"] = rewards.tolist()
+    rows = [{"token": encoding.decode([id]), "mask": False} for id in prompt]
+    for i, id in enumerate(reply):
+        numbers = {name: values[i] for name, values in columns.items()}
+        rows.append({"token": encoding.decode([id]), "mask": True} | numbers)
+    facts = {"step": step + 1, "score": float(old.scores[0]), "beta": beta, "tokens": rows}
+    run.write_json(job.directory.partial / "tokens.json", facts)

@@ -2,7 +2,8 @@
 
 recipe        pretrain, SFT, reward model, DPO, PPO on the embedded world, and a scoreboard
 methods       every method from the same SFT model, with the same number of labels
-scoreboard    run directories side by side: table, JSON and an HTML report
+scoreboard    run directories side by side: table, JSON and an HTML report (report.py, its sections;
+              figures.py, what they show; charts.py, how to draw; report.css)
 rewards       a reward model's accuracy, calibration and bias towards length
 best_of_n     the best of n samples by reward model, process model, vote and judge
 hacking       how PPO runs with known truth ended; detector.py, which ppo.py uses, warns

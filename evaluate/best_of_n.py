@@ -145,6 +145,14 @@ def paired_differences(curve):
     return differences
 
 
+def finding(golds, tries):
+    """What the picture shows, in one sentence. golds: {ranking: gold for each n of `tries`}."""
+    how = "outcome" if "outcome" in golds else "majority"
+    first, most, last = golds[how][0], max(golds[how]), golds[how][-1]
+    peak = f"{how}: gold {first:.2f} → {most:.2f} at n = {tries[golds[how].index(most)]}"
+    return peak if last == most else f"{peak}, then {last:.2f} at n = {tries[-1]}"
+
+
 def main(config):
     run.require(1 <= config.n <= 4096, f"--n must lie in 1 .. 4096, not {config.n}")
     golds, answers, ranks = ranked_samples(config, run.device(config.device))
@@ -160,11 +168,14 @@ def main(config):
             row["proxy"] = f"{best_of(ranks['outcome'], ranks['outcome'], n).mean():.3f}"
     counts = f"{len(golds)} held-out questions, {config.n} samples of {config.policy} each"
     run.show(f"{counts}: gold of the chosen one\n{table(rows)}")
-    lines = {how: [row[how] for row in means.values()] for how in curves[1]}
+    lines = {}
+    for how in curves[1]:
+        half_widths = [interval(curve[how].tolist()) for curve in curves.values()]
+        lines[how] = (list(bounds), [row[how] for row in means.values()], half_widths)
     kl = list(bounds.values())
     if config.reward and len(kl) > 2:
         form = "d (a - b d)"
-        a, b, r2 = fit_form(kl, lines["outcome"], form)
+        a, b, r2 = fit_form(kl, lines["outcome"][1], form)
         run.show(f"\noutcome: gold = gold(1) + {form}, d = sqrt(KL bound): ", end="")
         run.show(f"a {a:.3f}  b {b:.3f}  R^2 {r2:.2f}")
     n = min(16, max(bounds))
@@ -174,10 +185,9 @@ def main(config):
     out = output(config.out)
     facts = {"gold": means, "differences": differences, "kl_bound": bounds}
     run.write_json(out / "best-of-n.json", facts)
-    by_n = {how: (range(len(kl)), golds) for how, golds in lines.items()}
-    by_kl = {how: (kl, golds) for how, golds in lines.items()}
-    panels = [("log2 n", "gold", by_n), ("KL bound, nats", "gold", by_kl)]
-    run.lines_picture(out / "best-of-n.png", panels)
+    panels = [("n, replies to each question", "gold of the chosen one", lines)]
+    title = finding({how: golds for how, (_, golds, _) in lines.items()}, list(bounds))
+    run.lines_picture(out / "best-of-n.png", panels, logarithmic=True, title=title)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import run
 from data import formats, world
-from evaluate import report
 from evaluate.best_of_n import kl_bound
+from evaluate.frontier import frontier
 from evaluate.measures import cost, judged_message, plus_minus, show, spread, table
 from evaluate.recipe import cores, finish, foundation, stage, summary, whole_numbers
 
@@ -182,7 +182,7 @@ def main(config):
     best = {n: spread([golds[n] for golds in best]) for n in BEST_OF}
     facts = {"boards": dict(zip(homes, boards, strict=True)), "best_of_n": best, "summary": rows}
     run.write_json(out / "methods.json", facts)
-    report.frontier(rows, {kl_bound(n): best[n] for n in BEST_OF}, out / "methods.png")
+    frontier(rows, {kl_bound(n): best[n] for n in BEST_OF}, out / "methods.png")
     run.show(f"{len(homes)} seeds, {LABELS} labels: mean and half-width of its 95 % interval")
     cells = {}
     for name, row in rows.items():

@@ -110,12 +110,13 @@ def lost_skills(skills, sft_skills):
 
 
 def measure_reward(model, encoding, sft, n):
-    """A reward model's row, on pairs of the SFT model's replies to n held-out prompts."""
+    """A reward model's row, on pairs of the SFT model's replies to n held-out prompts, and the rows
+    of its `calibration`."""
     records = annotators.preferences(sft, encoding, world.prompts(n, seed=1, held=True), seed=1)
     pairs = fitting_pairs(records, encoding, model.config.context)
     margins, golds = opinions(model, pairs)
-    row, _, _ = reward_row(margins, pairs, golds, model.config.score_gain)
-    return {name: row[name] for name in ("accuracy", "label_accuracy")}
+    row, _, reliability = reward_row(margins, pairs, golds, model.config.score_gain)
+    return {name: row[name] for name in ("accuracy", "label_accuracy")}, reliability
 
 
 def questions(config, encoding, context):
@@ -160,27 +161,32 @@ def main(config):
     options = dict(judged=judged, max_new_tokens=config.max_new_tokens)
     options["reward_model"] = next((m for m in models if m.config.head == "score"), None)
     sft_row, sft_quality, sft_texts = measure(sft, encoding, True, prompts, **options)
-    board, skills, texts = {}, {}, {}
+    board, skills, answers, reliability = {}, {}, {}, {}
     for directory, (model, encoding, chats) in runs.items():
         name = directory.name
         if model.config.head == "score":
-            row = measure_reward(model, encoding, sft, 2 * config.prompts) if judged else {}
+            row, texts = {}, None
+            if judged:
+                row, reliability[name] = measure_reward(model, encoding, sft, 2 * config.prompts)
         elif directory.resolve() == Path(config.sft).resolve():
             row = sft_row | {"kl": 0.0, "win_rate": 0.5}
-            quality, texts[name] = sft_quality, sft_texts
+            quality, texts = sft_quality, sft_texts
         else:
             ref = (sft, sft_quality) if chats else None
             measured = measure(model, encoding, chats, prompts, sft=ref, **options)
-            row, quality, texts[name] = measured
+            row, quality, texts = measured
             if ref and judged:
                 lost = lost_skills(by_skill(prompts, quality), by_skill(prompts, sft_quality))
                 row["lost_skills"] = len(lost)
-        if judged and name in texts:
+        if texts:
+            golds = quality if judged else [None] * len(texts)
+            answers[name] = list(zip(texts, golds, strict=True))
+        if judged and texts:
             skills[name] = by_skill(prompts, quality)
         if (directory / "run.json").exists():
             row["seconds"] = run.read_facts(directory).get("seconds")
         board[name] = {key: round(value, 4) for key, value in row.items() if value is not None}
-    report.write(config.out, board, skills, texts, prompts, config.runs)
+    report.write(config.out, board, skills, answers, prompts, config.runs, reliability)
     return board, skills
 
 

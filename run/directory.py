@@ -3,7 +3,7 @@ complete: a killed run leaves the earlier DIR untouched, and DIR never holds hal
 DIR.partial.lock keeps a second process out.
 
 DIR: config.json, model.safetensors, the tokenizer, run.json (every flag, seed, versions, git
-commit, memory), metrics.jsonl and curves.png.
+commit, memory), metrics.jsonl and curves.png; of ppo.py also tokens.json, a reply token by token.
 """
 
 import contextlib

@@ -24,7 +24,7 @@ from test_bad_input import (  # noqa: F401  (fixtures)
 )
 
 import run
-from data import checkpoints, doors, formats, tokenizer
+from data import checkpoints, doors, formats, tokenizer, world
 from evaluate import report
 
 REMEDY = (
@@ -616,12 +616,19 @@ def test_the_report_shows_what_models_write_and_does_not_obey_it(place, world_en
     prompt = formats.Prompt([{"role": "user", "content": HOSTILE}], "here")
     folder = place / "<b>&'\"#%"
     folder.mkdir()
-    (folder / "curves.png").write_bytes(b"")
-    report.write(place, board, {}, {HOSTILE: [HOSTILE]}, [prompt], [folder])
+    token = {"token": HOSTILE, "mask": True, "kl": 1}
+    facts = {"step": 1, "score": 0, "beta": 0, "tokens": [token | {"mask": False}, token]}
+    run.write_json(folder / "tokens.json", facts)
+    run.write_lines(
+        folder / "metrics.jsonl", [{"step": i, HOSTILE: i, "x": HOSTILE} for i in (0, 1)]
+    )
+    skills = {HOSTILE: {skill: [1.0] for skill in world.SKILLS}}
+    answers, reliability = {HOSTILE: [(HOSTILE, 1.0)]}, {HOSTILE: [dict(said=1, seen=1, pairs=1)]}
+    report.write(place, board, skills, answers, [prompt], [folder], reliability)
     page = (place / "report.html").read_text(encoding="utf-8")
-    assert "<img src=x" not in page and "</script" not in page and "\x1b" not in page
-    assert "\u202e" not in page and "&lt;img src=x onerror=alert(1)&gt;&lt;/script&gt;" in page
-    assert '<img src="%3Cb%3E%26%27%22%23%25/curves.png">' in page and "<b>" not in page
+    assert "<img" not in page and "<script" not in page and "</script" not in page
+    assert "\x1b" not in page and "\u202e" not in page and "<b>" not in page
+    assert page.count("&lt;img src=x onerror=alert(1)&gt;&lt;/script&gt;") > 8
 
 
 def test_no_text_reaches_the_terminal_but_through_one_door(root):
