@@ -312,6 +312,7 @@ def prepare(config, records, ref, encoding, job, wanted):
     return data, questions
 
 
+@run.stage
 def main(config):
     check(config)
     job = run.start(config, "dpo")
@@ -365,7 +366,7 @@ def main(config):
             metrics |= own_replies(policy, starting_policy(config, policy), *options)
         job.log(step, records=batch.records, losses=losses, **metrics)
 
-    checkpoints.save_run(job, policy, encoding)
+    return checkpoints.save_run(job, policy, encoding)
 
 
 if __name__ == "__main__":

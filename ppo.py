@@ -339,6 +339,7 @@ def update(config, job, models, parts, old, step, beta):
     return metrics
 
 
+@run.stage
 def main(config):
     check(config)
     job = run.start(config, "ppo")
@@ -365,15 +366,14 @@ def main(config):
         for warning in warnings:
             job.say(f"ppo: step {step + 1}: {warning}")
         if run.due(step, config.steps):
-            shown = old.groups[0]
-            reply = chat.painted_reply(shown.question.ids, shown.replies[0], encoding, job.colour)
-            job.say(reply + f"  score {old.scores[0]:.2f}")
+            asked, reply, score = old.groups[0].question.ids, old.replies[0], old.scores[0]
+            job.say(chat.readable_reply(asked, reply, encoding, job.colour, score))
         job.log(step, [group.question.record.where for group in old.groups], **metrics)
         if metrics["hacking"] and config.stop_on_hacking:
             job.say(f"ppo: stopped after step {step + 1}")
             break
 
-    checkpoints.save_run(job, policy, encoding)
+    return checkpoints.save_run(job, policy, encoding)
 
 
 if __name__ == "__main__":

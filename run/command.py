@@ -1,13 +1,15 @@
 """Starting a script: its flags, and bad input that ends in one sentence and exit code 2."""
 
 import contextlib
+import copy
 import ctypes
 import dis
+import functools
 import sys
 import time
 from pathlib import Path
 
-from . import lock
+from . import lock, progress
 from .files import ROOT
 from .flags import parse, require
 from .ranks import environment
@@ -22,10 +24,7 @@ def script(main, Config, doc, ranks=False):
         several = "only sft.py, reward.py, dpo.py and ppo.py run in several processes"
         require(ranks or alone, f"{several}: start this without torchrun")
         keep_memory()
-        try:
-            main(config)
-        finally:
-            lock.release()
+        main(config)
     except (ValueError, OSError) as error:
         complain(error)
     except KeyboardInterrupt:
@@ -40,6 +39,21 @@ def commands(table, doc):
         sys.exit(0 if command in ("-h", "--help") else 2)
     sys.argv = [f"{sys.argv[0]} {command}", *sys.argv[2:]]
     script(*table[command], doc)
+
+
+def stage(main):
+    """A stage's main(config) -> the run's directory. A notebook can call it again and again: it
+    leaves the caller's config alone, and a run that fails gives back its lock, bar and signals."""
+
+    @functools.wraps(main)
+    def run_stage(config):
+        try:
+            return main(copy.deepcopy(config))
+        finally:
+            progress.leave_loops()
+            lock.release()
+
+    return run_stage
 
 
 def complain(error):

@@ -423,9 +423,6 @@ def test_what_counts_is_marked_and_the_rest_is_not(world_encoding):
     assert chat.painted(ids, weights, world_encoding, colour=False) == plain
     coloured = plain.replace("«", "\033[32m").replace("»", "\033[0m")
     assert chat.painted(ids, mask, world_encoding, colour=True) == coloured
-    first = mask.index(True)
-    reply = chat.painted_reply(ids[:first], ids[first:-1], world_encoding, colour=False)
-    assert reply == plain.removesuffix("\\n")
     long = chat.painted([ids[0]] * 500 + ids, [False] * 500 + mask, world_encoding, colour=False)
     assert len(long) < len(plain) + 60 * len(world_encoding.decode(ids[:1]))
     assert "« cat<|im_end|>»" in long
