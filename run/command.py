@@ -5,6 +5,7 @@ import copy
 import ctypes
 import dis
 import functools
+import re
 import sys
 import time
 from pathlib import Path
@@ -32,13 +33,26 @@ def script(main, Config, doc, ranks=False):
 
 
 def commands(table, doc):
-    """`script` for a file with several commands, {name: (main, Config)}: the first word chooses."""
-    command = sys.argv[1] if len(sys.argv) > 1 else ""
-    if command not in table:
-        show(doc)
-        sys.exit(0 if command in ("-h", "--help") else 2)
-    sys.argv = [f"{sys.argv[0]} {command}", *sys.argv[2:]]
-    script(*table[command], doc)
+    """`script` for a file with several commands, {name: (main, Config)}: the first word chooses.
+    --help shows the docstring's first paragraph and its line about each command."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("", "-h", "--help"):
+        lines = [f"    {word:12}{line_about(word, doc)}" for word in table]
+        about_flags = "NAME --help lists the flags of a command"
+        show("\n".join([doc.split("\n\n")[0], "", *lines, "", about_flags]))
+        sys.exit(0 if name else 2)
+    try:
+        require(name in table, f"no command {name!r}: choose {', '.join(table)}")
+    except ValueError as error:
+        complain(error)
+    sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]
+    script(*table[name], f"{name}: {line_about(name, doc)}")
+
+
+def line_about(name, doc):
+    """What a docstring says in a line about a command, two spaces or more behind its name."""
+    found = re.search(rf"^.*\b{name}\b.*?  +(\S.*)$", doc, re.MULTILINE)
+    return found[1] if found else ""
 
 
 def stage(main):

@@ -22,16 +22,18 @@ IN_BAR = {
     "ppo": "score kl entropy gold",
 }
 # The order of the recipe: what comes after each stage.
-AFTER_POLICY = ["python -m evaluate.scoreboard", "python -m evaluate.chat {init} {out}"]
+SCOREBOARD = "python -m evaluate.scoreboard --runs {init} {out} --sft {init}"
+AFTER_POLICY = [SCOREBOARD, "python -m evaluate.chat {init} {out}"]
 NEXT = {
     "base": ["python sft.py --init {out}"],
     "sft": ["python -m data.annotators --init {out}", "python -m evaluate.chat {out}"],
-    "pairs": ["python reward.py --init {init} --data {out}"],
+    "pairs": [
+        f"python {stage} --init {{init}} --data {{out}}" for stage in ("reward.py", "dpo.py")
+    ],
     "reward": ["python ppo.py --init {init} --reward {out}"],
     "dpo": AFTER_POLICY,
     "ppo": AFTER_POLICY,
 }
-NEXT["pairs"] += ["python dpo.py --init {init} --data {out}"]
 
 IN_LOOP = []  # an ExitStack of each run that is in its loop, or has been
 
@@ -66,8 +68,10 @@ def columns():
 
 
 def brief(value):
-    """A number in three digits: .744, -.05, 12."""
-    return re.sub(r"^(-?)0\.", r"\1.", f"{value:.3g}")
+    """A number as people write it: .744, -.05, 12.3."""
+    value = round(float(value), 3) + 0.0  # -0.0 + 0.0 is 0.0
+    text = f"{value:.3f}" if abs(value) < 1 else f"{value:.3g}"
+    return re.sub(r"^(-?)0\.", r"\1.", text)
 
 
 def few(stage, values, room=None):
