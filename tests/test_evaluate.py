@@ -237,7 +237,9 @@ def talked(runs, monkeypatch, capsys):
         with monkeypatch.context() as patch:
             patch.setattr("builtins.input", say)
             patch.setattr(evaluate.chat, "prompt_and_stops", noted)
-            evaluate.chat.main(str(runs / name), evaluate.chat.Config(device="cpu", **flags))
+            evaluate.chat.main(
+                [str(runs / x) for x in name.split()], evaluate.chat.Config(device="cpu", **flags)
+            )
         return capsys.readouterr().out, seen
 
     return talk
