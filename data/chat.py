@@ -40,6 +40,7 @@ ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>")  # GPT-2's and Qwen's; Llama 3's
 ROLES = ("system", "user", "assistant", "tool")
 FIELDS = ("role", "content", "reasoning_content")  # that a template may read
 ROLE_LINE = re.compile(rf"\s*^({'|'.join(ROLES)})\n\s*", re.MULTILINE)  # as special tokens mark it
+LINE_BREAK = re.compile(r"\s*\n\s*")
 SHOWN = 300  # characters of a text that `readable` shows
 Example = tuple[list[int], list[bool]]  # ids and mask, both (T,)
 
@@ -348,15 +349,15 @@ def readable(ids: list[int], mask: list, encoding: Encoding, colour: bool, score
         pieces = groupby(tokens, special.__contains__)
         texts = ["\n" if marks else encoding.decode(list(piece)) for marks, piece in pieces]
         text = "".join(texts).strip()
-        if weight != 1:
-            text = ROLE_LINE.sub(r"  \1: ", text).strip().removesuffix("assistant").strip()
-        text = " / ".join(re.split(r"\s*\n\s*", text))
         if weight == 1:
-            reply = run.one_line(text, SHOWN) or "(empty)"
-            reply += "" if tokens[-1] in special else " ..."
-            line += " -> " + (run.paint(reply, 32) if colour else reply)
+            text = run.one_line(LINE_BREAK.sub(" / ", text), SHOWN) or "(empty)"
+            text += "" if tokens[-1] in special else " ..."
+            line = line + " -> " + (run.paint(text, 32) if colour else text)
         else:
-            line += run.one_line(text if len(text) <= SHOWN else f"...{text[-SHOWN:]}")
+            text = ROLE_LINE.sub(r"  \1: ", text).strip().removesuffix("assistant").strip()
+            text = LINE_BREAK.sub(" / ", text)
+            text = text if len(text) <= SHOWN else f"...{text[-SHOWN:]}"
+            line += run.one_line(f"  {text}" if line and text else text)
     return line if score is None else line + f"  score {run.brief(score)}"
 
 
