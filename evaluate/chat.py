@@ -142,11 +142,15 @@ class Talk:
 
 
 def verdict(question, reply):
-    """The judge's words about a reply; nothing unless the question is the embedded world's."""
-    task = world.solve(question)
-    if not task:
+    """The judge's words about a reply; nothing unless the question is the embedded world's, alone or
+    with the turns before it."""
+    rule = [message for message in question[:1] if message["role"] == "system"]
+    starts = [i for i, message in enumerate(question) if message["role"] == "user"]
+    posed = next((x for i in starts if world.solve(x := [*rule, *question[i:]])), None)
+    if not posed:
         return ""
-    gold = world.judge(question, reply.text, reply.ended)["gold"]
+    gold = world.judge(posed, reply.text, reply.ended)["gold"]
+    task = world.solve(posed)
     right = world.unpadded(reply.text) == task.answer.split()
     words = f"right, gold {gold:.2f}" if right else f"wrong, gold {gold:.2f}: {task.answer}"
     return f"{words if reply.ended else f'{words}, no end'}; "
@@ -174,7 +178,7 @@ def main(directories, config):
     for talk in talks:
         run.show(talk.about())
     if any(talk.knows_world() for talk in talks):
-        examples = world.prompts(3, config.seed, held=True, skills=["reverse", "lookup", "unsafe"])
+        examples = world.prompts(3, held=True, skills=["reverse", "lookup", "unsafe"])
         run.show("Questions that it can answer:")
         for record in examples:
             run.show(f"    {record.messages[-1]['content']}")
