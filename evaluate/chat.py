@@ -142,8 +142,8 @@ class Talk:
 
 
 def verdict(question, reply):
-    """The judge's words about a reply; nothing unless the question is the embedded world's, alone or
-    with the turns before it."""
+    """The judge's words about a reply; nothing unless the question, alone or with the turns before
+    it, is the embedded world's."""
     rule = [message for message in question[:1] if message["role"] == "system"]
     starts = [i for i, message in enumerate(question) if message["role"] == "user"]
     posed = next((x for i in starts if world.solve(x := [*rule, *question[i:]])), None)
