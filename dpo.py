@@ -314,6 +314,7 @@ def prepare(config, records, ref, encoding, job, wanted):
     return data, questions
 
 
+@run.stage
 def main(config):
     check(config)
     job = run.start(config, "dpo")
@@ -367,7 +368,7 @@ def main(config):
             metrics |= own_replies(policy, starting_policy(config, policy), *options)
         job.log(step, records=batch.records, losses=losses, **metrics)
 
-    checkpoints.save_run(job, policy, encoding)
+    return checkpoints.save_run(job, policy, encoding)
 
 
 if __name__ == "__main__":

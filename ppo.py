@@ -338,6 +338,7 @@ def update(config, job, models, parts, old, step, beta):
     return metrics
 
 
+@run.stage
 def main(config):
     check(config)
     job = run.start(config, "ppo")
@@ -371,7 +372,7 @@ def main(config):
             job.say(f"ppo: stopped after step {step + 1}")
             break
 
-    checkpoints.save_run(job, policy, encoding)
+    return checkpoints.save_run(job, policy, encoding)
 
 
 if __name__ == "__main__":

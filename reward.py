@@ -207,7 +207,7 @@ def held_out_metrics(config, job, model, data, rows, encoding):
     label, margin = data.pair_labels(rows, job.device)  # (N,) each
     chosen_scores, rejected_scores = all_pair_scores(model, examples).unbind(1)  # (N,) each
     for side, score in zip(examples[0], (chosen_scores[0], rejected_scores[0]), strict=True):
-        job.say(chat.painted(*side, encoding, job.colour) + f"  score {score:.2f}")
+        job.say(chat.readable(*side, encoding, job.colour, score))
     accuracy = (chosen_scores > rejected_scores).float().mean()
     loss = bradley_terry_loss(chosen_scores, rejected_scores, margin, label).mean()
     return {"held_out_accuracy": accuracy, "held_out_loss": loss}
@@ -225,6 +225,7 @@ def normalise(model, pairs):
     model.config.score_gain *= float(gain)
 
 
+@run.stage
 def main(config):
     check(config)
     job = run.start(config, "process" if config.process else "reward")
@@ -279,7 +280,7 @@ def main(config):
             tensors = {name: value.detach().cpu() for name, value in tensors.items()}
             save_file(tensors, directory / "heads.safetensors")
 
-    job.finish(save, **facts, template=chat.describe(encoding))
+    return job.finish(save, **facts, template=chat.describe(encoding))
 
 
 if __name__ == "__main__":

@@ -108,9 +108,10 @@ def greedy_reply(model, example, encoding, colour):
     prompt = ids[: max(1, prompt_length)][-(model.config.context // 2) :]  # leaves room to reply
     stops = chat.stop_ids(encoding)
     (reply,) = model.generate([prompt], world.MAX_NEW_TOKENS, temperature=0, stop_id=stops)
-    return chat.painted_reply(prompt, reply, encoding, colour)
+    return chat.readable_reply(prompt, reply, encoding, colour)
 
 
+@run.stage
 def main(config):
     check(config)
     stage = "base" if config.pretrain else "sft"
@@ -167,7 +168,7 @@ def main(config):
         records = [data.records[i] for i in rows]
         job.log(step, records=records, losses=torch.cat(by_example), **metrics)
 
-    checkpoints.save_run(job, model, encoding, chats)
+    return checkpoints.save_run(job, model, encoding, chats)
 
 
 if __name__ == "__main__":

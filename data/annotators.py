@@ -431,6 +431,8 @@ def main(config):
     run.show("\n".join(summary(records, rows, gaps)))
     counts = f"{len(records)} pairs of {len(rows)} that had two different replies"
     run.show(f"{counts}, written to {config.out}")
+    for command in run.next_commands("pairs", init=config.init, out=config.out):
+        run.show(f"next: {command}")
 
 
 if __name__ == "__main__":

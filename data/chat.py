@@ -24,6 +24,7 @@ Three facts follow:
   the split pattern joins to the header.
 """
 
+import re
 from functools import lru_cache, partial
 from itertools import compress, groupby, takewhile
 from typing import NamedTuple
@@ -38,6 +39,9 @@ START, END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>")  # GPT-2's and Qwen's; Llama 3's
 ROLES = ("system", "user", "assistant", "tool")
 FIELDS = ("role", "content", "reasoning_content")  # that a template may read
+ROLE_LINE = re.compile(rf"\s*^({'|'.join(ROLES)})\n\s*", re.MULTILINE)  # as special tokens mark it
+LINE_BREAK = re.compile(r"\s*\n\s*")
+SHOWN = 300  # characters of a text that `readable` shows
 Example = tuple[list[int], list[bool]]  # ids and mask, both (T,)
 
 
@@ -334,10 +338,33 @@ def painted(ids: list[int], mask: list, encoding: Encoding, colour: bool) -> run
     return line
 
 
-def painted_reply(prompt: list[int], reply: list[int], encoding: Encoding, colour: bool):
-    """`painted` for a prompt and a model's reply to it."""
+def readable(ids: list[int], mask: list, encoding: Encoding, colour: bool, score=None):
+    """Tokens as a line in plain words, such as `user: add 1 and 2 -> 3  score .9`. Names of roles
+    and an arrow before supervised text (green in colour) stand for the template's tokens. A reply
+    without an end-of-turn token ends in `...`; long texts are cut."""
+    special = set(encoding._special_tokens.values())
+    line = run.visible("")
+    for weight, group in groupby(zip(ids, mask, strict=True), lambda token: token[1]):
+        tokens = [id for id, _ in group]
+        pieces = groupby(tokens, special.__contains__)
+        texts = ["\n" if marks else encoding.decode(list(piece)) for marks, piece in pieces]
+        text = "".join(texts).strip()
+        if weight == 1:
+            text = run.one_line(LINE_BREAK.sub(" / ", text), SHOWN) or "(empty)"
+            text += "" if tokens[-1] in special else " ..."
+            line = line + " -> " + (run.paint(text, 32) if colour else text)
+        else:
+            text = ROLE_LINE.sub(r"  \1: ", text).strip().removesuffix("assistant").strip()
+            text = LINE_BREAK.sub(" / ", text)
+            text = text if len(text) <= SHOWN else f"...{text[-SHOWN:]}"
+            line += run.one_line(f"  {text}" if line and text else text)
+    return line if score is None else line + f"  score {run.brief(score)}"
+
+
+def readable_reply(prompt: list[int], reply: list[int], encoding: Encoding, colour, score=None):
+    """`readable` for a prompt and a model's reply to it."""
     mask = [False] * len(prompt) + [True] * len(reply)
-    return painted(prompt + reply, mask, encoding, colour)
+    return readable(prompt + reply, mask, encoding, colour, score)
 
 
 def _check(messages: list[dict], encoding: Encoding) -> None:

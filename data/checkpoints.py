@@ -177,9 +177,10 @@ def save(model, directory, encoding=None, chat=True):
 
 
 def save_run(job, model, encoding, chats=True):
-    """Ends a run with its checkpoint, and notes in run.json which chat template it was taught."""
+    """Ends a run with its checkpoint, and notes in run.json which chat template it was taught.
+    Returns the run's directory."""
     facts = {"template": chat.describe(encoding)} if chats else {}
-    job.finish(lambda directory: save(model, directory, encoding, chats), **facts)
+    return job.finish(lambda directory: save(model, directory, encoding, chats), **facts)
 
 
 def open_vocabulary(config, default=TOKENIZER, template=""):

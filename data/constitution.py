@@ -1,8 +1,7 @@
 """Constitutional AI (Bai et al. 2022): harmlessness from written principles and a model's own
 words, without a human label. One command for each phase of the method; neither asks a judge:
 
-    critique   prompt -> response -> critique under a principle drawn at random -> revision, ...
-               -> demonstrations
+    critique   prompt -> response, critique under a random principle, revision -> demonstrations
     compare    prompt -> two responses -> which is better under a principle? -> preferences
 
     python -m data.constitution critique --init out/helpful --data red_team.jsonl

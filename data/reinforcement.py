@@ -233,8 +233,7 @@ def show_reply(config, job, encoding, old, step, beta):
     """Prints the first reply of the rollout `old` of ppo.py, and writes each of its tokens to
     tokens.json, over those of an earlier step: what the policy was taught, number by number."""
     prompt, reply = old.groups[0].question.ids, old.replies[0]
-    painted = chat.painted_reply(prompt, reply, encoding, job.colour)
-    job.say(painted + f"  score {old.scores[0]:.2f}")
+    job.say(chat.readable_reply(prompt, reply, encoding, job.colour, old.scores[0]))
     if job.rank:
         return
     mask = old.batch.mask[0]  # (T,)

@@ -77,7 +77,7 @@ def own_replies(policy, ref, encoding, questions, max_new_tokens, job):
     with job.autocast():
         replies = annotators.sample(policy, encoding, questions, max_new_tokens)
         metrics = {"kl": reply_kl(policy, ref, prompts, [ids for ids, _, _ in replies]).mean()}
-    job.say(chat.painted_reply(prompts[0], replies[0][0], encoding, job.colour))
+    job.say(chat.readable_reply(prompts[0], replies[0][0], encoding, job.colour))
     if all(map(world.solve, questions)):
         verdicts = annotators.world_judge(zip(questions, replies, strict=True))
         metrics["gold"] = mean([verdict["gold"] for verdict in verdicts])

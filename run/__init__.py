@@ -11,6 +11,7 @@
 flags.py      a dataclass becomes a command line; the flags that all stages share; what is refused
 command.py    starts a script; bad input ends in one sentence and exit code 2
 job.py        one run: its steps, its log, its end
+progress.py   what a person sees of it: the bar, lines of numbers, the next command
 directory.py  the directory of a run, which appears complete or not at all
 lock.py, renames.py, signals.py      one process for each; whole renames; Ctrl-C
 ranks.py      several processes under torchrun that compute what one process would
@@ -23,7 +24,7 @@ Bad input: every module of the project raises ValueError or OSError with one sen
 is wrong and what to do. Any other exception is a bug and keeps its traceback.
 """
 
-from .command import commands, keep_memory, script
+from .command import commands, keep_memory, script, stage
 from .directory import require_directory
 from .files import ROOT, read_facts, read_metrics, write, write_json, write_lines
 from .flags import Flags, check_choice, check_range, check_requires, fill, parse, require
@@ -31,6 +32,7 @@ from .job import Job, due
 from .memory import free_memory, peak_memory
 from .optimizer import adamw, clip, linear, step
 from .pictures import lines_picture, plotting
+from .progress import brief, next_commands
 from .ranks import device, environment
 from .state import put_back, state_of
 from .terminal import Visible, one_line, paint, show, visible

@@ -1,13 +1,16 @@
 """Starting a script: its flags, and bad input that ends in one sentence and exit code 2."""
 
 import contextlib
+import copy
 import ctypes
 import dis
+import functools
+import re
 import sys
 import time
 from pathlib import Path
 
-from . import lock
+from . import lock, progress
 from .files import ROOT
 from .flags import parse, require
 from .ranks import environment
@@ -22,10 +25,7 @@ def script(main, Config, doc, ranks=False):
         several = "only sft.py, reward.py, dpo.py and ppo.py run in several processes"
         require(ranks or alone, f"{several}: start this without torchrun")
         keep_memory()
-        try:
-            main(config)
-        finally:
-            lock.release()
+        main(config)
     except (ValueError, OSError) as error:
         complain(error)
     except KeyboardInterrupt:
@@ -33,13 +33,41 @@ def script(main, Config, doc, ranks=False):
 
 
 def commands(table, doc):
-    """`script` for a file with several commands, {name: (main, Config)}: the first word chooses."""
-    command = sys.argv[1] if len(sys.argv) > 1 else ""
-    if command not in table:
-        show(doc)
-        sys.exit(0 if command in ("-h", "--help") else 2)
-    sys.argv = [f"{sys.argv[0]} {command}", *sys.argv[2:]]
-    script(*table[command], doc)
+    """`script` for a file with several commands, {name: (main, Config)}: the first word chooses.
+    --help shows the docstring's first paragraph and its line about each command."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("", "-h", "--help"):
+        lines = [f"    {word:12}{line_about(word, doc)}" for word in table]
+        about_flags = "NAME --help lists the flags of a command"
+        show("\n".join([doc.split("\n\n")[0], "", *lines, "", about_flags]))
+        sys.exit(0 if name else 2)
+    try:
+        require(name in table, f"no command {name!r}: choose {', '.join(table)}")
+    except ValueError as error:
+        complain(error)
+    sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]
+    script(*table[name], f"{name}: {line_about(name, doc)}")
+
+
+def line_about(name, doc):
+    """What a docstring says in a line about a command, two spaces or more behind its name."""
+    found = re.search(rf"^.*\b{name}\b.*?  +(\S.*)$", doc, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def stage(main):
+    """A stage's main(config) -> the run's directory. A notebook can call it again and again: it
+    leaves the caller's config alone, and a run that fails gives back its lock, bar and signals."""
+
+    @functools.wraps(main)
+    def run_stage(config):
+        try:
+            return main(copy.deepcopy(config))
+        finally:
+            progress.leave_loops()
+            lock.release()
+
+    return run_stage
 
 
 def complain(error):

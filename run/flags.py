@@ -17,6 +17,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Integer flags for which 0 makes no sense:
 AT_LEAST_ONE = "batch_size rounds minibatches ppo_epochs prompts group_size max_new_tokens".split()
 AT_LEAST_ONE += ["annotators", "completions", "steps"]
+# What a flag takes, as its help shows it. Others show their choices, N (int), X (float), or a name.
+TAKES = {
+    "DIR": "init tokenizer teacher judge judge_model policy process sft runs ensemble".split(),
+    "FILE": "data constitution examples".split(),
+    "N": ["seeds", "k"],
+    "X": ["mixing"],
+    "NAME": ["heads"],
+    "SKILL": ["skills"],
+}
+CHOICE = r"[a-z][\w:-]*"
+CHOICES = re.compile(rf"{CHOICE}(, {CHOICE})*(, | or ){CHOICE}")
 # What the flags below require, in every script (see check_requires):
 REQUIRES = {
     "lora_alpha": {"lora_rank": True},
@@ -45,7 +56,7 @@ class Flags:
     shape: str = "llama:4x96x128"  # of random weights: architecture:layers x width x context
     seed: int = 0  # of weights, data and order
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    dtype: str = "auto"  # of matrix products: float32 or bfloat16 (auto: bfloat16 on a recent GPU)
+    dtype: str = "auto"  # of matrix products: auto (bfloat16 on a recent GPU), float32 or bfloat16
 
     @property
     def source(self):
@@ -107,18 +118,33 @@ def parse(Config, argv=None, description=None):
     return config
 
 
+def takes(item, comment):
+    """What a flag's help shows in place of its value: DIR, FILE, N, X, or `this|that`."""
+    for metavar, names in TAKES.items():
+        if item.name in names:
+            return metavar
+    if item.name == "out":
+        return "DIR" if "director" in comment else "FILE"
+    if numbers := {int: "N", float: "X"}.get(type_of(item)):
+        return numbers
+    listed = re.sub(r" \([^)]*\)|, \.\.\.$", "", comment).split(": ")[-1]  # without its remarks
+    if CHOICES.fullmatch(listed):
+        return re.sub(r", | or ", "|", listed)
+    return item.name.upper()
+
+
 def add_flag(group, item, comment):
     flag, text = flag_name(item.name), comment.replace("%", "%%")
+    metavar = takes(item, comment)
     if item.type is bool:
         group.add_argument(flag, action="store_true", help=text)
     elif item.type is list:
         default = item.default_factory()
-        group.add_argument(flag, nargs="+", default=default, metavar="PATH", help=text)
+        group.add_argument(flag, nargs="+", default=default, metavar=metavar, help=text)
     else:
         if item.default not in ("", None) and "default" not in text:
             text += " (default: %(default)s)"
         kind = type_of(item)
-        metavar = kind.__name__.upper()
         group.add_argument(flag, type=kind, default=item.default, metavar=metavar, help=text)
 
 

@@ -9,7 +9,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from . import lock, memory, pictures, ranks, signals, state
+from . import lock, memory, pictures, progress, ranks, signals, state
 from .directory import Directory, check_inputs
 from .files import GO_ON, writing
 from .flags import DTYPES
@@ -41,6 +41,7 @@ class Job:
         self.learners = {}  # id of a model -> the model inside DDP
         self.sharded = None  # a model that FSDP2 divides
         self.last_micro_batch = True
+        self.latest = {}  # the last value of each metric
         self.directory = Directory(config, stage, writes=self.rank == 0)
         self.device = ranks.device_of_rank(config.device)
         if config.resume:
@@ -116,12 +117,10 @@ class Job:
         if self.rank == 0:
             self.directory.open(self.size if self.first else None)
             self.directory.write_facts(self.device, self.facts)
-        options = dict(initial=self.first, desc=self.stage, file=sys.stderr, dynamic_ncols=True)
-        quiet = True if self.rank else None  # None: no bar without a terminal
-        self.bar = tqdm(total=n, disable=quiet, **options)
+        self.bar = progress.bar(self.stage, n, self.first, quiet=self.rank > 0)
         # Without parts there is no state to write, and a signal ends the process at once.
         waiting = signals.deferred(self.ranks == 1) if self.parts else contextlib.nullcontext([])
-        with waiting as received:
+        with progress.loop(self.bar, waiting) as received:
             for step in range(self.first, n):
                 yield step
                 self.bar.update()
@@ -141,7 +140,6 @@ class Job:
                     remedy = "the same command with --resume goes on"
                     self.say(f"{self.stage}: stopped after step {step + 1} of {n}: {remedy}")
                     sys.exit(128 + number)
-        self.bar.close()
 
     def resume(self):
         """Reads the state in DIR.partial. Raises ValueError if it is damaged or another run's."""
@@ -161,17 +159,16 @@ class Job:
         state.write_state(self.directory.partial / "state.pt", self.parts, facts, self.device)
 
     def log(self, step, records=(), losses=None, **values):
-        """Writes numbers or 0-d tensors to metrics.jsonl, and to the terminal: behind the progress
-        bar, or without a terminal as a line for every tenth of the run. Then it does `check`."""
+        """Writes numbers or 0-d tensors to metrics.jsonl, a few of them behind the progress bar,
+        and all of them as a line for every tenth of the run. Then it does `check`."""
         values = {name: float(value) for name, value in values.items()}
         if self.rank == 0:
             row = {name: x if math.isfinite(x) else None for name, x in values.items()}
             self.directory.write_metrics({"step": step, **row})  # JSON has no NaN
-            line = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-            if not self.bar.disable:
-                self.bar.set_postfix_str(line, refresh=False)
-            elif step % max(1, self.n // 10) == 0 or step == self.n - 1:
-                self.say(f"{self.stage} step {step + 1}/{self.n}  {line}")
+            self.latest |= values
+            self.bar.set_postfix_str(progress.in_bar(self.stage, self.n, self.latest), False)
+            if step == 0 or due(step, self.n, times=10):
+                self.say(progress.line(f"{self.stage} step {step + 1}/{self.n}", values))
         self.check(step, records, losses, **values)
 
     def check(self, step, records=(), losses=None, **values):
@@ -203,11 +200,13 @@ class Job:
         return spent | {"peak_memory_mib": self.peak()}
 
     def finish(self, save, **facts):
-        """Calls save(directory) to write the checkpoint, then gives the directory its name."""
+        """Calls save(directory) to write the checkpoint, then gives the directory its name. Returns
+        that name, a Path."""
+        out = self.directory.out
         if self.ranks > 1:
             ranks.leave(self.learners, self.sharded)
         if self.rank:
-            return
+            return out
         with writing(partial := self.directory.partial, GO_ON):
             save(partial)
             self.directory.metrics.close()
@@ -216,5 +215,6 @@ class Job:
             self.directory.write_facts(self.device, self.facts | cost | facts)
         self.directory.publish()
         lock.release()
-        took = f"{cost['seconds']:.0f} s, peak memory {cost['peak_memory_mib']} MiB"
-        self.say(f"{self.stage}: {took}, written to {self.directory.out}")
+        for text in progress.ending(self.stage, self.latest, cost, out, self.config):
+            self.say(text)
+        return out

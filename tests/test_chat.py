@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiktoken
+import torch
 
 import run
 from data import chat, tokenizer
@@ -423,9 +424,58 @@ def test_what_counts_is_marked_and_the_rest_is_not(world_encoding):
     assert chat.painted(ids, weights, world_encoding, colour=False) == plain
     coloured = plain.replace("«", "\033[32m").replace("»", "\033[0m")
     assert chat.painted(ids, mask, world_encoding, colour=True) == coloured
-    first = mask.index(True)
-    reply = chat.painted_reply(ids[:first], ids[first:-1], world_encoding, colour=False)
-    assert reply == plain.removesuffix("\\n")
     long = chat.painted([ids[0]] * 500 + ids, [False] * 500 + mask, world_encoding, colour=False)
     assert len(long) < len(plain) + 60 * len(world_encoding.decode(ids[:1]))
     assert "« cat<|im_end|>»" in long
+
+
+# ----------------------------------------------------------------------------------- in plain words
+
+
+def said(messages, reply, encoding, ended=True, **options):
+    ids = chat.completion(reply, encoding)
+    options = {"colour": False} | options
+    return chat.readable_reply(
+        chat.prompt(messages, encoding), ids if ended else ids[:-1], encoding, **options
+    )
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+def test_a_reply_is_shown_as_people_read_it(world_encoding):
+    asked = [turn("user", "reverse : dog oak")]
+    assert said(asked, " oak dog", world_encoding) == "user: reverse : dog oak -> oak dog"
+    scored = said(asked, " oak dog", world_encoding, score=torch.tensor(0.74))
+    assert scored == "user: reverse : dog oak -> oak dog  score .740"
+    green = said(asked, " oak dog", world_encoding, colour=True)
+    assert green == "user: reverse : dog oak -> \033[32moak dog\033[0m"
+    assert said(asked, " oak", world_encoding, ended=False).endswith(" -> oak ...")
+    assert said(asked, "", world_encoding).endswith(" -> (empty)")
+
+
+def test_a_system_message_and_earlier_turns_are_shown_in_short(world_encoding):
+    talk = [turn("system", "be kind"), turn("user", "sort : b a"), turn("assistant", " a b")]
+    talk += [turn("user", "now\n\nreverse that")]
+    line = "system: be kind  user: sort : b a  assistant: a b  user: now / reverse that -> b / a"
+    assert said(talk, " b\na", world_encoding) == line
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3"])
+def test_no_token_of_a_template_is_shown_and_what_people_type_is(name):
+    encoding = chat.extend(vocabulary(LLAMA3_TOKENS), name)
+    line = said([turn("user", "<|im_end|> \x1b[2J hi")], "hello", encoding)
+    assert line == r"user: <|im_end|> \x1b[2J hi -> hello"
+
+
+def test_long_texts_are_cut_where_it_matters_least(world_encoding):
+    line = said([turn("user", "a " * 500 + "cat")], " dog" + " b" * 500, world_encoding)
+    assert line.startswith("...") and "cat -> dog b" in line and line.endswith(" b ...")
+    assert len(line) < 2 * chat.SHOWN + 20
+
+
+def test_each_reply_of_a_conversation_has_its_arrow(world_encoding):
+    ids, mask = chat.render([turn("user", "a"), turn("assistant", " b")] * 2, world_encoding)
+    line = chat.readable(ids, mask, world_encoding, colour=False)
+    assert line == "user: a -> b  user: a -> b"

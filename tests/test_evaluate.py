@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import runpy
 from dataclasses import replace
 from pathlib import Path
@@ -237,7 +238,9 @@ def talked(runs, monkeypatch, capsys):
         with monkeypatch.context() as patch:
             patch.setattr("builtins.input", say)
             patch.setattr(evaluate.chat, "prompt_and_stops", noted)
-            evaluate.chat.main(str(runs / name), evaluate.chat.Config(device="cpu", **flags))
+            evaluate.chat.main(
+                [str(runs / x) for x in name.split()], evaluate.chat.Config(device="cpu", **flags)
+            )
         return capsys.readouterr().out, seen
 
     return talk
@@ -261,6 +264,124 @@ def test_chat_keeps_its_system_message_and_samples_the_last_question_again(talke
     assert len(seen[1]) == 2
     assert all(f"\n{i}: " in out for i in range(1, 5)) and "5: " not in out
     assert out.count("ask one first") == 2
+
+
+def test_chat_begins_with_the_model_three_questions_and_its_commands(talked, runs):
+    facts = {"stage": "dpo", "seconds": 1.5}
+    (runs / "dpo" / "run.json").write_text(json.dumps(facts))
+    out, seen = talked("/help", "/nope", "add 1 and 2", max_new_tokens=4)
+    first, *rest = out.splitlines()
+    assert first == f"{runs / 'dpo'}: dpo, 2 layers of width 32, a context of 128 tokens"
+    questions = [line.strip() for line in rest if line.startswith("    ")]
+    assert len(questions) == 3
+    for question in questions:
+        task = world.solve([world.message("user", question)])
+        assert task and world.held_out(task.key)
+    assert out.count(evaluate.chat.HELP) == 2 and "no command /nope: /help lists them" in out
+    assert seen == [["add 1 and 2"]]  # a command is no message
+
+
+@pytest.fixture
+def replying(monkeypatch, world_encoding):
+    """replying(*texts): the model writes these replies, one after the other; None: one that has
+    reached the limit."""
+
+    def reply_with(*texts):
+        waiting = iter(texts)
+
+        def generate(model, prompts, room, stream=None, samples=1, **_):
+            replies = []
+            for _ in range(samples):
+                text = next(waiting)
+                ids = world_encoding.encode_ordinary(text or " 3")
+                replies.append([*ids, *chat.stop_ids(world_encoding)[:1]] if text else ids)
+            for token in replies[0] if stream else []:
+                stream(0, [token])
+            return replies
+
+        monkeypatch.setattr(GPT, "generate", generate)
+
+    return reply_with
+
+
+def test_the_judge_speaks_of_every_reply_to_the_world(talked, replying):
+    replying(" 3", " sure thing 3", " 4", None, " dog oak", " oak dog", " hi")
+    lines = ["add 1 and 2", "/samples 3", "reverse : oak dog", "now reverse that", "who are you ?"]
+    out, _ = talked(*lines)
+    told = [x for x in out.splitlines() if "[" in x]
+    told = [re.sub(r"\d+ tokens, \d+ a second", "speed", line) for line in told]
+    assert told == [
+        "[right, gold 1.00; speed]",
+        "1: sure thing 3  [right, gold 0.60]",
+        "2: 4  [wrong, gold 0.00: 3]",
+        "3: 3  [right, gold 0.00, no end]",
+        "[speed]",
+        "[right, gold 1.00; speed]",
+        "[right, gold 1.00; speed]",  # the judge reads the model's own earlier reply
+        "[speed]",
+    ]
+
+
+def test_several_models_answer_side_by_side_each_in_its_own_conversation(talked, replying, runs):
+    replying(" dog oak", " oak", " oak dog", " oak dog")
+    two = talked("reverse : oak dog", "now reverse that", name="sft dpo")[0]
+    told = [line for line in two.splitlines() if line.startswith((str(runs), "["))]
+    sft, dpo_ = runs / "sft", runs / "dpo"
+    assert told[:2] == [f"{x}: a checkpoint, {told[0].split(', ', 1)[1]}" for x in (sft, dpo_)]
+    assert told[2::2] == [
+        f"{sft}:  dog oak",
+        f"{dpo_}:  oak",
+        f"{sft}:  oak dog",
+        f"{dpo_}:  oak dog",
+    ]
+    verdicts = [line.split(";")[0] for line in told[3::2]]
+    assert verdicts[:2] == ["[right, gold 1.00", "[wrong, gold 0.00: dog oak"]
+    assert verdicts[2] == "[right, gold 1.00" and verdicts[3] == "[wrong, gold 0.00: oak"
+    replying(*[" 3"] * 6)
+    out, seen = talked("add 1 and 2", "/samples 2", "/reset", name="sft dpo")
+    assert f"{sft}:\n1: 3  [right, gold 1.00]\n2: 3  [right" in out and f"{dpo_}:\n1: 3" in out
+
+
+def test_a_base_model_continues_the_text(talked, runs):
+    out, seen = talked("add 1 and 2", name="base", max_new_tokens=4)
+    assert "it was not taught to chat, and continues the text" in out.splitlines()[0]
+    assert seen == [["add 1 and 2"]] and "model: " in out
+
+
+def test_chat_ends_with_a_line_of_its_own_and_refuses_bytes_that_are_no_text(talked, monkeypatch):
+    assert talked("add 1 and 2", max_new_tokens=4)[0].endswith("]\n\n")  # after end of file
+    wrong = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+    with pytest.raises(ValueError, match="no UTF-8 .*invalid start byte"):
+        talked_lines = iter([wrong])
+        monkeypatch.setattr("builtins.input", lambda _: (_ for _ in ()).throw(next(talked_lines)))
+        evaluate.chat.read_line()
+
+
+def test_ask_gives_the_text_that_a_greedy_chat_prints(talked, runs, capsys):
+    text = "repeat : dog oak"
+    replied = evaluate.chat.ask(runs / "dpo", text, max_new_tokens=6, device="cpu")
+    assert capsys.readouterr().out == ""
+    out, _ = talked(text, temperature=0.0, max_new_tokens=6)
+    shown = re.search(r"^model: (.*?)\n\[", out, re.DOTALL | re.MULTILINE)[1].strip()
+    assert replied == evaluate.chat.ask(str(runs / "dpo"), text, max_new_tokens=6) and replied
+    assert run.visible(replied) == shown
+    for place, words in (("reward", "cannot talk"), ("nowhere", "no such directory")):
+        with pytest.raises(ValueError, match=words):
+            evaluate.chat.ask(runs / place, text)
+    with pytest.raises(ValueError, match="say it in fewer words"):
+        evaluate.chat.ask(runs / "dpo", "say " * 300)
+
+
+def test_the_notebook_cell_of_the_readme_runs_twice(root, tmp_path, monkeypatch, world_model):
+    (cell,) = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run.pictures, "curves", lambda metrics, path: None)
+    checkpoints.save(world_model(), tmp_path / "out/base")
+    tokenizer.save(tokenizer.load(world.TOKENIZER), tmp_path / "out/base", chat=False)
+    for _ in range(2):
+        names = {}
+        exec(cell, names)
+        assert names["directory"] == Path("out/try") and (tmp_path / "out/try/run.json").exists()
 
 
 @pytest.mark.parametrize("n", [1, 3])

@@ -161,7 +161,7 @@ class Silent(torch.nn.Module):
 
     def __init__(self, encoding):
         super().__init__()
-        self.config = type("Config", (), {"head": "lm", "context": 4096})
+        self.config = type("Config", (), {"head": "lm", "context": 4096, "layers": 1, "width": 1})
         self.device = torch.device("cpu")
         self.reply = [*encoding.encode_ordinary("hi"), chat.stop_ids(encoding)[0]]
         self.read = []
@@ -183,7 +183,7 @@ def check_terminal(encodings, n, seed, monkeypatch, capsys):
         model = Silent(encoding)
         monkeypatch.setattr(terminal, "open_run", lambda *_: (model, encoding, True))  # noqa: B023
         monkeypatch.setattr("builtins.input", lambda _: typed.pop(0))  # noqa: B023
-        terminal.main("x", terminal.Config(system=system))
+        terminal.main(["x"], terminal.Config(system=system))
         talk = conversation(["system", "user"], 0, "hello")
         harmless = special_ids(chat.prompt(talk, encoding), encoding)
         assert len(model.read) == len(lines)

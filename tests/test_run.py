@@ -2,12 +2,16 @@
 memory lines, and stages that chain."""
 
 import contextlib
+import importlib
 import inspect
 import json
 import math
 import os
 import platform
 import re
+import shlex
+import signal
+import struct
 import subprocess
 import sys
 import time
@@ -22,9 +26,10 @@ import ppo
 import reward
 import run
 import sft
-from data import annotators, checkpoints, tokenizer
+from data import annotators, checkpoints, constitution, rejection, tokenizer
+from evaluate import failures, pass_at_k, recipe, speed
 from model import GPT
-from run import lock, memory, ranks
+from run import command, lock, memory, progress, ranks
 from tests import soak
 
 SCRIPTS = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo, "annotators": annotators}
@@ -160,6 +165,43 @@ def test_percent_sign_in_a_comment_survives(capsys):
     assert "none: 100 % made up" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize(
+    "module, name, metavar",
+    [
+        (sft, "init", "DIR"),
+        (sft, "data", "FILE"),
+        (sft, "steps", "N"),
+        (sft, "lr", "X"),
+        (sft, "template", "chatml|llama3|alpaca"),
+        (sft, "dtype", "auto|float32|bfloat16"),
+        (sft, "device", "auto|cpu|cuda|cuda:1"),
+        (dpo, "loss", "|".join(dpo.LOSSES)),
+        (ppo, "advantage", "gae|rloo|grpo|dr-grpo|dapo"),
+        (ppo, "clip", "ppo|gspo|cispo"),
+        (ppo, "skills", "SKILL"),
+        (reward, "mixing", "X"),
+        (reward, "separator", "SEPARATOR"),
+        (annotators, "out", "FILE"),
+        (rejection, "out", "FILE"),
+        (pass_at_k, "out", "DIR"),
+        (pass_at_k, "k", "N"),
+        (recipe, "seeds", "N"),
+    ],
+)
+def test_help_says_what_a_flag_takes(module, name, metavar, capsys):
+    with pytest.raises(SystemExit):
+        run.parse(module.Config, ["--help"])
+    entry = re.search(rf"\n  --{flag(name)} (\S+)", capsys.readouterr().out)
+    assert entry[1] == metavar
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_names_no_types(name, capsys):
+    with pytest.raises(SystemExit):
+        run.parse(SCRIPTS[name].Config, ["--help"])
+    assert not re.search(r"\b(STR|INT|FLOAT|PATH)\b", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("argv", ["--batch 5", "--overw", "--step 5", "--sead 1", "5"])
 def test_abbreviated_and_unknown_flags_are_refused(argv):
     with pytest.raises(ValueError, match=f"unrecognized arguments: {argv}"):
@@ -244,6 +286,58 @@ def test_interrupt_exits_with_130(monkeypatch):
     assert exit.value.code == 130
 
 
+TWO = """A file with two commands.
+
+    walk      slowly, along the river
+    run FAST  quickly
+"""
+
+
+def command_of_two(monkeypatch, *words):
+    """A file with the commands walk and run, started with these words -> its exit code."""
+    monkeypatch.setattr(sys, "argv", ["two.py", *words])
+    started = []
+    table = {name: (started.append, Config) for name in ("walk", "run")}
+    try:
+        run.commands(table, TWO)
+    except SystemExit as exit:
+        return exit.code
+    return started
+
+
+def test_a_file_with_several_commands_has_a_line_of_help_for_each(monkeypatch, capsys):
+    for words, code in (([], 2), (["--help"], 0), (["-h"], 0)):
+        assert command_of_two(monkeypatch, *words) == code
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == "A file with two commands."
+        assert [line.split(None, 1) for line in lines if line.startswith("  ")] == [
+            ["walk", "slowly, along the river"],
+            ["run", "quickly"],
+        ]
+    assert command_of_two(monkeypatch, "walk", "--help") == 0
+    out = capsys.readouterr().out
+    assert "walk: slowly, along the river" in out and "--steps N" in out and "quickly" not in out
+
+
+def test_a_word_chooses_the_command_and_an_unknown_one_is_refused(monkeypatch, capsys):
+    assert command_of_two(monkeypatch, "run", "--steps", "7") == [Config(steps=7)]
+    assert command_of_two(monkeypatch, "nope", "--steps", "7") == 2
+    assert capsys.readouterr().err == "error: no command 'nope': choose walk, run\n"
+
+
+@pytest.mark.parametrize(
+    "module, names",
+    [
+        (constitution, ["critique", "compare"]),
+        (failures, failures.FAILURES),
+        (speed, speed.COMMANDS),
+    ],
+)
+def test_every_command_has_its_line_in_the_docstring_of_its_file(module, names):
+    lines = [command.line_about(name, module.__doc__) for name in names]
+    assert all(lines) and len(set(lines)) == len(lines)
+
+
 GLIBC = platform.libc_ver()[0] == "glibc"
 
 
@@ -271,6 +365,151 @@ run.script(fresh, Config, "")
 def test_device_auto_is_a_device_of_this_machine():
     assert run.device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert run.device("cpu") == torch.device("cpu")
+
+
+# ---------------------------------------------------------------------------------------- terminal
+
+
+METRICS = dict(score=0.7412, kl=0.3512, entropy=-0.0512, gold=0.9)
+METRICS |= {f"a_long_name_{i}": 1.5 + i for i in range(12)}
+ON_TERMINAL = f"""
+import run
+from test_run import Config
+job = run.start(Config(out="a", steps=20), "ppo")
+for step in job.steps(20):
+    if run.due(step, 20):
+        job.say("user: add 1 and 2 -> 3")
+    job.log(step, **{METRICS!r})
+job.finish(lambda directory: None)
+"""
+
+
+def screen(code, folder, columns):
+    """Python code on a terminal of so many columns -> its rows, as they were drawn."""
+    pty, termios, fcntl = (importlib.import_module(x) for x in ("pty", "termios", "fcntl"))
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    path = os.pathsep.join([str(run.ROOT), str(run.ROOT / "tests")])
+    options = dict(env={**os.environ, "PYTHONPATH": path}, cwd=folder)
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stderr=its, stdout=its, **options
+    ) as run_it:
+        os.close(its)
+        drawn = b""
+        with contextlib.suppress(OSError):  # EIO: the other side is closed
+            while part := os.read(ours, 65536):
+                drawn += part
+    os.close(ours)
+    assert run_it.returncode == 0, drawn.decode()
+    return [row for row in re.split(r"[\r\n]+", drawn.decode()) if row.strip()]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+def test_a_terminal_of_80_columns_shows_what_a_pipe_shows_and_cuts_nothing(place):
+    rows = screen(ON_TERMINAL, place, 80)
+    assert max(map(len, rows)) <= 80
+    bars = [row for row in rows if "|" in row and "score" in row]
+    beside = "score .741, kl .351, entropy -.051, gold .900"
+    assert bars and all(row.rstrip().endswith(beside) for row in bars)
+    text = "\n".join(row for row in rows if "|" not in row)
+    for step in (1, *range(2, 21, 2)):  # the first, and the last of every tenth
+        looks = re.findall(rf"^ppo step {step}/20 (?:.*\n    )*.*$", text, re.MULTILINE)
+        assert len(looks) == 1
+        for name, value in METRICS.items():
+            assert f"  {name} {value:.4g}" in looks[0]  # name and value in one row
+    assert text.count("ppo step") == 11 and text.count("user: add 1 and 2 -> 3") == 5
+    assert {f"ppo: at the end {beside}", "ppo: curves: a/curves.png"} <= {*rows}
+    assert any(row.startswith("ppo: next: python -m evaluate.chat ") for row in rows)
+
+
+@pytest.mark.parametrize("columns, shown", [(80, 4), (70, 3), (30, 0)])
+def test_a_narrow_bar_leaves_whole_metrics_out(columns, shown, monkeypatch):
+    monkeypatch.setattr(progress, "columns", lambda: columns)
+    metrics = ["score .741", "kl .351", "entropy -.051", "gold .900"]
+    assert progress.in_bar("ppo", 20, METRICS) == ", ".join(metrics[:shown])
+
+
+def test_numbers_beside_the_bar_are_brief():
+    numbers = [0.7412, -0.05, 12.345, 1234.5, -1e-9, 1.0, 0.99996, math.nan, torch.tensor(0.25)]
+    brief = [".741", "-.050", "12.3", "1.23e+03", ".000", "1", "1", "nan", ".250"]
+    assert list(map(progress.brief, numbers)) == brief
+
+
+def test_a_pipe_gets_one_line_for_every_look_with_what_was_measured_there(place, capsys):
+    job = run.start(Config(out="a"), "tiny")
+    measured = []
+    for step in job.steps(43):
+        values = {"loss": 1.0 + step}
+        if run.due(step, 43):
+            values["held_out_loss"] = 100.0 + step
+            measured.append(f"tiny step {step + 1}/43  loss {1 + step:.4g}  held_out_loss")
+        job.log(step, **values)
+    job.finish(lambda directory: None)
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("tiny step")]
+    assert len(lines) == 11 and lines[0] == "tiny step 1/43  loss 1"
+    assert [line.rsplit(" ", 1)[0] for line in lines if "held_out" in line] == measured
+
+
+ORDER = {
+    "base": ["sft.py"],
+    "sft": ["data.annotators", "evaluate.chat"],
+    "pairs": ["reward.py", "dpo.py"],
+    "reward": ["ppo.py"],
+    "dpo": ["evaluate.scoreboard", "evaluate.chat"],
+    "ppo": ["evaluate.scoreboard", "evaluate.chat"],
+}
+
+
+@pytest.mark.parametrize("stage", ORDER)
+def test_a_stage_ends_with_commands_that_exist_and_come_next(stage):
+    commands = run.next_commands(stage, init="out/first one", out=Path("out/new one"))
+    started = []
+    for line in commands:
+        python, *words = shlex.split(line)
+        name = words[1] if words[0] == "-m" else words[0]
+        module = importlib.import_module(name.removesuffix(".py"))
+        assert (run.ROOT / f"{module.__name__.replace('.', '/')}.py").exists()
+        flags = words[1 + (words[0] == "-m") :]
+        assert python == "python" and "out/new one" in flags
+        places = [word for word in flags if word.startswith("out/")]
+        assert set(places) <= {"out/first one", "out/new one"}
+        run.parse(module.Config, [] if name == "evaluate.chat" else flags)
+        started.append(name)
+    assert started == ORDER[stage]
+    assert run.next_commands("tiny", init="", out="a") == []
+
+
+# ----------------------------------------------------------------------- main(config) in a notebook
+
+
+def test_a_run_that_fails_gives_back_its_lock_its_bar_and_the_signals(place):
+    @run.stage
+    def main(config):
+        job = run.start(config, "tiny")
+        config.steps = 1  # as `check` fills in defaults
+        for step in job.steps(3, generator=torch.Generator()):
+            jobs.append(job)
+            assert signal.getsignal(signal.SIGINT) != before
+            job.log(step, loss=math.nan)
+
+    jobs, config, before = [], Config(out="a", data=["x"]), signal.getsignal(signal.SIGINT)
+    with pytest.raises(ValueError, match="loss") as kept:  # as a notebook keeps the traceback
+        main(config)
+    assert kept.value.__traceback__ and config == Config(out="a", data=["x"])
+    assert signal.getsignal(signal.SIGINT) == before and lock.HELD == {}
+    assert names(place) == ["a.partial"] and jobs[0].bar not in jobs[0].bar._instances
+    with pytest.raises(ValueError, match="loss"):
+        main(config)
+
+
+def test_a_stage_can_be_called_again_and_again(place, capsys):
+    flags = dict(init="scratch", shape="llama:1x32x64", batch_size=4, device="cpu")
+    config = sft.Config(**flags, pretrain=True, steps=2, out="a", overwrite=True)
+    assert [sft.main(config) for _ in range(2)] == [Path("a")] * 2
+    once = (place / "a" / "model.safetensors").read_bytes()
+    torch.rand(7)
+    assert sft.main(config) == Path("a") and config.lr is None
+    assert (place / "a" / "model.safetensors").read_bytes() == once and names(place) == ["a"]
 
 
 # ------------------------------------------------------------------------------------- directories
@@ -605,7 +844,7 @@ def test_memory_is_said_and_written(place, adapted, capsys):
     assert 0 < first <= last
     assert f"tiny: memory in MiB: {memory.describe(sizes)}" in lines
     assert f"tiny: peak memory {first} MiB after the first step" in lines
-    assert re.fullmatch(rf"tiny: \d+ s, peak memory {last} MiB, written to a", lines[-1])
+    assert re.fullmatch(rf"tiny: \d+ s, peak memory {last} MiB, written to a", lines[-2])
 
 
 def test_peak_memory_grows_with_what_the_process_holds():
@@ -683,7 +922,11 @@ def stage(name, *argv):
     """One script on the embedded world, two steps."""
     script = SCRIPTS[name]
     common = ["--device", "cpu", "--steps", "2"] if name != "annotators" else ["--device", "cpu"]
-    script.main(run.parse(script.Config, [*common, *map(str, argv)]))
+    config = run.parse(script.Config, [*common, *map(str, argv)])
+    before = asdict(config)
+    out = script.main(config)
+    assert asdict(config) == before  # the caller's, whatever defaults `check` has filled in
+    assert name == "annotators" or (out / "model.safetensors").exists()
 
 
 PPO = "--batch-size 8 --minibatches 2 --critic-warmup 1 --max-new-tokens 12".split()
