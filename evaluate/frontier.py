@@ -52,7 +52,7 @@ def frontier(rows, best_of_n, path):
         panel.set(xlabel="KL(model || sft) of a reply, nats", ylabel="gold")
     panels[0].set(title="all, on held-out questions")
     panels[1].set(title=f"those of gold {least:.2f} and more")
-    panels[0].legend(loc="lower right", fontsize=8)
+    panels[0].legend(loc="upper right", fontsize=8)
     figure.tight_layout()
     name_points(panels[0], others, rows)
     name_points(panels[1], near, rows)
