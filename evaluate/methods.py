@@ -5,7 +5,8 @@
 Stages that exist are kept. Per method, means and the half-widths of their 95 % intervals over the
 seeds: gold, win_rate, kl and length as on the scoreboard; gain, gold above sft's; seconds, the
 processor time of a run and of the runs that it needed (start, reward model, judge); memory, its
-peak in MiB. Then best of n replies of sft, differences between methods by seed, and methods.png.
+peak in MiB. Then best of n replies of sft, differences between methods by seed, and methods.png; in
+the end evaluate.verifiable, the table of rewards that can be checked.
 """
 
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import run
 from data import formats, world
+from evaluate import verifiable
 from evaluate.best_of_n import kl_bound
 from evaluate.frontier import frontier
 from evaluate.measures import cost, judged_message, plus_minus, show, spread, table
@@ -198,7 +200,8 @@ def main(config):
         by_seed = " ".join(f"{gap:+.3f}" for gap in gaps)
         cells[f"{a} - {b}"] = {"mean": plus_minus(spread(gaps)), "seeds": by_seed}
     run.show(f"\ndifferences in gold, seed by seed\n{table(cells)}")
-    run.show(f"picture: {out / 'methods.png'}")
+    run.show(f"picture: {out / 'methods.png'}\n")
+    verifiable.main(verifiable.Config(config.seeds, config.out))
 
 
 if __name__ == "__main__":

@@ -231,7 +231,7 @@ def test_the_whole_can_be_read():
     can be checked, with their measurements, 1,600. This limit is what there is: lower it when lines
     go, and weigh a feature before raising it."""
     total = sum(map(count_lines, NAMES))
-    assert total <= 16442, f"{total} lines of Python outside tests"
+    assert total <= 16444, f"{total} lines of Python outside tests"
 
 
 # ------------------------------------------------------------------------------------------ import
