@@ -251,7 +251,8 @@ def test_a_body_that_ends_the_process_does_not_pass(answer):
     ],
 )
 def test_whatever_a_body_does_the_grader_says_what_is_wrong(body, words, answer, monkeypatch):
-    monkeypatch.setattr(lab, "LIMIT", 40)
+    if "40 seconds" in words:
+        monkeypatch.setattr(lab, "LIMIT", 40)
     if sys.platform == "win32" and "kill" in body:
         pytest.skip("Windows has no signal 9")
     wrong, _ = lab.graded(DPO, answer(DPO, body))
