@@ -1,7 +1,6 @@
 """What a person sees of a run: a bar on a terminal, lines of numbers, and at its end what comes
 next. metrics.jsonl has every number of every step."""
 
-import contextlib
 import os
 import re
 import shlex
@@ -35,28 +34,11 @@ NEXT = {
     "ppo": AFTER_POLICY,
 }
 
-IN_LOOP = []  # an ExitStack of each run that is in its loop, or has been
-
 
 def bar(stage, n, first=0, quiet=False):
     """The progress bar of n steps. Without a terminal it shows nothing."""
     options = dict(initial=first, desc=stage, file=sys.stderr, dynamic_ncols=True, bar_format=BAR)
     return tqdm(total=n, disable=quiet or None, **options)
-
-
-@contextlib.contextmanager
-def loop(bar, waiting):
-    """What surrounds a run's loop: it closes the bar, and enters and leaves `waiting`."""
-    with contextlib.ExitStack() as stack:
-        IN_LOOP.append(stack)
-        stack.callback(bar.close)
-        yield stack.enter_context(waiting)
-
-
-def leave_loops():
-    """Ends what `loop` began. After an error the traceback, which a notebook keeps, holds it."""
-    while IN_LOOP:
-        IN_LOOP.pop().close()
 
 
 def columns():
