@@ -26,9 +26,7 @@ AFTER_POLICY = [SCOREBOARD, "python -m evaluate.chat {init} {out}"]
 NEXT = {
     "base": ["python sft.py --init {out}"],
     "sft": ["python -m data.annotators --init {out}", "python -m evaluate.chat {out}"],
-    "pairs": [
-        f"python {stage} --init {{init}} --data {{out}}" for stage in ("reward.py", "dpo.py")
-    ],
+    "pairs": [f"python {name}.py --init {{init}} --data {{out}}" for name in ("reward", "dpo")],
     "reward": ["python ppo.py --init {init} --reward {out}"],
     "dpo": AFTER_POLICY,
     "ppo": AFTER_POLICY,
@@ -50,7 +48,7 @@ def columns():
 
 
 def brief(value):
-    """A number as people write it: .744, -.05, 12.3."""
+    """A number as people write it: .744, -.050, 12.3."""
     value = round(float(value), 3) + 0.0  # -0.0 + 0.0 is 0.0
     text = f"{value:.3f}" if abs(value) < 1 else f"{value:.3g}"
     return re.sub(r"^(-?)0\.", r"\1.", text)
