@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from . import lock, progress
+from . import lock
 from .files import ROOT
 from .flags import parse, require
 from .ranks import environment
@@ -57,14 +57,13 @@ def line_about(name, doc):
 
 def stage(main):
     """A stage's main(config) -> the run's directory. A notebook can call it again and again: it
-    leaves the caller's config alone, and a run that fails gives back its lock, bar and signals."""
+    leaves the caller's config alone, and a run that fails gives back its lock."""
 
     @functools.wraps(main)
     def run_stage(config):
         try:
             return main(copy.deepcopy(config))
         finally:
-            progress.leave_loops()
             lock.release()
 
     return run_stage

@@ -120,7 +120,7 @@ class Job:
         self.bar = progress.bar(self.stage, n, self.first, quiet=self.rank > 0)
         # Without parts there is no state to write, and a signal ends the process at once.
         waiting = signals.deferred(self.ranks == 1) if self.parts else contextlib.nullcontext([])
-        with progress.loop(self.bar, waiting) as received:
+        with contextlib.closing(self.bar), waiting as received:
             for step in range(self.first, n):
                 yield step
                 self.bar.update()

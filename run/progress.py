@@ -1,7 +1,6 @@
 """What a person sees of a run: a bar on a terminal, lines of numbers, and at its end what comes
 next. metrics.jsonl has every number of every step."""
 
-import contextlib
 import os
 import re
 import shlex
@@ -27,36 +26,17 @@ AFTER_POLICY = [SCOREBOARD, "python -m evaluate.chat {init} {out}"]
 NEXT = {
     "base": ["python sft.py --init {out}"],
     "sft": ["python -m data.annotators --init {out}", "python -m evaluate.chat {out}"],
-    "pairs": [
-        f"python {stage} --init {{init}} --data {{out}}" for stage in ("reward.py", "dpo.py")
-    ],
+    "pairs": [f"python {name}.py --init {{init}} --data {{out}}" for name in ("reward", "dpo")],
     "reward": ["python ppo.py --init {init} --reward {out}"],
     "dpo": AFTER_POLICY,
     "ppo": AFTER_POLICY,
 }
-
-IN_LOOP = []  # an ExitStack of each run that is in its loop, or has been
 
 
 def bar(stage, n, first=0, quiet=False):
     """The progress bar of n steps. Without a terminal it shows nothing."""
     options = dict(initial=first, desc=stage, file=sys.stderr, dynamic_ncols=True, bar_format=BAR)
     return tqdm(total=n, disable=quiet or None, **options)
-
-
-@contextlib.contextmanager
-def loop(bar, waiting):
-    """What surrounds a run's loop: it closes the bar, and enters and leaves `waiting`."""
-    with contextlib.ExitStack() as stack:
-        IN_LOOP.append(stack)
-        stack.callback(bar.close)
-        yield stack.enter_context(waiting)
-
-
-def leave_loops():
-    """Ends what `loop` began. After an error the traceback, which a notebook keeps, holds it."""
-    while IN_LOOP:
-        IN_LOOP.pop().close()
 
 
 def columns():
@@ -68,7 +48,7 @@ def columns():
 
 
 def brief(value):
-    """A number as people write it: .744, -.05, 12.3."""
+    """A number as people write it: .744, -.050, 12.3."""
     value = round(float(value), 3) + 0.0  # -0.0 + 0.0 is 0.0
     text = f"{value:.3f}" if abs(value) < 1 else f"{value:.3g}"
     return re.sub(r"^(-?)0\.", r"\1.", text)

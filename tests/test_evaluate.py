@@ -322,6 +322,14 @@ def test_the_judge_speaks_of_every_reply_to_the_world(talked, replying):
     ]
 
 
+def test_the_judge_heeds_the_rule_before_every_question(talked, replying):
+    replying(" 3 ok", " oak dog", " oak dog ok")
+    lines = ["add 1 and 2", "reverse : dog oak", "/samples 1"]
+    out, _ = talked(*lines, system="end every answer with ok")
+    verdicts = re.findall(r"\[((?:right|wrong)[^;\]]*)", out)
+    assert verdicts == ["right, gold 1.00", "wrong, gold 0.27: oak dog ok", "right, gold 1.00"]
+
+
 def test_several_models_answer_side_by_side_each_in_its_own_conversation(talked, replying, runs):
     replying(" dog oak", " oak", " oak dog", " oak dog")
     two = talked("reverse : oak dog", "now reverse that", name="sft dpo")[0]
