@@ -79,7 +79,9 @@ def seconds_of(home, path):
     if number != path.name:  # the samples of its rounds too
         facts = [path.with_name(f"expert-{i + 1}.json") for i in range(int(number))]
         return cost(path) + sum(json.loads(file.read_text())["cpu_seconds"] for file in facts)
-    return cost(path) + (cost(home / "reward") if path.name == "ppo-rm" else 0)
+    if path.name == "ppo-rm":  # the reward model too, but not what came before SFT
+        return cost(path) + run.read_facts(home / "reward", cpu_seconds=(int, float))["cpu_seconds"]
+    return cost(path)
 
 
 def train_and_measure(homes):
