@@ -227,11 +227,12 @@ def test_the_readme_is_a_front_door():
 def test_the_whole_can_be_read():
     """The aim was 8,800 lines, and 10,540 were reached. Reading what public files and checkpoints
     mean (formats, added tokens, chat templates, three more architectures) took 1,750 more, guarding
-    runs and readers against accidents 750, running and measuring on a GPU 1,000, and rewards that
-    can be checked, with their measurements, 1,600. This limit is what there is: lower it when lines
-    go, and weigh a feature before raising it."""
+    runs and readers against accidents 750, running and measuring on a GPU 1,000, rewards that can
+    be checked, with their measurements, 1,600, and a report, a terminal and a chat for learners
+    900. This limit is what there is: lower it when lines go, and weigh a feature before raising it.
+    """
     total = sum(map(count_lines, NAMES))
-    assert total <= 16444, f"{total} lines of Python outside tests"
+    assert total <= 16425, f"{total} lines of Python outside tests"
 
 
 # ------------------------------------------------------------------------------------------ import
