@@ -282,9 +282,9 @@ def rollout(config, job, models, questions, step, generator, beta):
     if config.overlong:  # Yu et al. 2025, eq. 13
         excess = batch.mask.sum(1) - (config.max_new_tokens - config.overlong)  # (B,) tokens
         scores = scores - excess.clamp(min=0) / config.overlong
-    values = models.critic and job.forward(
-        rl.row_values, models.critic, rows, batch=batch
-    )  # (B, T)
+    values = None
+    if models.critic:
+        values = job.forward(rl.row_values, models.critic, rows, batch=batch)  # (B, T)
     beta_in_reward = 0.0 if config.kl_loss else beta
     advantages, returns = token_advantages(config, scores, kl, values, batch, beta_in_reward)
     # min(pi_old / pi_sampler, 2): 1 where the sampler has the trainer's precision

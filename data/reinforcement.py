@@ -224,8 +224,7 @@ def rollout_metrics(config, models, old):
     if config.redraw:
         metrics["redrawn"] = old.redrawn
     if old.sampled_logprobs is not old.old_logprobs:  # the sampler has another precision
-        mismatch = (old.old_logprobs - old.sampled_logprobs)[mask].abs()
-        metrics["mismatch"] = mismatch.mean()
+        metrics["mismatch"] = (old.old_logprobs - old.sampled_logprobs)[mask].abs().mean()
     return metrics
 
 

@@ -59,11 +59,9 @@ def check(config):
     is_jsonl = out.suffix == ".jsonl"
     run.require(is_jsonl, f"--out {out}: name a file that ends in .jsonl; .json gets the facts")
     for path in (out, out.with_suffix(".json")):
-        taken = f"--out {out}: {path} is there already"
-        run.require(not path.exists(), f"{taken}: name another file")
+        run.require(not path.exists(), f"--out {out}: {path} is there already: name another file")
     folder = next(path for path in out.parents if path.exists())
-    is_folder = folder.is_dir()
-    run.require(is_folder, f"--out {out}: {folder} is no directory: name another file")
+    run.require(folder.is_dir(), f"--out {out}: {folder} is no directory: name another file")
     run.check_requires(config, REQUIRES)
     run.check_range(config, "samples", least=1)
 

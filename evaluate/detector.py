@@ -171,9 +171,31 @@ def observe(detector, models, ensemble, config, encoding, old):
 
     --redraw has chosen the replies by their scores, so their drifts are no longer the policy's:
     then only gold is measured."""
-    K, lengths, log_ratios = group_size(config), old.batch.mask.sum(1), old.kl.sum(1)  # (B,) each
+    K = group_size(config)
     asked = [group.question for group in old.groups for _ in range(K)]
     read = annotators.as_read(old.replies, encoding)
+    metrics, warnings = {}, []
+    if not config.data:  # the embedded world's questions
+        rows = [(x.record.messages, reply) for x, reply in zip(asked, read, strict=True)]
+        metrics["gold"] = mean([verdict["gold"] for verdict in annotators.world_judge(rows)])
+    if not config.redraw:
+        found, signs = watch(detector, models, ensemble, config, encoding, old, asked, read)
+        metrics |= found
+        warnings = [f"this looks like reward hacking: {sign}" for sign in signs]
+    if K > 1 and all(group.equal for group in old.groups) and "equal" not in detector.seen:
+        detector.seen.append("equal")
+        first = old.groups[0].question.record.where
+        why = f"no two replies to one prompt differ in score (the first prompt is {first})"
+        remedy = "raise --group-size, ask easier or harder prompts, or look at --reward"
+        warnings.append(f"{why}, so that only the KL is learnt: {remedy}")
+    return metrics, warnings
+
+
+def watch(detector, models, ensemble, config, encoding, old, asked, read):
+    """`Detector.observe` of a rollout. asked: the question of each reply; read: (ids, ended, text)
+    of each."""
+    K = group_size(config)
+    lengths, log_ratios = old.batch.mask.sum(1), old.kl.sum(1)  # (B,) each
     scores = torch.cat([group.scores for group in old.groups])  # (B,) before --overlong
     sequences = [x.ids + reply for x, reply in zip(asked, old.replies, strict=True)]
     others = [score(model, sequences) for model in ensemble]  # (B,) each
@@ -186,18 +208,4 @@ def observe(detector, models, ensemble, config, encoding, old):
         questions = [group.question for group in old.groups]
         return length_paid_afresh(models, config, encoding, questions)
 
-    metrics, warnings = {}, []
-    if not config.data:  # the embedded world's questions
-        rows = [(x.record.messages, reply) for x, reply in zip(asked, read, strict=True)]
-        metrics["gold"] = mean([verdict["gold"] for verdict in annotators.world_judge(rows)])
-    if not config.redraw:
-        found, signs = detector.observe(values, log_ratios, K, length_paid)
-        metrics |= found
-        warnings = [f"this looks like reward hacking: {sign}" for sign in signs]
-    if K > 1 and all(group.equal for group in old.groups) and "equal" not in detector.seen:
-        detector.seen.append("equal")
-        first = old.groups[0].question.record.where
-        why = f"no two replies to one prompt differ in score (the first prompt is {first})"
-        remedy = "raise --group-size, ask easier or harder prompts, or look at --reward"
-        warnings.append(f"{why}, so that only the KL is learnt: {remedy}")
-    return metrics, warnings
+    return detector.observe(values, log_ratios, K, length_paid)

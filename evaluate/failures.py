@@ -20,7 +20,7 @@ from pathlib import Path
 
 import run
 from data import world
-from evaluate.measures import mean, plus_minus, spread, table, up_to_date
+from evaluate.measures import gap_row, mean, plus_minus, table, up_to_date
 from evaluate.recipe import cores, finish, foundation, stage, summary, whole_numbers
 
 SKILLS = ["--skills", "sum", *world.LISTS]
@@ -182,11 +182,7 @@ def main(name, config):
         jobs = [(name, seed, home) for seed, home in homes.items()]
         boards, metrics = zip(*pool.map(train, jobs), strict=True)
     rows = summary(boards)
-    gaps = {}
-    for a, b, column in failure.compared:
-        values = [board[a][column] - board[b][column] for board in boards]
-        by_seed = " ".join(f"{value:+.3f}" for value in values)
-        gaps[f"{a} - {b}: {column}"] = {"mean": plus_minus(spread(values)), "seeds": by_seed}
+    gaps = {f"{a} - {b}: {x}": gap_row(boards, a, b, x) for a, b, x in failure.compared}
     facts = {"boards": dict(zip(homes, boards, strict=True)), "summary": rows}
     run.write_json(out / f"failures-{name}.json", facts)
     picture(failure, rows, metrics, out / f"failures-{name}.png")

@@ -133,6 +133,13 @@ def spread(values, worst=min):
     return {"mean": mean(values), "half_width": seed_interval(values), "worst": worst(values)}
 
 
+def gap_row(boards, a, b, column):
+    """A table's row: by how much run a is ahead of b in a column, on average and seed by seed.
+    boards: of each seed {run: {column: value}}."""
+    gaps = [board[a][column] - board[b][column] for board in boards]
+    return {"mean": plus_minus(spread(gaps)), "seeds": " ".join(f"{gap:+.3f}" for gap in gaps)}
+
+
 def fit_form(kl, gold, form):
     """Least squares of gold - gold[0] = d (a - b f(d)), d = sqrt(KL), with an f of FORMS.
     kl, gold: lists (N,) -> (a, b, R^2)."""

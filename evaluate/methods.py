@@ -21,7 +21,7 @@ from data import formats, world
 from evaluate import verifiable
 from evaluate.best_of_n import kl_bound
 from evaluate.frontier import frontier
-from evaluate.measures import cost, judged_message, plus_minus, show, spread, table
+from evaluate.measures import cost, gap_row, judged_message, plus_minus, show, spread, table
 from evaluate.recipe import cores, finish, foundation, stage, summary, whole_numbers
 
 COLUMNS = ["gold", "gain", "win_rate", "kl", "length", "seconds", "memory"]  # of the table
@@ -194,11 +194,7 @@ def main(config):
     for n, cell in best.items():
         cells[f"n = {n}"] = {"kl at most": show(kl_bound(n)), "gold": plus_minus(cell)}
     run.show(f"\nbest of n replies of sft, chosen by the reward model\n{table(cells)}")
-    cells = {}
-    for a, b in COMPARED:
-        gaps = [board[a]["gold"] - board[b]["gold"] for board in boards]
-        by_seed = " ".join(f"{gap:+.3f}" for gap in gaps)
-        cells[f"{a} - {b}"] = {"mean": plus_minus(spread(gaps)), "seeds": by_seed}
+    cells = {f"{a} - {b}": gap_row(boards, a, b, "gold") for a, b in COMPARED}
     run.show(f"\ndifferences in gold, seed by seed\n{table(cells)}")
     run.show(f"picture: {out / 'methods.png'}\n")
     verifiable.main(verifiable.Config(config.seeds, config.out))

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import run
 from data import world
-from evaluate.measures import cost, plus_minus, spread, table, up_to_date
+from evaluate.measures import cost, gap_row, plus_minus, table, up_to_date
 from evaluate.recipe import cores, finish, foundation, stage, summary, whole_numbers
 
 SKILLS = ["sum", *world.LISTS]
@@ -146,11 +146,7 @@ def main(config):
         cells[name] = {key: plus_minus(row[key]) for key in COLUMNS if key in row}
     run.show(f"{len(homes)} seeds, sums and lists: mean and half-width of its 95 % interval")
     run.show(table(cells))
-    cells = {}
-    for a, b in COMPARED:
-        gaps = [board[a]["pass@1"] - board[b]["pass@1"] for board in boards]
-        by_seed = " ".join(f"{gap:+.3f}" for gap in gaps)
-        cells[f"{a} - {b}"] = {"mean": plus_minus(spread(gaps)), "seeds": by_seed}
+    cells = {f"{a} - {b}": gap_row(boards, a, b, "pass@1") for a, b in COMPARED}
     run.show(f"\ndifferences in pass@1, seed by seed\n{table(cells)}")
 
 
